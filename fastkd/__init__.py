@@ -1,0 +1,38 @@
+"""fastkd: fused knowledge-distillation losses for language models."""
+
+from fastkd.backends import backends, use_backend
+from fastkd.divergences import (
+    JSD,
+    MSE,
+    TVD,
+    AlphaBeta,
+    ForwardKL,
+    ReverseKL,
+    SkewKL,
+    SkewReverseKL,
+    SymmetricKL,
+)
+from fastkd.losses import KDLoss, KDParts, kd_loss
+from fastkd.statistics import RowStatistics, log_softmax, row_statistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "JSD",
+    "MSE",
+    "TVD",
+    "AlphaBeta",
+    "ForwardKL",
+    "KDLoss",
+    "KDParts",
+    "ReverseKL",
+    "RowStatistics",
+    "SkewKL",
+    "SkewReverseKL",
+    "SymmetricKL",
+    "backends",
+    "kd_loss",
+    "log_softmax",
+    "row_statistics",
+    "use_backend",
+]

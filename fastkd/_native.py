@@ -1,0 +1,261 @@
+"""The native CPU backend: finds the C++ library, and hands it pointers.
+
+The library is free of torch: plain C entry points, one argument struct each (mirrored below field by field), row
+strides and a dtype code. It is loaded after torch, whose OpenMP runtime it then shares. If it cannot be loaded,
+`status` says why and the reference backend takes over.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import pathlib
+
+import torch
+from torch import Tensor
+
+from fastkd.backends import RowSpec
+from fastkd.divergences import TABLE
+
+__all__ = ["advise_huge_pages", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "status"]
+
+_ABI = 1
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_CODES = {name: code for code, name in enumerate(TABLE)}
+_HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
+
+
+class _Matrix(ctypes.Structure):
+    """Rows of `width` elements; row i starts at (i // inner)·outer_stride + (i % inner)·inner_stride."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p),
+        ("dtype", ctypes.c_int64),
+        ("width", ctypes.c_int64),
+        ("inner", ctypes.c_int64),
+        ("outer_stride", ctypes.c_int64),
+        ("inner_stride", ctypes.c_int64),
+    )
+
+
+class _KDRows(ctypes.Structure):
+    _fields_ = (
+        ("student", _Matrix),
+        ("teacher", _Matrix),
+        ("grad", _Matrix),
+        ("labels", ctypes.c_void_p),
+        ("soft_scale", ctypes.c_void_p),
+        ("hard_scale", ctypes.c_void_p),
+        ("soft", ctypes.c_void_p),
+        ("hard", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("divergence", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("parameters", ctypes.c_double * 2),
+        ("temperature", ctypes.c_double),
+        ("teacher_temperature", ctypes.c_double),
+        ("soft_weight", ctypes.c_double),
+        ("hard_weight", ctypes.c_double),
+    )
+
+
+class _Statistics(ctypes.Structure):
+    _fields_ = (
+        ("logits", _Matrix),
+        ("labels", ctypes.c_void_p),
+        ("log_sum_exp", ctypes.c_void_p),
+        ("entropy", ctypes.c_void_p),
+        ("argmax", ctypes.c_void_p),
+        ("label_logprob", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
+    )
+
+
+class _LogSoftmax(ctypes.Structure):
+    _fields_ = (
+        ("logits", _Matrix),
+        ("upstream", _Matrix),  # backward only
+        ("out", _Matrix),
+        ("normaliser", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
+    )
+
+
+@functools.cache
+def _load() -> tuple[ctypes.CDLL | None, str]:
+    """The library, or None and the reason."""
+    folder = pathlib.Path(__file__).parent / "_lib"
+    found = [*folder.glob("libfastkd.*"), *_editable_libraries()]
+    if not found:
+        return None, f"no native library in {folder}; reinstall fastkd where a C++17 compiler with OpenMP is found"
+    try:
+        library = ctypes.CDLL(str(found[0]))
+        abi = library.fastkd_abi()
+    except (OSError, AttributeError) as error:
+        return None, f"{found[0]} cannot be loaded: {error}"
+    if abi != _ABI:
+        return None, f"{found[0]} has interface version {abi}, this package needs {_ABI}: reinstall fastkd"
+    library.fastkd_isa.restype = ctypes.c_char_p
+    instruction_set = library.fastkd_isa()
+    if instruction_set is None:
+        return None, "this processor lacks AVX2 and FMA, which the native kernels need"
+    return library, f"native C++, {instruction_set.decode()}"
+
+
+def _editable_libraries() -> list[pathlib.Path]:
+    """Where an editable install put the library: beside the package's metadata, in site-packages."""
+    import site
+
+    places = [*site.getsitepackages(), site.getusersitepackages()]
+    return [path for place in places for path in pathlib.Path(place, "fastkd", "_lib").glob("libfastkd.*")]
+
+
+def status() -> tuple[bool, str]:
+    """Whether the native library can be used, and the instruction set it picked or the reason it cannot."""
+    library, detail = _load()
+    return library is not None, detail
+
+
+def _call(name: str, arguments: ctypes.Structure) -> None:
+    library, detail = _load()
+    if library is None:
+        raise RuntimeError(f"the cpu backend is not available: {detail}")
+    code = getattr(library, name)(ctypes.byref(arguments))
+    if code:
+        raise MemoryError(f"{name}: out of memory for the per-thread row buffers")
+
+
+def _matrix(tensor: Tensor | None) -> _Matrix:
+    if tensor is None:
+        return _Matrix()
+    from fastkd.ops import row_layout
+
+    layout = row_layout(tensor)
+    if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or layout is None:
+        raise TypeError(
+            f"the cpu backend takes float32, bfloat16 and float16 tensors in main memory, got {tensor.dtype} on "
+            f"{tensor.device}; fastkd.use_backend('reference') takes any"
+        )
+    return _Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
+
+
+def _row_count(tensor: Tensor) -> int:
+    return tensor.numel() // tensor.shape[-1]
+
+
+def kd_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    spec: RowSpec,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `backends.Backend.kd_rows`."""
+    rows = _row_count(student)
+    soft, hard = torch.empty(rows), torch.empty(rows)
+    labels, soft_scale, hard_scale = (
+        None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
+    )
+    _call(
+        "fastkd_kd_rows",
+        _KDRows(
+            _matrix(student),
+            _matrix(teacher),
+            _matrix(grad),
+            _pointer(labels),
+            _pointer(soft_scale),
+            _pointer(hard_scale),
+            soft.data_ptr(),
+            hard.data_ptr(),
+            rows,
+            spec.vocab_size,
+            _CODES[spec.divergence],
+            torch.get_num_threads(),
+            (ctypes.c_double * 2)(*spec.parameters),
+            spec.temperature,
+            spec.teacher_temperature,
+            spec.soft_weight,
+            spec.hard_weight,
+        ),
+    )
+    return soft, hard
+
+
+def row_statistics(
+    logits: Tensor, labels: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `backends.Backend.row_statistics`."""
+    rows = _row_count(logits)
+    log_sum_exp, entropy, label_logprob = (torch.empty(rows) for _ in range(3))
+    argmax = torch.empty(rows, dtype=torch.int64)
+    labels = None if labels is None else labels.contiguous()
+    _call(
+        "fastkd_row_statistics",
+        _Statistics(
+            _matrix(logits),
+            _pointer(labels),
+            log_sum_exp.data_ptr(),
+            entropy.data_ptr(),
+            argmax.data_ptr(),
+            label_logprob.data_ptr(),
+            rows,
+            torch.get_num_threads(),
+            temperature,
+        ),
+    )
+    return log_sum_exp, entropy, argmax, label_logprob
+
+
+def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """See `backends.Backend.log_softmax`."""
+    rows = _row_count(logits)
+    normaliser = torch.empty(rows, 2)
+    arguments = _LogSoftmax(
+        _matrix(logits),
+        _Matrix(),
+        _matrix(out),
+        normaliser.data_ptr(),
+        rows,
+        torch.get_num_threads(),
+        temperature,
+    )
+    _call("fastkd_log_softmax", arguments)
+    return normaliser
+
+
+def log_softmax_backward(
+    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+) -> None:
+    """See `backends.Backend.log_softmax_backward`."""
+    arguments = _LogSoftmax(
+        _matrix(logits),
+        _matrix(upstream),
+        _matrix(grad),
+        normaliser.data_ptr(),
+        _row_count(logits),
+        torch.get_num_threads(),
+        temperature,
+    )
+    _call("fastkd_log_softmax_backward", arguments)
+
+
+def advise_huge_pages(tensor: Tensor) -> None:
+    """Ask the kernel to back a large new CPU tensor with huge pages: its first touch is several times cheaper."""
+    size = tensor.numel() * tensor.element_size()
+    if tensor.device.type != "cpu" or size < _HUGE_PAGE_THRESHOLD or type(tensor) is not Tensor:
+        return
+    library, _ = _load()
+    if library is not None and os.environ.get("FASTKD_HUGE_PAGES", "1") != "0":
+        library.fastkd_advise_huge_pages(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size))

@@ -1,0 +1,160 @@
+"""Who computes a loss: the native CPU library, the Triton kernels, or the eager reference.
+
+The three offer the same four functions (`Backend`), so that everything above them is written once. Which one runs
+is decided per call from the tensor's device, unless `use_backend` forces one.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import warnings
+from dataclasses import dataclass
+from types import TracebackType
+from typing import NamedTuple, Protocol, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["Backend", "BackendStatus", "RowSpec", "backends", "select", "use_backend"]
+
+
+@dataclass(frozen=True)
+class RowSpec:
+    """What one loss computes on every row: numbers only, so that it crosses into C and Triton unchanged."""
+
+    divergence: str
+    parameters: tuple[float, ...]
+    temperature: float
+    teacher_temperature: float
+    soft_weight: float  # T² included where the caller wants it
+    hard_weight: float
+    vocab_size: int  # columns that count; a wider (padded) row has probability 0 beyond
+
+
+class Backend(Protocol):
+    """The functions a backend offers. Rows are the collapsed leading dimensions; row scalars are fp32 `[rows]`."""
+
+    def kd_rows(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None,
+        soft_scale: Tensor | None,
+        hard_scale: Tensor | None,
+        spec: RowSpec,
+        grad: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Divergence and cross-entropy of each row; the student's gradient into `grad` (may be `student` itself).
+
+        A term is absent where its scale is None. In a row where a scale is 0 that term is not computed and reads 0.
+        grad = soft_weight·soft_scale·∂soft/∂z + hard_weight·hard_scale·∂hard/∂z, and 0 beyond `vocab_size`.
+        """
+        ...
+
+    def row_statistics(
+        self, logits: Tensor, labels: Tensor | None, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """log-sum-exp, entropy (nats), arg-max (int64) and label log-probability of softmax(logits / temperature)."""
+        ...
+
+    def log_softmax(self, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+        """Write log softmax(logits / temperature) to `out`; return the normaliser `[rows, 2]` for the backward.
+
+        The normaliser is (M, log2 Z) with softmax = 2^(logits·log2(e)/T − M − log2 Z) and M the row's maximum in that
+        unit: the sum of the two would lose the fraction beside a large offset.
+        """
+        ...
+
+    def log_softmax_backward(
+        self, upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+    ) -> None:
+        """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`."""
+        ...
+
+
+class BackendStatus(NamedTuple):
+    """Whether a backend can run here, and if not, why."""
+
+    available: bool
+    detail: str
+
+
+_MODULES = {"cpu": "fastkd._native", "triton": "fastkd.kernels.gpu", "reference": "fastkd.reference"}
+_forced: str | None = None
+
+
+@functools.cache
+def _status(name: str) -> BackendStatus:
+    if name == "reference":
+        return BackendStatus(True, "eager PyTorch, any device and dtype")
+    if name == "cpu":
+        from fastkd import _native
+
+        return BackendStatus(*_native.status())
+    try:
+        import triton
+    except ImportError as error:
+        return BackendStatus(False, f"triton cannot be imported: {error}")
+    if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
+        return BackendStatus(False, f"triton {triton.__version__} is installed, but no GPU is visible")
+    return BackendStatus(True, f"triton {triton.__version__}")
+
+
+def backends() -> dict[str, BackendStatus]:
+    """Every backend with whether it is available here and, where not, the reason."""
+    return {name: _status(name) for name in _MODULES}
+
+
+class use_backend:  # noqa: N801  (reads as a function, and is one until used in a `with` statement)
+    """Force one backend, from now on or, as a context manager, for a block.
+
+    >>> fastkd.use_backend("reference")         # until changed; None restores the automatic choice
+    >>> with fastkd.use_backend("reference"):   # for this block
+    ...     loss = kd(student, teacher, labels)
+
+    The choice is process-wide. Raises ValueError for an unknown name, RuntimeError for a backend that is unavailable.
+    """
+
+    def __init__(self, name: str | None) -> None:
+        global _forced
+        if name is not None:
+            if name not in _MODULES:
+                raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(_MODULES)} (or None)")
+            status = _status(name)
+            if not status.available:
+                raise RuntimeError(f"backend {name!r} is not available: {status.detail}")
+        self._previous = _forced
+        _forced = name
+
+    def __enter__(self) -> use_backend:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        global _forced
+        _forced = self._previous
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def select(tensor: Tensor) -> Backend:
+    """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
+    return cast(Backend, importlib.import_module(_MODULES[_forced or _automatic(tensor)]))
+
+
+def _automatic(tensor: Tensor) -> str:
+    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return "reference"  # float64: the kernels compute in fp32
+    wanted = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(tensor.device.type, "reference")
+    status = _status(wanted)
+    if status.available:
+        return wanted
+    _warn_once(
+        f"fastkd: the {wanted!r} backend is not available ({status.detail}); the slower eager reference is used"
+    )
+    return "reference"

@@ -1,0 +1,326 @@
+"""The distillation loss users call: `KDLoss`, and `kd_loss` for a single call.
+
+    loss = soft_weight · T² · D(teacher ‖ student at temperature T) + hard_weight · cross_entropy(student, labels)
+
+Everything that varies per token (mask, weights, divisor) is folded into one scale per row and term before a kernel
+runs; see `_row_scales`. The kernels then serve every reduction, mask and shift without knowing of them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastkd import ops, sources
+from fastkd.divergences import Divergence, resolve
+
+__all__ = ["KDLoss", "KDParts", "kd_loss"]
+
+Reduction = Literal["mean", "sum", "none", "batchmean"]
+
+
+class KDParts(NamedTuple):
+    """`loss` is what to differentiate; `soft` (T² included) and `hard` are its unweighted terms, detached.
+
+    loss = soft_weight · soft + hard_weight · hard. A term whose inputs are absent is 0.
+    """
+
+    loss: Tensor
+    soft: Tensor
+    hard: Tensor
+
+
+class KDLoss(nn.Module):
+    """Knowledge-distillation loss on logits, fused: no probability tensor is formed.
+
+    Args:
+        temperature: T of the soft term, for student and teacher (Hinton et al. 2015). Any T > 0.
+        soft_weight, hard_weight: weights of the divergence and of the cross-entropy. A term of weight 0 costs nothing
+            (unless `return_parts` asks for its value).
+        alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` the
+            opposite; published recipes mean both by α, so one without the other is an error.
+        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters, such as `fastkd.JSD(beta=.1)`.
+        teacher_temperature: the teacher's T where it differs from the student's.
+        scale_t2: multiply the soft term, value and gradient, by T² (the student's), which keeps its gradient's size
+            independent of T. Has no effect on `mse`, which knows no temperature.
+        ignore_index: label of the positions to leave out.
+        reduction: `"mean"` over unmasked tokens (Σ mask·weights; `num_items` replaces it), `"sum"`, `"batchmean"`
+            (sum ÷ first dimension) or `"none"` (one loss per token, 0 where masked).
+        shift: score logits `[..., :-1, :]` against labels `[..., 1:]`, as causal language models need; `weights` move
+            with the labels. Nothing is copied. With `"none"` the result has the shape of `labels[..., 1:]`.
+        mask_soft: whether `ignore_index` masks the soft term too. False counts every position there, with its own divisor.
+        vocab_size: count only the first `vocab_size` columns (vocabularies padded to different widths); the others
+            have probability 0 and gradient 0.
+        memory_budget: bytes of working memory a source may use, for sources that need any; a tensor of logits needs none.
+        inplace: write the student's gradient over its logits: no memory beyond row scalars. The logits are destroyed,
+            autograd's version counter is bumped. Not with `"none"`. Ignored under `torch.compile`, which plans memory itself.
+        return_parts: return `KDParts(loss, soft, hard)`.
+
+    Raises TypeError or ValueError, before any work and quoting the value, for arguments that cannot be meant.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 2.0,
+        *,
+        soft_weight: float = 0.5,
+        hard_weight: float = 0.5,
+        alpha: float | None = None,
+        alpha_on: Literal["soft", "hard"] | None = None,
+        divergence: str | Divergence = "forward_kl",
+        teacher_temperature: float | None = None,
+        scale_t2: bool = True,
+        ignore_index: int = -100,
+        reduction: Reduction = "mean",
+        shift: bool = False,
+        mask_soft: bool = True,
+        vocab_size: int | None = None,
+        memory_budget: int | None = None,
+        inplace: bool = False,
+        return_parts: bool = False,
+    ) -> None:
+        super().__init__()
+        self.temperature = temperature
+        self.soft_weight, self.hard_weight = _weights(soft_weight, hard_weight, alpha, alpha_on)
+        self.divergence = resolve(divergence)
+        self.teacher_temperature = teacher_temperature
+        self.scale_t2 = scale_t2
+        self.ignore_index = ignore_index
+        self.reduction = reduction
+        self.shift = shift
+        self.mask_soft = mask_soft
+        self.vocab_size = vocab_size
+        self.memory_budget = memory_budget
+        self.inplace = inplace
+        self.return_parts = return_parts
+        self._check_settings()
+
+    def forward(
+        self,
+        student: Tensor,
+        teacher: Tensor | None,
+        labels: Tensor | None = None,
+        *,
+        weights: Tensor | None = None,
+        num_items: float | Tensor | None = None,
+    ) -> Tensor | KDParts:
+        """The loss of one batch.
+
+        Args:
+            student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend).
+            teacher: logits `[..., V]` of the same leading shape, any of those dtypes. Never gets a gradient.
+                May be None where the soft term is not wanted (`soft_weight=0`).
+            labels: token ids `[...]`. May be None where `hard_weight=0`; positions equal to `ignore_index` are masked.
+            weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor.
+            num_items: replaces the mean's divisor: the number of unmasked tokens of the whole optimiser step under
+                gradient accumulation. A number, or a 0-dim tensor on any device.
+
+        Returns:
+            fp32 (float64 for float64 logits): a scalar, or the leading shape for `reduction="none"`;
+            `KDParts` with `return_parts=True`. With nothing unmasked the loss and all gradients are 0.
+        """
+        self._check_settings()
+        vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
+        self._check_call(student, teacher, labels, num_items)
+        if labels is not None:
+            labels = labels.detach().to(torch.int64)
+
+        want_soft = teacher is not None and (self.soft_weight > 0 or self.return_parts)
+        want_hard = labels is not None and (self.hard_weight > 0 or self.return_parts)
+        if self.shift and labels is not None:
+            labels = _shift_left(labels, self.ignore_index)
+        soft_scale, hard_scale = self._row_scales(student, labels, weights, num_items)
+        t2 = self.temperature**2 if self.scale_t2 and self.divergence.tempered else 1.0
+        arguments = (
+            teacher.detach() if want_soft and teacher is not None else None,
+            labels.reshape(-1) if want_hard and labels is not None else None,
+            soft_scale if want_soft else None,
+            hard_scale if want_hard else None,
+            self.divergence.name,
+            self.divergence.parameters,
+            float(self.temperature),
+            float(self.temperature if self.teacher_temperature is None else self.teacher_temperature),
+            float(self.soft_weight * t2),
+            float(self.hard_weight),
+            vocab_size,
+        )
+        loss, soft, hard = self._run(student, arguments)
+
+        if self.reduction == "none":
+            loss = self._per_token(loss, student)
+        if not self.return_parts:
+            return loss
+        soft, hard = (t2 * soft_scale * soft, hard_scale * hard)
+        if self.reduction == "none":
+            return KDParts(loss, self._per_token(soft, student), self._per_token(hard, student))
+        return KDParts(loss, soft.sum(), hard.sum())
+
+    def _run(self, student: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        wants_grad = student.requires_grad and torch.is_grad_enabled()
+        if self.reduction == "none":
+            return torch.ops.fastkd.kd_rows(student, *arguments)  # type: ignore[no-any-return]
+        if self.inplace and wants_grad and not torch.compiler.is_compiling():
+            return _InPlace.apply(student, arguments)  # type: ignore[no-any-return, no-untyped-call]
+        loss, soft, hard, _ = torch.ops.fastkd.kd_loss(student, *arguments, wants_grad)
+        return loss, soft, hard
+
+    def _per_token(self, rows: Tensor, student: Tensor) -> Tensor:
+        tokens = rows.reshape(student.shape[:-1])
+        return tokens[..., :-1] if self.shift else tokens
+
+    def _row_scales(
+        self, student: Tensor, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What each row's soft and hard value is multiplied by: mask × weights ÷ divisor, `[rows]` each.
+
+        `labels` are already shifted; the last position, which predicts nothing then, gets scale 0.
+        """
+        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        if weights is None:
+            every = torch.ones(student.shape[:-1], dtype=dtype, device=student.device)
+        else:
+            every = weights.detach().to(dtype)
+        if self.shift:
+            every = _shift_left(every, 0.0) if weights is not None else _without_last(every)
+        masked = every if labels is None else torch.where(labels == self.ignore_index, 0.0, every)
+        hard = self._divided(masked, num_items)
+        if self.mask_soft or masked is every:
+            return hard, hard
+        return self._divided(every, num_items), hard
+
+    def _divided(self, scale: Tensor, num_items: float | Tensor | None) -> Tensor:
+        if self.reduction == "batchmean":
+            return scale.reshape(-1) / max(scale.shape[0], 1)
+        scale = scale.reshape(-1)
+        if self.reduction != "mean":
+            return scale
+        if num_items is None:
+            divisor = scale.sum()
+        else:
+            divisor = torch.as_tensor(num_items, dtype=scale.dtype).to(scale.device, non_blocking=True)
+        return torch.where(divisor == 0, 0.0, scale / divisor)
+
+    def _check_settings(self) -> None:
+        for name in ("temperature", "teacher_temperature"):
+            value = getattr(self, name)
+            if value is not None and not (_is_number(value) and 0 < value < math.inf):
+                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        for name in ("soft_weight", "hard_weight"):
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < math.inf):
+                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+        if self.soft_weight == self.hard_weight == 0:
+            raise ValueError("soft_weight and hard_weight are both 0: there is nothing to compute")
+        if self.reduction not in ("mean", "sum", "none", "batchmean"):
+            raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'batchmean', got {self.reduction!r}")
+        if self.inplace and self.reduction == "none":
+            raise ValueError("inplace=True cannot go with reduction='none', whose backward needs the logits again")
+        if self.memory_budget is not None and not (_is_number(self.memory_budget) and self.memory_budget > 0):
+            raise ValueError(f"memory_budget must be a number of bytes > 0, got {self.memory_budget!r}")
+
+    def _check_call(
+        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, num_items: float | Tensor | None
+    ) -> None:
+        if labels is None and self.hard_weight > 0:
+            raise ValueError(f"labels are needed for hard_weight={self.hard_weight}; pass them or set hard_weight=0")
+        if teacher is None and self.soft_weight > 0:
+            raise ValueError(f"a teacher is needed for soft_weight={self.soft_weight}; pass one or set soft_weight=0")
+        if self.shift and student.dim() < 2:
+            raise ValueError(f"shift=True needs logits [..., sequence, vocab], got shape {tuple(student.shape)}")
+        if self.reduction == "batchmean" and student.dim() < 2:
+            raise ValueError(f"reduction='batchmean' needs a batch dimension, got logits {tuple(student.shape)}")
+        if num_items is not None:
+            if self.reduction != "mean":
+                raise ValueError(
+                    f"num_items replaces the divisor of reduction='mean'; it has no meaning for {self.reduction!r}"
+                )
+            if isinstance(num_items, Tensor):
+                if num_items.numel() != 1:
+                    raise ValueError(f"num_items must hold one number, got a tensor of shape {tuple(num_items.shape)}")
+            elif not (_is_number(num_items) and 0 <= num_items < math.inf):
+                raise ValueError(f"num_items must be a finite number >= 0, got {num_items!r}")
+        if self.inplace:
+            layout = ops.row_layout(student)
+            if layout is None or any(
+                size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)
+            ):
+                raise ValueError(
+                    f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
+                    f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
+                )
+
+    def extra_repr(self) -> str:
+        """Settings as printed by `print(module)`."""
+        return (
+            f"temperature={self.temperature}, soft_weight={self.soft_weight}, hard_weight={self.hard_weight}, "
+            f"divergence={self.divergence}, reduction={self.reduction!r}"
+        )
+
+
+def kd_loss(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None = None,
+    *,
+    weights: Tensor | None = None,
+    num_items: float | Tensor | None = None,
+    **settings: Any,
+) -> Tensor | KDParts:
+    """`KDLoss(**settings)(student, teacher, labels, weights=weights, num_items=num_items)`."""
+    return KDLoss(**settings).forward(student, teacher, labels, weights=weights, num_items=num_items)
+
+
+class _InPlace(torch.autograd.Function):
+    """A scalar loss whose gradient replaces the student's logits in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        loss, soft, hard = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
+        # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
+        torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(student)
+        ctx.mark_non_differentiable(soft, hard)
+        ctx.set_materialize_grads(False)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, None]:
+        ops.refuse_double_backward()
+        (student,) = ctx.saved_tensors
+        upstream = upstreams[0]
+        return (None if upstream is None else ops.scale_saved(student.detach(), upstream)), None
+
+
+def _weights(
+    soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None
+) -> tuple[float, float]:
+    if alpha is None:
+        if alpha_on is not None:
+            raise ValueError(f"alpha_on={alpha_on!r} was given without alpha")
+        return soft_weight, hard_weight
+    if alpha_on not in ("soft", "hard"):
+        raise ValueError(
+            f"alpha={alpha} alone is ambiguous: published recipes put alpha on the soft or on the hard term. "
+            f"Pass alpha_on='soft' or alpha_on='hard' (got {alpha_on!r}), or soft_weight= and hard_weight="
+        )
+    if not (_is_number(alpha) and 0 <= alpha <= 1):
+        raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
+    if (soft_weight, hard_weight) != (0.5, 0.5):
+        raise ValueError("pass either alpha with alpha_on, or soft_weight and hard_weight, not both")
+    return (alpha, 1 - alpha) if alpha_on == "soft" else (1 - alpha, alpha)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _shift_left(tokens: Tensor, fill: float) -> Tensor:
+    """tokens `[..., S]` moved one place towards the front, the freed last place filled."""
+    return torch.nn.functional.pad(tokens[..., 1:], (0, 1), value=fill)
+
+
+def _without_last(tokens: Tensor) -> Tensor:
+    return torch.nn.functional.pad(tokens[..., :-1], (0, 1), value=0.0)

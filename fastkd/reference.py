@@ -1,0 +1,200 @@
+"""The specification, in eager PyTorch: any device, any floating dtype, float64 included.
+
+Tests and benchmarks import this file and judge the kernels by it. A divergence is a function
+`(log_p, log_q, parameters) → (term, g)` on `[rows, V]` log-probabilities of teacher and student, where the value
+of a row is Σ_v term and `g = ∂term/∂log q`. With G = Σ_v g the gradient w.r.t. the student's logits is
+`(g − q·G) / T`, so the skeleton below serves every divergence.
+
+This file is also the backend of last resort: it offers the same four functions as the kernels (see `backends.Backend`).
+Formulas follow the textbook rather than the kernels, so that the two can disagree.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fastkd.backends import RowSpec
+
+__all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+def _weighted(probability: Tensor, value: Tensor) -> Tensor:
+    """probability · value, and 0 where the probability is 0 even if the value there is infinite or NaN."""
+    return torch.where(probability == 0, 0.0, probability * value)
+
+
+def _log_mix(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight·a + (1−weight)·b) for 0 < weight < 1."""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    p = log_p.exp()
+    return _weighted(p, log_p - log_q), -p
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    q = log_q.exp()
+    term = _weighted(q, log_q - log_p)
+    return term, term + q
+
+
+def symmetric_kl(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    (weight,) = parameters
+    (forward, g_forward), (reverse, g_reverse) = forward_kl(log_p, log_q, ()), reverse_kl(log_p, log_q, ())
+    return weight * forward + (1 - weight) * reverse, weight * g_forward + (1 - weight) * g_reverse
+
+
+def jsd(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    (beta,) = parameters
+    p, q, log_m = log_p.exp(), log_q.exp(), _log_mix(log_p, log_q, beta)
+    from_student = (1 - beta) * _weighted(q, log_q - log_m)
+    return beta * _weighted(p, log_p - log_m) + from_student, from_student
+
+
+def skew_kl(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    (lam,) = parameters
+    p, log_m = log_p.exp(), _log_mix(log_p, log_q, lam)
+    return _weighted(p, log_p - log_m), -(1 - lam) * _weighted(p, (log_q - log_m).exp())
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    (lam,) = parameters
+    q, log_m = log_q.exp(), _log_mix(log_q, log_p, lam)
+    term = _weighted(q, log_q - log_m)
+    return term, term + (1 - lam) * _weighted(q, (log_p - log_m).exp())
+
+
+def tvd(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    p, q = log_p.exp(), log_q.exp()
+    return (p - q).abs() / 2, q * torch.sign(q - p) / 2
+
+
+def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    alpha, beta = parameters
+    total = alpha + beta
+    ratio = torch.where(log_p == log_q, 0.0, log_q - log_p)  # 0, not NaN, where both are −inf
+    if alpha == beta == 0:
+        return ratio.square() / 2, ratio
+    if alpha == 0:
+        p, q = (beta * log_p).exp(), (beta * log_q).exp()
+        return (_weighted(q, beta * ratio) - q + p) / beta**2, _weighted(q, ratio)
+    if beta == 0:
+        p, q = (alpha * log_p).exp(), (alpha * log_q).exp()
+        return (_weighted(p, -alpha * ratio) - p + q) / alpha**2, (q - p) / alpha
+    if total == 0:
+        return (alpha * ratio + (-alpha * ratio).exp() - 1) / alpha**2, (1 - (-alpha * ratio).exp()) / alpha
+    mixed, p, q = (alpha * log_p + beta * log_q).exp(), (total * log_p).exp(), (total * log_q).exp()
+    term = (alpha / total * p + beta / total * q - mixed) / (alpha * beta)
+    return term, (q - mixed) / alpha
+
+
+DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Sequence[float]], Pair]] = {
+    function.__name__: function
+    for function in (forward_kl, reverse_kl, symmetric_kl, jsd, skew_kl, skew_reverse_kl, tvd, alpha_beta)
+}
+
+
+def _wide(logits: Tensor, columns: int | None = None) -> Tensor:
+    """`[rows, columns]` in the dtype the arithmetic runs in: fp32, or float64 where the input is."""
+    rows = logits[..., :columns].reshape(-1, logits.shape[-1] if columns is None else columns)
+    return rows if rows.dtype == torch.float64 else rows.float()
+
+
+def _divergence_rows(student: Tensor, teacher: Tensor, spec: RowSpec) -> Pair:
+    """`[rows]` values and their `[rows, V]` gradient w.r.t. the student's logits."""
+    if spec.divergence == "mse":
+        difference = torch.where(student == teacher, 0.0, student - teacher)  # 0 where both are −inf
+        return difference.square().mean(-1), difference * (2 / spec.vocab_size)
+    log_q = torch.log_softmax(student / spec.temperature, -1)
+    log_p = torch.log_softmax(teacher / spec.teacher_temperature, -1)
+    term, g = DIVERGENCES[spec.divergence](log_p, log_q, spec.parameters)
+    return term.sum(-1), (g - log_q.exp() * g.sum(-1, keepdim=True)) / spec.temperature
+
+
+def _label_log_probabilities(log_q: Tensor, labels: Tensor) -> Tensor:
+    """`[rows]` log q[label]; NaN where the label is outside the vocabulary."""
+    inside = (labels >= 0) & (labels < log_q.shape[-1])
+    picked = log_q.gather(-1, torch.where(inside, labels, 0)[:, None])[:, 0]
+    return torch.where(inside, picked, math.nan)
+
+
+def _cross_entropy_rows(student: Tensor, labels: Tensor) -> Pair:
+    log_q = torch.log_softmax(student, -1)
+    loss = -_label_log_probabilities(log_q, labels)
+    gradient = log_q.exp()
+    inside = (labels >= 0) & (labels < student.shape[-1])
+    gradient.scatter_add_(-1, torch.where(inside, labels, 0)[:, None], -inside[:, None].to(gradient.dtype))
+    return loss, gradient + torch.where(inside, 0.0, math.nan)[:, None].to(gradient.dtype)
+
+
+def kd_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    spec: RowSpec,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """See `backends.Backend.kd_rows`."""
+    logits = _wide(student, spec.vocab_size)
+    soft = hard = logits.new_zeros(logits.shape[0])
+    gradient = torch.zeros_like(logits) if grad is not None else None
+    if soft_scale is not None and teacher is not None:
+        value, slope = _divergence_rows(logits, _wide(teacher, spec.vocab_size), spec)
+        soft = torch.where(soft_scale == 0, 0.0, value)
+        if gradient is not None:
+            gradient += _scaled(slope, spec.soft_weight * soft_scale)
+    if hard_scale is not None and labels is not None:
+        value, slope = _cross_entropy_rows(logits, labels)
+        hard = torch.where(hard_scale == 0, 0.0, value)
+        if gradient is not None:
+            gradient += _scaled(slope, spec.hard_weight * hard_scale)
+    if grad is not None and gradient is not None:
+        grad[..., : spec.vocab_size].copy_(gradient.view(*grad.shape[:-1], spec.vocab_size))
+        grad[..., spec.vocab_size :].zero_()
+    return soft, hard
+
+
+def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
+    return torch.where(scale[:, None] == 0, 0.0, slope * scale[:, None])
+
+
+def row_statistics(
+    logits: Tensor, labels: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """See `backends.Backend.row_statistics`."""
+    scaled = _wide(logits) / temperature
+    log_sum_exp = torch.logsumexp(scaled, -1)
+    log_q = scaled - log_sum_exp[:, None]
+    entropy = -_weighted(log_q.exp(), log_q).sum(-1)
+    if labels is None:
+        picked = torch.full_like(log_sum_exp, math.nan)
+    else:
+        picked = _label_log_probabilities(log_q, labels)
+    return log_sum_exp, entropy, scaled.argmax(-1), picked
+
+
+def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """See `backends.Backend.log_softmax`."""
+    scaled = _wide(logits) / temperature
+    out.copy_(torch.log_softmax(scaled, -1).view(out.shape))
+    largest = scaled.amax(-1)
+    log_sum = torch.logsumexp(scaled - largest[:, None], -1)
+    return torch.stack((largest, log_sum), -1) / math.log(2)
+
+
+def log_softmax_backward(
+    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+) -> None:
+    """See `backends.Backend.log_softmax_backward`."""
+    above = _wide(upstream)
+    exponent = _wide(logits) / (temperature * math.log(2)) - normaliser[:, :1] - normaliser[:, 1:]
+    grad.copy_(((above - exponent.exp2() * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))

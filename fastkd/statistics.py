@@ -1,0 +1,61 @@
+"""Row statistics and log-softmax beside the loss, from the same kernels: no probability tensor is formed."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from fastkd import sources
+
+__all__ = ["RowStatistics", "log_softmax", "row_statistics"]
+
+
+class RowStatistics(NamedTuple):
+    """Per row of logits, each of the leading shape."""
+
+    log_sum_exp: Tensor  # log Σ exp(logits / T)
+    entropy: Tensor  # of softmax(logits / T), in nats (divide by ln 2 for bits)
+    argmax: Tensor  # int64, the first of equal maxima
+    label_logprob: Tensor  # log-probability of the label; NaN without labels and where a label is no token id
+
+
+def _check_temperature(temperature: float) -> float:
+    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
+        raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
+    return float(temperature)
+
+
+def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """log softmax(logits / temperature) over the last dimension, fused and differentiable.
+
+    Args:
+        logits: `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend); fp32 inside, rounded once.
+        temperature: any T > 0.
+
+    Returns:
+        The same shape and dtype. Raises TypeError / ValueError for a wrong dtype, shape or temperature.
+    """
+    sources.check(logits, None, None, None, None)
+    out: Tensor = torch.ops.fastkd.log_softmax(logits, _check_temperature(temperature))[0]
+    return out
+
+
+def row_statistics(logits: Tensor, labels: Tensor | None = None, temperature: float = 1.0) -> RowStatistics:
+    """Log-sum-exp, entropy, arg-max and the label's log-probability of every row, in one read of the logits.
+
+    Args:
+        logits: `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend).
+        labels: token ids `[...]`, or None. Ids outside [0, V), such as −100, read NaN.
+        temperature: any T > 0.
+
+    Returns:
+        `RowStatistics`, fp32 (arg-max int64) of the leading shape, without gradient.
+        Perplexity is `exp(-label_logprob.nanmean())`. Raises TypeError / ValueError as `log_softmax` does.
+    """
+    sources.check(logits, None, labels, None, None)
+    flat = None if labels is None else labels.to(torch.int64).reshape(-1)
+    rows = torch.ops.fastkd.row_statistics(logits.detach(), flat, _check_temperature(temperature))
+    return RowStatistics(*(row.reshape(logits.shape[:-1]) for row in rows))

@@ -1,0 +1,70 @@
+// C entry points: pick the instruction set once, then forward.
+#include "api.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#define FASTKD_API extern "C" __attribute__((visibility("default")))
+
+#if defined(FASTKD_HAS_v4)
+namespace v4 { Kernels kernels(); }
+#endif
+#if defined(FASTKD_HAS_v3)
+namespace v3 { Kernels kernels(); }
+#endif
+#if defined(FASTKD_HAS_generic)
+namespace generic { Kernels kernels(); }
+#endif
+
+namespace {
+
+struct Choice {
+  const char* name;  // nullptr: this processor is not supported
+  Kernels kernels;
+};
+
+Choice choose() {
+#if defined(FASTKD_HAS_v3)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("x86-64-v4")) return {"x86-64-v4 (AVX-512)", v4::kernels()};
+  if (__builtin_cpu_supports("x86-64-v3")) return {"x86-64-v3 (AVX2, FMA)", v3::kernels()};
+#endif
+#if defined(FASTKD_HAS_generic)
+  return {"generic vectors of 128 bits", generic::kernels()};
+#endif
+  return {nullptr, {}};
+}
+
+const Choice& chosen() {
+  static const Choice choice = choose();
+  return choice;
+}
+
+}  // namespace
+
+FASTKD_API int fastkd_abi() { return 1; }
+
+FASTKD_API const char* fastkd_isa() { return chosen().name; }
+
+FASTKD_API int fastkd_kd_rows(const KDRows* call) { return chosen().kernels.kd_rows(*call); }
+
+FASTKD_API int fastkd_row_statistics(const Statistics* call) { return chosen().kernels.row_statistics(*call); }
+
+FASTKD_API int fastkd_log_softmax(const LogSoftmax* call) { return chosen().kernels.log_softmax(*call); }
+
+FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
+  return chosen().kernels.log_softmax_backward(*call);
+}
+
+// Ask for huge pages under the whole pages of a fresh buffer: touching it first is the largest cost of a fresh gradient.
+FASTKD_API void fastkd_advise_huge_pages(char* data, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  const uintptr_t page = 4096;
+  const uintptr_t first = (reinterpret_cast<uintptr_t>(data) + page - 1) / page * page;
+  const uintptr_t last = (reinterpret_cast<uintptr_t>(data) + bytes) / page * page;
+  if (last > first) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}

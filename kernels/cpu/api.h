@@ -1,0 +1,63 @@
+// The C interface: one argument struct per operation, mirrored field by field in fastkd/_native.py.
+#pragma once
+#include <cstdint>
+
+// Rows of `width` elements of dtype 0 = fp32, 1 = bf16, 2 = fp16; row i starts at element
+// (i / inner) * outer_stride + (i % inner) * inner_stride. data == nullptr: absent.
+struct Matrix {
+  void* data;
+  int64_t dtype;
+  int64_t width;
+  int64_t inner;
+  int64_t outer_stride;
+  int64_t inner_stride;
+};
+
+// See fastkd/backends.py, Backend.kd_rows. `grad` may be `student`.
+struct KDRows {
+  Matrix student, teacher, grad;
+  const int64_t* labels;
+  const float* soft_scale;  // nullptr: no soft term (and no teacher)
+  const float* hard_scale;  // nullptr: no hard term (and no labels)
+  float* soft;
+  float* hard;
+  int64_t rows;
+  int64_t vocab_size;
+  int64_t divergence;  // position in fastkd.divergences.TABLE
+  int64_t threads;
+  double parameters[2];
+  double temperature, teacher_temperature;
+  double soft_weight, hard_weight;
+};
+
+struct Statistics {
+  Matrix logits;
+  const int64_t* labels;  // nullptr: every label_logprob is NaN
+  float* log_sum_exp;
+  float* entropy;
+  int64_t* argmax;
+  float* label_logprob;
+  int64_t rows;
+  int64_t threads;
+  double temperature;
+};
+
+// `normaliser` is [rows, 2]: (M, log2 Z) with softmax(z / T) = 2^(z * log2(e)/T - M - log2 Z), M in fp32 as the
+// kernels round it; the two apart, because their sum would lose the fraction beside a large offset.
+struct LogSoftmax {
+  Matrix logits;
+  Matrix upstream;  // backward only
+  Matrix out;
+  float* normaliser;
+  int64_t rows;
+  int64_t threads;
+  double temperature;
+};
+
+// The kernels of one instruction set. Each returns 0, or 1 when a row buffer could not be allocated.
+struct Kernels {
+  int (*kd_rows)(const KDRows&);
+  int (*row_statistics)(const Statistics&);
+  int (*log_softmax)(const LogSoftmax&);
+  int (*log_softmax_backward)(const LogSoftmax&);
+};

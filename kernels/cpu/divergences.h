@@ -1,0 +1,124 @@
+// One functor per divergence: from the probabilities of a vector of columns to the term and g = dterm/dlog q.
+// The skeleton in rows.h does the rest. fastkd/reference.py holds the definitions these must agree with.
+//
+// `d = log q - log p` comes from the difference of the logits, so the near-equal rows that training ends in keep
+// their relative precision; functors therefore work from d and not from log q and log p.
+#pragma once
+#include "vector.h"
+
+namespace FASTKD_ISA {
+
+// One vector of columns, natural logarithms. Where a logit is -inf its probability is 0, its logarithm -inf, and d is
+// infinite (NaN if both are -inf).
+struct Cell {
+  vec p, q, log_p, log_q, d;
+};
+
+struct Pair {
+  vec term, g;
+};
+
+// The Kullback-Leibler family closes in one sweep: its value and gradient are linear in sums the statistics sweep takes.
+struct ForwardKL {
+  static constexpr bool forward = true, reverse = false;
+  explicit ForwardKL(const double*) {}
+  double weight() const { return 1; }
+};
+
+struct ReverseKL {
+  static constexpr bool forward = false, reverse = true;
+  explicit ReverseKL(const double*) {}
+  double weight() const { return 0; }
+};
+
+struct SymmetricKL {
+  static constexpr bool forward = true, reverse = true;
+  double w;
+  explicit SymmetricKL(const double* parameters) : w(parameters[0]) {}
+  double weight() const { return w; }  // of the forward direction
+};
+
+// log(weight + (1 - weight) e^d), for 0 < weight < 1: no overflow, and exact in the limit d -> 0.
+inline vec log_mix(vec d, float weight) {
+  const vec share = select(d > 0.f, splat(weight), splat(1.f - weight));
+  return max(d, vec{}) + log1p_nonpositive(share * expm1_nonpositive(-abs(d)));
+}
+
+struct JSD {
+  float beta;
+  explicit JSD(const double* parameters) : beta((float)parameters[0]) {}
+  Pair operator()(const Cell& c) const {
+    const vec log_m_over_p = log_mix(c.d, beta);  // m = beta p + (1 - beta) q
+    const vec g = keep(c.q > 0.f, (1.f - beta) * c.q * (c.d - log_m_over_p));
+    return {g - keep(c.p > 0.f, beta * c.p * log_m_over_p), g};
+  }
+};
+
+struct SkewKL {
+  float lam;
+  explicit SkewKL(const double* parameters) : lam((float)parameters[0]) {}
+  Pair operator()(const Cell& c) const {
+    const vec m = lam * c.p + (1.f - lam) * c.q;
+    const vec g = keep(c.p > 0.f, (lam - 1.f) * c.p * (c.q / m));
+    return {-keep(c.p > 0.f, c.p * log_mix(c.d, lam)), g};
+  }
+};
+
+struct SkewReverseKL {
+  float lam;
+  explicit SkewReverseKL(const double* parameters) : lam((float)parameters[0]) {}
+  Pair operator()(const Cell& c) const {
+    const vec m = (1.f - lam) * c.p + lam * c.q;
+    const vec term = keep(c.q > 0.f, -c.q * log_mix(-c.d, lam));
+    return {term, term + keep(c.q > 0.f, (1.f - lam) * c.q * (c.p / m))};
+  }
+};
+
+struct TVD {
+  explicit TVD(const double*) {}
+  Pair operator()(const Cell& c) const {
+    // The sign comes from d, which is exact where p and q agree to their last bit.
+    const vec g = 0.5f * c.q;
+    const ivec sign = bits(c.d) & (int32_t)0x80000000;
+    return {0.5f * abs(c.p - c.q), keep(c.d != 0.f, from_bits(bits(g) ^ sign))};
+  }
+};
+
+// e^a - e^b with a - b given apart and accurately; no overflow unless the difference itself is infinite.
+inline vec exp_difference(vec a, vec b, vec a_minus_b) {
+  const vec magnitude = -exp(max(a, b)) * expm1_nonpositive(-abs(a_minus_b));
+  return select(a_minus_b < 0.f, -magnitude, magnitude);
+}
+
+struct AlphaBeta {
+  float alpha, beta;
+  explicit AlphaBeta(const double* parameters) : alpha((float)parameters[0]), beta((float)parameters[1]) {}
+
+  // With P = p^s, Q = q^s, A = p^alpha q^beta and s = alpha + beta, all from logarithms: a small power of a
+  // probability that underflows does not.
+  Pair operator()(const Cell& c) const {
+    const float s = alpha + beta;
+    const vec d = keep(~(c.log_p == c.log_q), c.d);  // 0 where both are -inf
+    const vec a = scaled(alpha, c.log_p) + scaled(beta, c.log_q);
+    const vec p = scaled(s, c.log_p), q = scaled(s, c.log_q);
+    if (alpha != 0 && beta != 0 && s != 0) {
+      const vec q_less_a = exp_difference(q, a, alpha * d), p_less_a = exp_difference(p, a, -beta * d);
+      return {(p_less_a / (beta * s)) + (q_less_a / (alpha * s)), q_less_a / alpha};
+    }
+    if (alpha == 0 && beta == 0) return {0.5f * d * d, d};
+    if (s == 0) {
+      const vec g = (1.f - exp(-alpha * d)) / alpha;
+      return {(d - g) / alpha, g};
+    }
+    const vec difference = exp_difference(q, p, s * d);
+    if (beta == 0) return {difference / (s * s) - weighted(exp(p), d) / s, difference / s};
+    const vec g = weighted(exp(q), d);
+    return {g / s - difference / (s * s), g};
+  }
+
+ private:
+  static vec scaled(float factor, vec x) { return factor == 0 ? vec{} : factor * x; }  // 0 * -inf is 0 here
+  static vec weighted(vec weight, vec x) { return keep(weight != 0.f, weight * x); }
+};
+
+}  // namespace FASTKD_ISA

@@ -1,0 +1,209 @@
+// From a call to its rows: which family a divergence belongs to, threads, per-thread memory, skipped rows.
+#pragma once
+#include "rows.h"
+
+#include <stdlib.h>
+#include <type_traits>
+
+namespace FASTKD_ISA {
+
+// Placeholders for rows and calls without a divergence on probabilities.
+struct NoSoft {};
+struct MSE {};
+
+template <class Divergence, class = void>
+struct is_kl : std::false_type {};
+template <class Divergence>
+struct is_kl<Divergence, std::void_t<decltype(Divergence::forward)>> : std::true_type {};
+
+// The loss of one row and, if wanted, its gradient. `divergence` is a functor, MSE or NoSoft.
+template <int hard, class Divergence>
+inline void one_row(const Divergence& divergence, const Row& row, const Settings& settings, const Scratch& scratch,
+                    float& soft_out, float& hard_out) {
+  constexpr bool kl = is_kl<Divergence>::value;
+  constexpr bool raw = std::is_same<Divergence, MSE>::value;
+  constexpr bool no_soft = std::is_same<Divergence, NoSoft>::value;
+  constexpr bool functor = !kl && !raw && !no_soft;
+  constexpr bool probabilities = kl || functor;
+
+  Sums sums;
+  if constexpr (kl)
+    sums = statistics<true, Divergence::forward, Divergence::reverse, hard>(row, settings, scratch, settings.want_grad);
+  else if constexpr (functor)
+    sums = statistics<true, false, false, hard>(row, settings, scratch, true);
+  else if constexpr (hard != kNoHard)
+    sums = statistics<false, false, false, hard>(row, settings, scratch, settings.want_grad);
+
+  const double ln2 = 0.69314718055994530942;
+  const double soft = settings.soft_weight * row.soft_scale / (probabilities ? settings.temperature : 1);
+  Combination combination;
+  double value = 0;
+  if constexpr (kl) {
+    const double apart = ::log(sums.student) - ::log(sums.teacher);
+    const double forward = Divergence::forward ? ln2 * sums.forward / sums.teacher + apart : 0;
+    const double reverse = Divergence::reverse ? ln2 * sums.reverse / sums.student - apart : 0;
+    const double w = divergence.weight();
+    value = (w != 0 ? w * forward : 0) + (w != 1 ? (1 - w) * reverse : 0);
+    combination.student = soft / sums.student * (w - (1 - w) * (Divergence::reverse ? reverse : 0));
+    combination.ratio = soft / sums.student * (1 - w) * ln2;
+    combination.teacher = -soft * w / sums.teacher;
+  } else if constexpr (functor) {
+    double total_g;
+    divergence_sums(divergence, row, settings, scratch, sums, value, total_g);
+    combination.student = -soft * total_g / sums.student;
+    combination.teacher = soft;
+    combination.teacher_is_g = true;
+  } else if constexpr (raw) {
+    value = squared_error(row, settings);
+    combination.raw = 2 * soft / settings.vocab_size;
+  }
+  soft_out = (float)value;
+
+  hard_out = 0;
+  if constexpr (hard != kNoHard) {
+    if (row.label < 0 || row.label >= settings.vocab_size) {
+      hard_out = __builtin_nanf("");  // never read out of bounds, never hidden
+    } else {
+      // The label's exponent is rounded by the same multiply-add as every column's, so a large offset cancels.
+      const float z = row.student.at(row.label);
+      const double y = hard == kOwnExponential
+                           ? (double)__builtin_fmaf(z, kLog2e, -sums.hard_max)
+                           : (double)hard * __builtin_fmaf(z, settings.student_scale, -sums.student_max);
+      hard_out = (float)(::log(sums.hard) - ln2 * y);
+    }
+    combination.label = settings.hard_weight * row.hard_scale;
+    combination.hard = combination.label / sums.hard;
+    if (hard_out != hard_out) combination.hard = combination.label = hard_out;
+  }
+
+  if (!settings.want_grad) return;
+  constexpr int logits = raw ? kDifference : kl && !std::is_same<Divergence, ForwardKL>::value ? kLogRatio : kStashOnly;
+  constexpr bool teacher_stash = std::is_same<Divergence, ForwardKL>::value ||
+                                 std::is_same<Divergence, SymmetricKL>::value || functor;
+  gradient<logits, teacher_stash, hard>(row, settings, scratch, sums, combination);
+}
+
+// Turns the run-time choice of the hard term into a template argument.
+template <class Divergence>
+inline void one_row(const Divergence& divergence, int hard, const Row& row, const Settings& settings,
+                    const Scratch& scratch, float& soft_out, float& hard_out) {
+  switch (hard) {
+    case kNoHard: return one_row<kNoHard>(divergence, row, settings, scratch, soft_out, hard_out);
+    case kPower1: return one_row<kPower1>(divergence, row, settings, scratch, soft_out, hard_out);
+    case kPower2: return one_row<kPower2>(divergence, row, settings, scratch, soft_out, hard_out);
+    case kPower3: return one_row<kPower3>(divergence, row, settings, scratch, soft_out, hard_out);
+    case kPower4: return one_row<kPower4>(divergence, row, settings, scratch, soft_out, hard_out);
+    default: return one_row<kOwnExponential>(divergence, row, settings, scratch, soft_out, hard_out);
+  }
+}
+
+// One allocation per thread, carved into the arrays of Scratch.
+class ThreadMemory {
+ public:
+  ThreadMemory(int64_t vocab_size, int stashes) {
+    const int64_t blocks = (vocab_size + block - 1) / block;
+    const int64_t row = blocks * block, maxima = (blocks + 15) / 16 * 16;
+    const int64_t floats = stashes * row + 3 * (maxima + block) + (3 - stashes) * block;
+    memory_ = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
+    float* next = memory_;
+    const auto take = [&](int64_t n) { return next += n, next - n; };
+    scratch.student = take(row);
+    scratch.teacher = take(stashes > 1 ? row : block);
+    scratch.hard = take(stashes > 2 ? row : block);
+    scratch.student_max = take(maxima), scratch.teacher_max = take(maxima), scratch.hard_max = take(maxima);
+    scratch.student_block = take(block), scratch.teacher_block = take(block), scratch.out_block = take(block);
+  }
+  ~ThreadMemory() { free(memory_); }
+  ThreadMemory(const ThreadMemory&) = delete;
+  bool failed() const { return memory_ == nullptr; }
+  Scratch scratch;
+
+ private:
+  float* memory_;
+};
+
+constexpr int64_t kSerialBelow = 32768;  // elements: waking the other threads costs about 15 us
+
+inline int team(int64_t rows, int64_t columns, int64_t threads) {
+  const int64_t most = rows < threads ? rows : threads;
+  return rows * columns < kSerialBelow || most < 1 ? 1 : (int)most;
+}
+
+inline int hard_term(const KDRows& call, double temperature) {
+  if (!call.hard_scale) return kNoHard;
+  for (int t = 1; t <= 4; t++)
+    if (temperature == t) return t;
+  return kOwnExponential;
+}
+
+template <class Divergence>
+int kd_rows(const Divergence& divergence, const KDRows& call) {
+  constexpr bool probabilities = !std::is_same<Divergence, MSE>::value && !std::is_same<Divergence, NoSoft>::value;
+  Settings settings;
+  settings.temperature = probabilities ? call.temperature : 1;  // without a softmax at T, stash at T = 1
+  settings.student_scale = (float)(1.4426950408889634 / settings.temperature);
+  settings.teacher_scale = (float)(1.4426950408889634 / call.teacher_temperature);
+  settings.same_temperature = call.temperature == call.teacher_temperature;
+  settings.soft_weight = call.soft_weight, settings.hard_weight = call.hard_weight;
+  settings.vocab_size = call.vocab_size;
+  settings.want_grad = call.grad.data != nullptr;
+  settings.hard = hard_term(call, settings.temperature);
+  // A row without its soft term is plain cross-entropy, computed at T = 1.
+  Settings plain = settings;
+  plain.temperature = 1, plain.student_scale = kLog2e, plain.hard = call.hard_scale ? kPower1 : kNoHard;
+
+  const int threads = team(call.rows, call.vocab_size, call.threads);
+  const int64_t chunk = 1 + 16384 / call.vocab_size;
+  const int stashes = settings.hard == kOwnExponential ? 3 : 2;
+  int failed = 0;
+#pragma omp parallel num_threads(threads)
+  {
+    ThreadMemory memory(call.vocab_size, stashes);
+    const Scratch& scratch = memory.scratch;
+    if (memory.failed()) {
+#pragma omp atomic write
+      failed = 1;
+    }
+#pragma omp for schedule(dynamic, chunk)
+    for (int64_t i = 0; i < call.rows; i++) {
+      if (memory.failed()) continue;
+      Row row;
+      row.soft_scale = call.soft_scale ? call.soft_scale[i] : 0;
+      row.hard_scale = call.hard_scale ? call.hard_scale[i] : 0;
+      row.label = row.hard_scale != 0 ? call.labels[i] : -1;
+      row.student = {row_at(call.student, i), call.student.dtype, scratch.student_block};
+      if (call.teacher.data) row.teacher = {row_at(call.teacher, i), call.teacher.dtype, scratch.teacher_block};
+      if (call.grad.data) row.grad = {row_at(call.grad, i), call.grad.dtype, scratch.out_block};
+
+      float soft = 0, hard = 0;
+      if (row.soft_scale != 0)
+        one_row(divergence, row.hard_scale != 0 ? settings.hard : (int)kNoHard, row, settings, scratch, soft, hard);
+      else if (row.hard_scale != 0)
+        one_row<kPower1>(NoSoft{}, row, plain, scratch, soft, hard);
+      else if (settings.want_grad)
+        row.grad.zero(0, call.vocab_size);
+      call.soft[i] = soft, call.hard[i] = hard;
+      if (settings.want_grad) row.grad.zero(call.vocab_size, call.grad.width);
+    }
+  }
+  return failed;
+}
+
+// Positions in fastkd.divergences.TABLE.
+inline int kd_rows(const KDRows& call) {
+  const double* parameters = call.parameters;
+  switch (call.soft_scale ? call.divergence : -1) {
+    case 0: return kd_rows(ForwardKL(parameters), call);
+    case 1: return kd_rows(ReverseKL(parameters), call);
+    case 2: return kd_rows(JSD(parameters), call);
+    case 3: return kd_rows(SkewKL(parameters), call);
+    case 4: return kd_rows(SkewReverseKL(parameters), call);
+    case 5: return kd_rows(SymmetricKL(parameters), call);
+    case 6: return kd_rows(TVD(parameters), call);
+    case 7: return kd_rows(AlphaBeta(parameters), call);
+    case 8: return kd_rows(MSE{}, call);
+    default: return kd_rows(NoSoft{}, call);
+  }
+}
+
+}  // namespace FASTKD_ISA

@@ -1,0 +1,280 @@
+// The skeleton: one row of logits -> its loss and gradient, for every divergence.
+//
+//   1. statistics   one sweep over both rows in blocks: running maxima, sums of exponentials, and the cross sums that
+//                   close the Kullback-Leibler family. Exponentials are stashed as they are computed.
+//   2. divergence   for the others only: the functor's terms and g, from the stash.
+//   3. gradient     a linear combination of the stash, while it is in the second-level cache.
+//
+// Logarithms are to base 2 until the end: an exponent is y = fma(z, log2(e)/T, -M) with M the row's running maximum in
+// the same unit, so the label's logit and every column round alike and a common offset drops out. A block's stash is
+// relative to the maximum at that block; one factor per block rescales it. Sums run in fp32 lanes within a block and in
+// double across blocks.
+//
+// Cross-entropy at T = 1 rides along: e^z is a power of e^(z/T) where T is a small integer, a third exponential elsewhere.
+#pragma once
+#include "blocks.h"
+#include "divergences.h"
+
+#include <math.h>
+
+namespace FASTKD_ISA {
+
+constexpr float kNoMaximum = -1e30f;  // finite, so that exponents relative to it are not NaN
+
+// How e^z (T = 1) is had from e^(z/T).
+enum HardTerm : int { kNoHard = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwnExponential = 5 };
+
+template <int hard>
+inline vec power(vec e) {
+  static_assert(hard >= kPower1 && hard <= kPower4, "a small integer temperature");
+  if constexpr (hard == kPower1) return e;
+  const vec square = e * e;
+  if constexpr (hard == kPower2) return square;
+  if constexpr (hard == kPower3) return square * e;
+  return square * square;
+}
+
+// Per-thread memory for one row: `stash` arrays of V floats, and the maxima each block was stashed with.
+struct Scratch {
+  float *student, *teacher, *hard;  // exponentials; `teacher` later holds g
+  float *student_max, *teacher_max, *hard_max;
+  float *student_block, *teacher_block, *out_block;  // one block each, first-level cache
+};
+
+// What a row's loss needs, fixed for the whole call.
+struct Settings {
+  float student_scale, teacher_scale;  // log2(e) / T
+  bool same_temperature;
+  int hard;  // HardTerm
+  double temperature, soft_weight, hard_weight;
+  int64_t vocab_size;
+  bool want_grad;
+};
+
+// Mergeable scalars of a row; maxima in log2 units.
+struct Sums {
+  float student_max = kNoMaximum, teacher_max = kNoMaximum, hard_max = kNoMaximum;
+  double student = 0, teacher = 0, hard = 0;  // sums of 2^(y - max)
+  double forward = 0;  // sum of e_t (y_t - y_s), relative to the current maxima
+  double reverse = 0;  // sum of e_s (y_s - y_t)
+
+  void raise(float student_to, float teacher_to, float hard_to) {
+    const double up_s = (double)student_to - student_max, up_t = (double)teacher_to - teacher_max;
+    forward = (forward + teacher * (up_s - up_t)) * ::exp2(-up_t);
+    reverse = (reverse + student * (up_t - up_s)) * ::exp2(-up_s);
+    student *= ::exp2(-up_s);
+    teacher *= ::exp2(-up_t);
+    hard *= ::exp2((double)hard_max - hard_to);
+    student_max = student_to, teacher_max = teacher_to, hard_max = hard_to;
+  }
+};
+
+struct Row {
+  Reader student, teacher;
+  Writer grad;
+  int64_t label;
+  double soft_scale, hard_scale;
+};
+
+inline float block_max(const float* z, int64_t n) {
+  vec m = splat(-kInf), m2 = m;
+  int64_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes) m = max(load(z + i), m), m2 = max(load(z + i + lanes), m2);
+  for (; i < n; i += lanes) m = max(load(z + i), m);
+  return largest(max(m, m2));
+}
+
+// Sweep 1. `keep_stash` false: nobody reads the exponentials again, so they stay in one block's worth of memory.
+template <bool with_teacher, bool forward, bool reverse, int hard>
+inline Sums statistics(const Row& row, const Settings& settings, const Scratch& scratch, bool keep_stash) {
+  Sums sums;
+  const float cs = settings.student_scale, ct = settings.teacher_scale;
+  for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
+    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+    const float* s = row.student.fetch(start, n);
+    const float* t = with_teacher ? row.teacher.fetch(start, n) : nullptr;
+
+    const float top = block_max(s, n);
+    const float student_max = top * cs > sums.student_max ? top * cs : sums.student_max;
+    const float hard_max = hard == kOwnExponential ? (top * kLog2e > sums.hard_max ? top * kLog2e : sums.hard_max)
+                                                   : student_max * (float)hard;
+    float teacher_max = sums.teacher_max;
+    if (with_teacher) {
+      const float teacher_top = block_max(t, n) * ct;
+      if (teacher_top > teacher_max) teacher_max = teacher_top;
+    }
+    if (student_max != sums.student_max || teacher_max != sums.teacher_max) sums.raise(student_max, teacher_max, hard_max);
+    if (keep_stash) {
+      scratch.student_max[b] = student_max;
+      if (with_teacher) scratch.teacher_max[b] = teacher_max;
+      if (hard == kOwnExponential) scratch.hard_max[b] = hard_max;
+    }
+
+    const int64_t at = keep_stash ? start : 0;
+    float *es_out = scratch.student + at, *et_out = scratch.teacher + at, *eh_out = scratch.hard + at;
+    vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
+    for (int64_t i = 0; i < n; i += lanes) {
+      const vec zs = load(s + i);
+      const vec ys = zs * cs - student_max;
+      const vec es = exp2_nonpositive(ys);
+      store(es_out + i, es);
+      sum_s += es;
+      if constexpr (hard == kOwnExponential) {
+        const vec eh = exp2_nonpositive(zs * kLog2e - hard_max);
+        store(eh_out + i, eh);
+        sum_h += eh;
+      } else if constexpr (hard > kPower1) {
+        sum_h += power<hard>(es);
+      }
+      if constexpr (with_teacher) {
+        const vec yt = load(t + i) * ct - teacher_max;
+        const vec et = exp2_nonpositive(yt);
+        store(et_out + i, et);
+        sum_t += et;
+        // A probability of 0 contributes 0 even beside an infinity (or a NaN from inf - inf).
+        if constexpr (forward) sum_forward += keep(et != 0.f, et * (yt - ys));
+        if constexpr (reverse) sum_reverse += keep(es != 0.f, es * (ys - yt));
+      }
+    }
+    sums.student += sum(sum_s);
+    if constexpr (hard > kPower1) sums.hard += sum(sum_h);
+    if constexpr (with_teacher) sums.teacher += sum(sum_t);
+    if constexpr (forward) sums.forward += sum(sum_forward);
+    if constexpr (reverse) sums.reverse += sum(sum_reverse);
+  }
+  if (hard == kPower1) sums.hard = sums.student;
+  return sums;
+}
+
+// log2 q - log2 p of a vector of columns, given the student's and teacher's logits.
+struct LogRatio {
+  float cs, ct, student_max, teacher_max, shift, shift_low;
+  bool same_temperature;
+
+  LogRatio(const Settings& settings, const Sums& sums) {
+    cs = settings.student_scale, ct = settings.teacher_scale;
+    student_max = sums.student_max, teacher_max = sums.teacher_max;
+    same_temperature = settings.same_temperature;
+    double total = ::log2(sums.student) - ::log2(sums.teacher);
+    if (same_temperature) total += (double)student_max - teacher_max;
+    shift = (float)total, shift_low = (float)(total - shift);
+  }
+
+  vec operator()(vec s, vec t) const {
+    if (!same_temperature) return (s * cs - student_max) - (t * ct - teacher_max) - shift;
+    // s - t is exact where they are close; what it rounds off beside a large offset is added back (two-sum).
+    const vec h = s - t;
+    const vec back = s - h;
+    const vec lost = (s - (h + back)) + (back - t);
+    const vec correction = keep(abs(h) < 1e30f, lost * cs);
+    return (h * cs - shift) + (correction - shift_low);
+  }
+};
+
+// Sweep 2 of the divergences that need the normalisers: returns (sum of terms, sum of g) and stashes g.
+template <class Divergence>
+inline void divergence_sums(const Divergence& divergence, const Row& row, const Settings& settings,
+                            const Scratch& scratch, const Sums& sums, double& value, double& total_g) {
+  const LogRatio log_ratio(settings, sums);
+  const float log_zs = (float)::log2(sums.student), log_zt = (float)::log2(sums.teacher);
+  value = total_g = 0;
+  for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
+    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+    const float* s = row.student.fetch(start, n);
+    const float* t = row.teacher.fetch(start, n);
+    const float to_q = (float)(::exp2((double)scratch.student_max[b] - sums.student_max) / sums.student);
+    const float to_p = (float)(::exp2((double)scratch.teacher_max[b] - sums.teacher_max) / sums.teacher);
+    vec sum_term{}, sum_g{};
+    for (int64_t i = 0; i < n; i += lanes) {
+      const vec zs = load(s + i), zt = load(t + i);
+      Cell cell;
+      cell.q = load(scratch.student + start + i) * to_q;
+      cell.p = load(scratch.teacher + start + i) * to_p;
+      cell.d = log_ratio(zs, zt) * kLn2;
+      cell.log_q = ((zs * settings.student_scale - sums.student_max) - log_zs) * kLn2;
+      cell.log_p = ((zt * settings.teacher_scale - sums.teacher_max) - log_zt) * kLn2;
+      const Pair pair = divergence(cell);
+      // Padding and jointly masked columns: p = q = 0 contribute nothing, whatever the functor makes of them.
+      const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
+      const vec g = keep(counted, pair.g);
+      sum_term += keep(counted, pair.term);
+      sum_g += g;
+      store(scratch.teacher + start + i, g);
+    }
+    value += sum(sum_term);
+    total_g += sum(sum_g);
+  }
+}
+
+// Mean squared error of raw logits, and its gradient factor; no softmax.
+inline double squared_error(const Row& row, const Settings& settings) {
+  double total = 0;
+  for (int64_t start = 0; start < settings.vocab_size; start += block) {
+    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+    const float* s = row.student.fetch(start, n);
+    const float* t = row.teacher.fetch(start, n);
+    vec squares{};
+    for (int64_t i = 0; i < n; i += lanes) {
+      const vec zs = load(s + i), zt = load(t + i);
+      const vec difference = keep(zs != zt, zs - zt);  // 0 where both are -inf
+      squares += difference * difference;
+    }
+    total += sum(squares);
+  }
+  return total / settings.vocab_size;
+}
+
+// The gradient of one row as a combination of what is in cache:
+//   student * e_s  +  ratio * e_s * (y_s - y_t)  +  teacher * stash_t  +  raw * (z_s - z_t)  +  hard * e_hard
+// e_s, e_t and e_hard rescaled block by block; the label's column gets -label more.
+struct Combination {
+  double student = 0, ratio = 0, teacher = 0, raw = 0, hard = 0, label = 0;
+  bool teacher_is_g = false;  // stash_t holds g, which needs no rescaling
+};
+
+enum Logits : int { kStashOnly = 0, kLogRatio = 1, kDifference = 2 };
+
+template <int logits, bool with_teacher, int hard>
+inline void gradient(const Row& row, const Settings& settings, const Scratch& scratch, const Sums& sums,
+                     const Combination& combination) {
+  const LogRatio log_ratio(settings, sums);
+  const bool stashed = logits != kDifference || hard != kNoHard;
+  for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
+    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+    const float* s = logits ? row.student.fetch(start, n) : nullptr;
+    const float* t = logits ? row.teacher.fetch(start, n) : nullptr;
+    const double moved_s = stashed ? (double)scratch.student_max[b] - sums.student_max : 0;
+    const double moved_t = with_teacher ? (double)scratch.teacher_max[b] - sums.teacher_max : 0;
+    const double moved_h = hard == kOwnExponential ? (double)scratch.hard_max[b] - sums.hard_max : moved_s * hard;
+    const float by_s = (float)(combination.student * ::exp2(moved_s));
+    const float by_ratio = (float)(combination.ratio * ::exp2(moved_s));
+    const float by_t = (float)(combination.teacher_is_g ? combination.teacher : combination.teacher * ::exp2(moved_t));
+    const float by_h = (float)(combination.hard * ::exp2(moved_h));
+    const float by_raw = (float)combination.raw;
+    float* out = row.grad.target(start, n);
+    for (int64_t i = 0; i < n; i += lanes) {
+      vec g{};
+      if constexpr (logits != kDifference || hard != kNoHard) {
+        const vec es = load(scratch.student + start + i);
+        if constexpr (logits == kLogRatio) {
+          const vec ratio = log_ratio(load(s + i), load(t + i));
+          g = keep(es != 0.f, es * (by_s + by_ratio * ratio));
+        } else if constexpr (logits == kStashOnly) {
+          g = es * by_s;
+        }
+        if constexpr (hard == kOwnExponential) g += load(scratch.hard + start + i) * by_h;
+        else if constexpr (hard != kNoHard) g += power<hard>(es) * by_h;
+      }
+      if constexpr (with_teacher) g += load(scratch.teacher + start + i) * by_t;
+      if constexpr (logits == kDifference) {
+        const vec zs = load(s + i), zt = load(t + i);
+        g += keep(zs != zt, zs - zt) * by_raw;
+      }
+      store(out + i, g);
+    }
+    if (row.label >= start && row.label < start + n) out[row.label - start] -= (float)combination.label;
+    row.grad.flush(out, start, n);
+  }
+}
+
+}  // namespace FASTKD_ISA

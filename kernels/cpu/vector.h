@@ -1,0 +1,116 @@
+// A small vector layer on GNU vector extensions: arithmetic operators come from the compiler, this adds loads,
+// selects, reductions and the few elementary functions the divergences need. FASTKD_LANES floats per vector.
+//
+// a * b + c contracts to one fused multiply-add (-ffp-contract=fast). Accuracy below depends on that.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+namespace FASTKD_ISA {
+
+constexpr int lanes = FASTKD_LANES;
+typedef float vec __attribute__((vector_size(4 * FASTKD_LANES)));
+typedef int32_t ivec __attribute__((vector_size(4 * FASTKD_LANES)));
+
+constexpr float kInf = __builtin_inff();
+constexpr float kLog2e = 1.4426950408889634f;
+constexpr float kLn2 = 0.6931471805599453f;
+
+inline vec splat(float x) { return x - vec{}; }
+
+inline vec load(const float* p) {
+  vec v;
+  memcpy(&v, p, sizeof v);
+  return v;
+}
+
+inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
+
+inline ivec bits(vec v) { return (ivec)v; }
+inline vec from_bits(ivec v) { return (vec)v; }
+inline vec select(ivec mask, vec a, vec b) { return mask ? a : b; }
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+inline vec abs(vec a) { return from_bits(bits(a) & 0x7fffffff); }
+// `value` where the mask holds, +0 elsewhere, whatever `value` is there: an infinity or NaN does not leak.
+inline vec keep(ivec mask, vec value) { return from_bits(bits(value) & mask); }
+
+inline float sum(vec v) {
+  float total = 0;
+  for (int i = 0; i < lanes; i++) total += v[i];
+  return total;
+}
+
+inline float largest(vec v) {
+  float m = v[0];
+  for (int i = 1; i < lanes; i++) m = v[i] > m ? v[i] : m;
+  return m;
+}
+
+// 2^f - 1 = f * expm1_poly(f) on [-1/2, 1/2], relative error 1e-7.
+inline vec expm1_poly(vec f) {
+  vec p = splat(1.534581243e-04f);
+  p = p * f + 1.339993090e-03f;
+  p = p * f + 9.618489072e-03f;
+  p = p * f + 5.550328642e-02f;
+  p = p * f + 2.402264625e-01f;
+  return p * f + 6.931471825e-01f;
+}
+
+// y = n + f with n an integer and |f| <= 1/2, for |y| < 2^21; `scale` = 2^n for -126 <= n <= 127. Adding 1.5 * 2^23
+// leaves n in the low bits of the float. A NaN survives in f.
+struct Split {
+  vec f, scale;
+};
+inline Split split(vec y) {
+  const vec magic = splat(12582912.f);
+  const vec shifted = y + magic;
+  const vec f = y - (shifted - magic);
+  return {f, from_bits((bits(shifted) << 23) + (127 << 23))};
+}
+
+// 2^y for y <= 0 (a rounding above is harmless). Exactly 0 below 2^-125, so that p = 0 is p == 0; NaN stays NaN.
+inline vec exp2_nonpositive(vec y) {
+  const Split s = split(y);
+  const vec power = (s.f * expm1_poly(s.f) + 1.f) * s.scale;
+  return keep(~(y < -125.f), power);
+}
+
+// 2^y for any y: 0 below 2^-125, +inf from 2^127 up.
+inline vec exp2(vec y) {
+  const vec power = exp2_nonpositive(y > 127.f ? splat(127.f) : y);
+  return select(y >= 127.f, splat(kInf), power);
+}
+
+inline vec exp(vec x) { return exp2(x * kLog2e); }
+
+// e^x - 1 for x <= 0, relative error 2e-7 down to x = -0.
+inline vec expm1_nonpositive(vec x) {
+  const vec y = max(x, splat(-80.f)) * kLog2e;  // e^-80 is nothing beside 1
+  const Split s = split(y);
+  const vec value = s.scale * (s.f * expm1_poly(s.f)) + (s.scale - 1.f);
+  return select(x == x, value, x);
+}
+
+// log(1 + u) for -1 < u <= 0, relative error 2e-7 down to u = -0.
+inline vec log1p_nonpositive(vec u) {
+  const vec w = u + 1.f;
+  // w = 2^n m with m in [sqrt(1/2), sqrt(2)); what rounding to w lost comes back as (u - (w - 1)) / w.
+  const ivec n = (bits(w) - 0x3f3504f3) >> 23;
+  const vec m = from_bits(bits(w) - (n << 23));
+  const vec r = m - 1.f;
+  vec p = splat(7.0376836292e-2f);
+  p = p * r - 1.1514610310e-1f;
+  p = p * r + 1.1676998740e-1f;
+  p = p * r - 1.2420140846e-1f;
+  p = p * r + 1.4249322787e-1f;
+  p = p * r - 1.6668057665e-1f;
+  p = p * r + 2.0000714765e-1f;
+  p = p * r - 2.4999993993e-1f;
+  p = p * r + 3.3333331174e-1f;
+  const vec exponent = __builtin_convertvector(n, vec);
+  const vec log_m = r - r * r * (0.5f - r * p);
+  const vec lost = (u - (w - 1.f)) / w;
+  return exponent * kLn2 + (log_m + lost);
+}
+
+}  // namespace FASTKD_ISA
