@@ -1,6 +1,6 @@
 """fastkd: fused knowledge-distillation losses for language models."""
 
-from fastkd.backends import backends, use_backend
+from fastkd.backend import backends, use_backend
 from fastkd.divergences import (
     JSD,
     MSE,

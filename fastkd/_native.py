@@ -15,7 +15,7 @@ import pathlib
 import torch
 from torch import Tensor
 
-from fastkd.backends import RowSpec
+from fastkd.backend import RowSpec
 from fastkd.divergences import TABLE
 
 __all__ = ["advise_huge_pages", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "status"]
@@ -162,7 +162,7 @@ def kd_rows(
     spec: RowSpec,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `backends.Backend.kd_rows`."""
+    """See `backend.Backend.kd_rows`."""
     rows = _row_count(student)
     soft, hard = torch.empty(rows), torch.empty(rows)
     labels, soft_scale, hard_scale = (
@@ -196,7 +196,7 @@ def kd_rows(
 def row_statistics(
     logits: Tensor, labels: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `backends.Backend.row_statistics`."""
+    """See `backend.Backend.row_statistics`."""
     rows = _row_count(logits)
     log_sum_exp, entropy, label_logprob = (torch.empty(rows) for _ in range(3))
     argmax = torch.empty(rows, dtype=torch.int64)
@@ -219,7 +219,7 @@ def row_statistics(
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """See `backends.Backend.log_softmax`."""
+    """See `backend.Backend.log_softmax`."""
     rows = _row_count(logits)
     normaliser = torch.empty(rows, 2)
     arguments = _LogSoftmax(
@@ -238,7 +238,7 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 def log_softmax_backward(
     upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
-    """See `backends.Backend.log_softmax_backward`."""
+    """See `backend.Backend.log_softmax_backward`."""
     arguments = _LogSoftmax(
         _matrix(logits),
         _matrix(upstream),

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.backends import RowSpec, select
+from fastkd.backend import RowSpec, select
 
 __all__ = ["RowLayout", "row_layout"]
 

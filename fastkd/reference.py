@@ -5,7 +5,7 @@ Tests and benchmarks import this file and judge the kernels by it. A divergence 
 of a row is Σ_v term and `g = ∂term/∂log q`. With G = Σ_v g the gradient w.r.t. the student's logits is
 `(g − q·G) / T`, so the skeleton below serves every divergence.
 
-This file is also the backend of last resort: it offers the same four functions as the kernels (see `backends.Backend`).
+This file is also the backend of last resort: it offers the same four functions as the kernels (see `backend.Backend`).
 Formulas follow the textbook rather than the kernels, so that the two can disagree.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backends import RowSpec
+from fastkd.backend import RowSpec
 
 __all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics"]
 
@@ -143,7 +143,7 @@ def kd_rows(
     spec: RowSpec,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """See `backends.Backend.kd_rows`."""
+    """See `backend.Backend.kd_rows`."""
     logits = _wide(student, spec.vocab_size)
     soft = hard = logits.new_zeros(logits.shape[0])
     gradient = torch.zeros_like(logits) if grad is not None else None
@@ -170,7 +170,7 @@ def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
 def row_statistics(
     logits: Tensor, labels: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `backends.Backend.row_statistics`."""
+    """See `backend.Backend.row_statistics`."""
     scaled = _wide(logits) / temperature
     log_sum_exp = torch.logsumexp(scaled, -1)
     log_q = scaled - log_sum_exp[:, None]
@@ -183,7 +183,7 @@ def row_statistics(
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """See `backends.Backend.log_softmax`."""
+    """See `backend.Backend.log_softmax`."""
     scaled = _wide(logits) / temperature
     out.copy_(torch.log_softmax(scaled, -1).view(out.shape))
     largest = scaled.amax(-1)
@@ -194,7 +194,7 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 def log_softmax_backward(
     upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
-    """See `backends.Backend.log_softmax_backward`."""
+    """See `backend.Backend.log_softmax_backward`."""
     above = _wide(upstream)
     exponent = _wide(logits) / (temperature * math.log(2)) - normaliser[:, :1] - normaliser[:, 1:]
     grad.copy_(((above - exponent.exp2() * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))

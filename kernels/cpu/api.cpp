@@ -1,6 +1,8 @@
 // C entry points: pick the instruction set once, then forward.
 #include "api.h"
 
+#include <cstdlib>
+#include <cstring>
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -24,10 +26,13 @@ struct Choice {
   Kernels kernels;
 };
 
+// FASTKD_ISA=v3 keeps to AVX2 on a processor that has more: to compare, or to test both.
 Choice choose() {
 #if defined(FASTKD_HAS_v3)
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("x86-64-v4")) return {"x86-64-v4 (AVX-512)", v4::kernels()};
+  const char* wish = std::getenv("FASTKD_ISA");
+  const bool narrow = wish && std::strcmp(wish, "v3") == 0;
+  if (!narrow && __builtin_cpu_supports("x86-64-v4")) return {"x86-64-v4 (AVX-512)", v4::kernels()};
   if (__builtin_cpu_supports("x86-64-v3")) return {"x86-64-v3 (AVX2, FMA)", v3::kernels()};
 #endif
 #if defined(FASTKD_HAS_generic)

@@ -13,7 +13,7 @@ struct Matrix {
   int64_t inner_stride;
 };
 
-// See fastkd/backends.py, Backend.kd_rows. `grad` may be `student`.
+// See fastkd/backend.py, Backend.kd_rows. `grad` may be `student`.
 struct KDRows {
   Matrix student, teacher, grad;
   const int64_t* labels;

@@ -1,6 +1,9 @@
 // One functor per divergence: from the probabilities of a vector of columns to the term and g = dterm/dlog q.
 // The skeleton in rows.h does the rest. fastkd/reference.py holds the definitions these must agree with.
 //
+// g may differ from the derivative by any multiple of q: (g - q G) does not change. Where the derivative is near a
+// multiple of q when p is near q, the functor takes that multiple off, so that what remains does not cancel.
+//
 // `d = log q - log p` comes from the difference of the logits, so the near-equal rows that training ends in keep
 // their relative precision; functors therefore work from d and not from log q and log p.
 #pragma once
@@ -38,19 +41,27 @@ struct SymmetricKL {
   double weight() const { return w; }  // of the forward direction
 };
 
-// log(weight + (1 - weight) e^d), for 0 < weight < 1: no overflow, and exact in the limit d -> 0.
+// With share = weight for d > 0 and 1 - weight otherwise: log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d).
+// Left in two parts: no overflow, no difference of infinities, and exact in the limit d -> 0. 0 < weight < 1.
 inline vec log_mix(vec d, float weight) {
   const vec share = select(d > 0.f, splat(weight), splat(1.f - weight));
-  return max(d, vec{}) + log1p_nonpositive(share * expm1_nonpositive(-abs(d)));
+  return log1p_nonpositive(share * expm1_nonpositive(-abs(d)));
+}
+
+// (e^d - 1) / (weight + (1 - weight) e^d), likewise.
+inline vec mix_ratio(vec d, float weight) {
+  const vec less = expm1_nonpositive(-abs(d)), share = select(d > 0.f, splat(weight), splat(1.f - weight));
+  return select(d > 0.f, -less, less) / (1.f + share * less);
 }
 
 struct JSD {
   float beta;
   explicit JSD(const double* parameters) : beta((float)parameters[0]) {}
   Pair operator()(const Cell& c) const {
-    const vec log_m_over_p = log_mix(c.d, beta);  // m = beta p + (1 - beta) q
-    const vec g = keep(c.q > 0.f, (1.f - beta) * c.q * (c.d - log_m_over_p));
-    return {g - keep(c.p > 0.f, beta * c.p * log_m_over_p), g};
+    const vec mix = log_mix(c.d, beta);  // m = beta p + (1 - beta) q
+    const vec q_over_m = min(c.d, vec{}) - mix, m_over_p = max(c.d, vec{}) + mix;  // logarithms
+    const vec g = keep(c.q != 0.f, (1.f - beta) * c.q * q_over_m);
+    return {g - keep(c.p != 0.f, beta * c.p * m_over_p), g};
   }
 };
 
@@ -58,9 +69,9 @@ struct SkewKL {
   float lam;
   explicit SkewKL(const double* parameters) : lam((float)parameters[0]) {}
   Pair operator()(const Cell& c) const {
-    const vec m = lam * c.p + (1.f - lam) * c.q;
-    const vec g = keep(c.p > 0.f, (lam - 1.f) * c.p * (c.q / m));
-    return {-keep(c.p > 0.f, c.p * log_mix(c.d, lam)), g};
+    const vec term = keep(c.p != 0.f, -c.p * (max(c.d, vec{}) + log_mix(c.d, lam)));
+    // dterm/dlog q = -(1 - lam) p q / m, and q (1 - lam) more: 0 where p = q.
+    return {term, keep(c.q != 0.f, (1.f - lam) * (1.f - lam) * c.q * mix_ratio(c.d, lam))};
   }
 };
 
@@ -68,9 +79,9 @@ struct SkewReverseKL {
   float lam;
   explicit SkewReverseKL(const double* parameters) : lam((float)parameters[0]) {}
   Pair operator()(const Cell& c) const {
-    const vec m = (1.f - lam) * c.p + lam * c.q;
-    const vec term = keep(c.q > 0.f, -c.q * log_mix(-c.d, lam));
-    return {term, term + keep(c.q > 0.f, (1.f - lam) * c.q * (c.p / m))};
+    const vec term = keep(c.q != 0.f, -c.q * (max(-c.d, vec{}) + log_mix(-c.d, lam)));
+    // dterm/dlog q = term + (1 - lam) p q / m, and -q (1 - lam) more.
+    return {term, term + keep(c.q != 0.f, (1.f - lam) * lam * c.q * mix_ratio(-c.d, lam))};
   }
 };
 

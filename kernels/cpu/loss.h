@@ -58,6 +58,7 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
     combination.raw = 2 * soft / settings.vocab_size;
   }
   soft_out = (float)value;
+  if (value != value) combination.student = combination.raw = value;  // a NaN is never hidden, in no column
 
   hard_out = 0;
   if constexpr (hard != kNoHard) {
@@ -67,7 +68,7 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
       // The label's exponent is rounded by the same multiply-add as every column's, so a large offset cancels.
       const float z = row.student.at(row.label);
       const double y = hard == kOwnExponential
-                           ? (double)__builtin_fmaf(z, kLog2e, -sums.hard_max)
+                           ? (double)__builtin_fmaf(z, kLog2e, -(float)sums.hard_max)
                            : (double)hard * __builtin_fmaf(z, settings.student_scale, -sums.student_max);
       hard_out = (float)(::log(sums.hard) - ln2 * y);
     }
@@ -97,19 +98,17 @@ inline void one_row(const Divergence& divergence, int hard, const Row& row, cons
   }
 }
 
-// One allocation per thread, carved into the arrays of Scratch.
+// One allocation per thread, carved into the arrays of Scratch. A stash that is not wanted whole has its tail only.
 class ThreadMemory {
  public:
-  ThreadMemory(int64_t vocab_size, int stashes) {
-    const int64_t blocks = (vocab_size + block - 1) / block;
-    const int64_t row = blocks * block, maxima = (blocks + 15) / 16 * 16;
-    const int64_t floats = stashes * row + 3 * (maxima + block) + (3 - stashes) * block;
+  ThreadMemory(int64_t vocab_size, bool student, bool teacher, bool hard) {
+    const int64_t row = vocab_size / block * block, maxima = (vocab_size / block + 16) / 16 * 16;
+    const int64_t floats = (student + teacher + hard) * row + 6 * block + 3 * maxima;
     memory_ = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
     float* next = memory_;
     const auto take = [&](int64_t n) { return next += n, next - n; };
-    scratch.student = take(row);
-    scratch.teacher = take(stashes > 1 ? row : block);
-    scratch.hard = take(stashes > 2 ? row : block);
+    const auto stash = [&](bool whole) { return Stash{take(whole ? row : 0), take(block)}; };
+    scratch.student = stash(student), scratch.teacher = stash(teacher), scratch.hard = stash(hard);
     scratch.student_max = take(maxima), scratch.teacher_max = take(maxima), scratch.hard_max = take(maxima);
     scratch.student_block = take(block), scratch.teacher_block = take(block), scratch.out_block = take(block);
   }
@@ -154,12 +153,18 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
 
   const int threads = team(call.rows, call.vocab_size, call.threads);
   const int64_t chunk = 1 + 16384 / call.vocab_size;
-  const int stashes = settings.hard == kOwnExponential ? 3 : 2;
+  // The student's exponentials may lie where the gradient will, unless the logits there are read again.
+  constexpr bool reads_logits_once = std::is_same<Divergence, ForwardKL>::value || std::is_same<Divergence, NoSoft>::value;
+  const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&
+                             (reads_logits_once || call.grad.data != call.student.data);
+  constexpr bool functor = probabilities && !is_kl<Divergence>::value;
+  const bool stash = settings.want_grad || functor;
   int failed = 0;
 #pragma omp parallel num_threads(threads)
   {
-    ThreadMemory memory(call.vocab_size, stashes);
-    const Scratch& scratch = memory.scratch;
+    ThreadMemory memory(call.vocab_size, stash && !stash_in_grad, stash && probabilities,
+                        stash && settings.hard == kOwnExponential);
+    Scratch& scratch = memory.scratch;
     if (memory.failed()) {
 #pragma omp atomic write
       failed = 1;
@@ -174,6 +179,8 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
       row.student = {row_at(call.student, i), call.student.dtype, scratch.student_block};
       if (call.teacher.data) row.teacher = {row_at(call.teacher, i), call.teacher.dtype, scratch.teacher_block};
       if (call.grad.data) row.grad = {row_at(call.grad, i), call.grad.dtype, scratch.out_block};
+
+      if (stash_in_grad) scratch.student.row = reinterpret_cast<float*>(row.grad.row);
 
       float soft = 0, hard = 0;
       if (row.soft_scale != 0)

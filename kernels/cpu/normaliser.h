@@ -37,6 +37,7 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
     vec sums{}, sums2{}, weighted{};
     const vec max = splat(result.max);
     const auto add = [&](int64_t i, vec& into) {
+      row.prefetch(start + block + i);
       const vec y = load(z + i) * scale - max;
       const vec e = exp2_nonpositive(y);
       into += e;
@@ -58,7 +59,7 @@ inline int for_rows(int64_t rows, int64_t columns, int64_t threads, const Body& 
   const int64_t chunk = 1 + 16384 / columns;
 #pragma omp parallel num_threads(team(rows, columns, threads))
   {
-    ThreadMemory memory(1, 1);
+    ThreadMemory memory(0, false, false, false);
     if (memory.failed()) {
 #pragma omp atomic write
       failed = 1;

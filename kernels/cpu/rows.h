@@ -34,9 +34,16 @@ inline vec power(vec e) {
   return square * square;
 }
 
-// Per-thread memory for one row: `stash` arrays of V floats, and the maxima each block was stashed with.
+// Exponentials of a row, block by block: whole blocks in `row`, the last partial one in `tail`, which has room for
+// whole vectors. So `row` may be the fp32 gradient row itself, which has none beyond its end.
+struct Stash {
+  float *row, *tail;
+  float* at(int64_t start, int64_t n) const { return n == block ? row + start : tail; }
+};
+
+// Per-thread memory for one row: the stashes, and the maxima each block was stashed with.
 struct Scratch {
-  float *student, *teacher, *hard;  // exponentials; `teacher` later holds g
+  Stash student, teacher, hard;  // `teacher` later holds g
   float *student_max, *teacher_max, *hard_max;
   float *student_block, *teacher_block, *out_block;  // one block each, first-level cache
 };
@@ -53,18 +60,19 @@ struct Settings {
 
 // Mergeable scalars of a row; maxima in log2 units.
 struct Sums {
-  float student_max = kNoMaximum, teacher_max = kNoMaximum, hard_max = kNoMaximum;
+  float student_max = kNoMaximum, teacher_max = kNoMaximum;
+  double hard_max = kNoMaximum;  // a multiple of student_max or an fp32 maximum of its own: exact in double
   double student = 0, teacher = 0, hard = 0;  // sums of 2^(y - max)
   double forward = 0;  // sum of e_t (y_t - y_s), relative to the current maxima
   double reverse = 0;  // sum of e_s (y_s - y_t)
 
-  void raise(float student_to, float teacher_to, float hard_to) {
+  void raise(float student_to, float teacher_to, double hard_to) {
     const double up_s = (double)student_to - student_max, up_t = (double)teacher_to - teacher_max;
     forward = (forward + teacher * (up_s - up_t)) * ::exp2(-up_t);
     reverse = (reverse + student * (up_t - up_s)) * ::exp2(-up_s);
     student *= ::exp2(-up_s);
     teacher *= ::exp2(-up_t);
-    hard *= ::exp2((double)hard_max - hard_to);
+    hard *= ::exp2(hard_max - hard_to);
     student_max = student_to, teacher_max = teacher_to, hard_max = hard_to;
   }
 };
@@ -96,8 +104,8 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
 
     const float top = block_max(s, n);
     const float student_max = top * cs > sums.student_max ? top * cs : sums.student_max;
-    const float hard_max = hard == kOwnExponential ? (top * kLog2e > sums.hard_max ? top * kLog2e : sums.hard_max)
-                                                   : student_max * (float)hard;
+    const float own_max = top * kLog2e > (float)sums.hard_max ? top * kLog2e : (float)sums.hard_max;
+    const double hard_max = hard == kOwnExponential ? own_max : (double)student_max * hard;
     float teacher_max = sums.teacher_max;
     if (with_teacher) {
       const float teacher_top = block_max(t, n) * ct;
@@ -107,20 +115,22 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
     if (keep_stash) {
       scratch.student_max[b] = student_max;
       if (with_teacher) scratch.teacher_max[b] = teacher_max;
-      if (hard == kOwnExponential) scratch.hard_max[b] = hard_max;
+      if (hard == kOwnExponential) scratch.hard_max[b] = own_max;
     }
 
-    const int64_t at = keep_stash ? start : 0;
-    float *es_out = scratch.student + at, *et_out = scratch.teacher + at, *eh_out = scratch.hard + at;
+    float *es_out = scratch.student.tail, *et_out = scratch.teacher.tail, *eh_out = scratch.hard.tail;
+    if (keep_stash) es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n), eh_out = scratch.hard.at(start, n);
     vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
     for (int64_t i = 0; i < n; i += lanes) {
+      row.student.prefetch(start + block + i);  // the next block's maximum is taken before its exponentials
+      if (with_teacher) row.teacher.prefetch(start + block + i);
       const vec zs = load(s + i);
       const vec ys = zs * cs - student_max;
       const vec es = exp2_nonpositive(ys);
       store(es_out + i, es);
       sum_s += es;
       if constexpr (hard == kOwnExponential) {
-        const vec eh = exp2_nonpositive(zs * kLog2e - hard_max);
+        const vec eh = exp2_nonpositive(zs * kLog2e - own_max);
         store(eh_out + i, eh);
         sum_h += eh;
       } else if constexpr (hard > kPower1) {
@@ -184,12 +194,14 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
     const float* t = row.teacher.fetch(start, n);
     const float to_q = (float)(::exp2((double)scratch.student_max[b] - sums.student_max) / sums.student);
     const float to_p = (float)(::exp2((double)scratch.teacher_max[b] - sums.teacher_max) / sums.teacher);
+    const float* es = scratch.student.at(start, n);
+    float* et = scratch.teacher.at(start, n);
     vec sum_term{}, sum_g{};
     for (int64_t i = 0; i < n; i += lanes) {
       const vec zs = load(s + i), zt = load(t + i);
       Cell cell;
-      cell.q = load(scratch.student + start + i) * to_q;
-      cell.p = load(scratch.teacher + start + i) * to_p;
+      cell.q = load(es + i) * to_q;
+      cell.p = load(et + i) * to_p;
       cell.d = log_ratio(zs, zt) * kLn2;
       cell.log_q = ((zs * settings.student_scale - sums.student_max) - log_zs) * kLn2;
       cell.log_p = ((zt * settings.teacher_scale - sums.teacher_max) - log_zt) * kLn2;
@@ -199,7 +211,7 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
       const vec g = keep(counted, pair.g);
       sum_term += keep(counted, pair.term);
       sum_g += g;
-      store(scratch.teacher + start + i, g);
+      store(et + i, g);
     }
     value += sum(sum_term);
     total_g += sum(sum_g);
@@ -234,6 +246,9 @@ struct Combination {
 
 enum Logits : int { kStashOnly = 0, kLogRatio = 1, kDifference = 2 };
 
+// 2^y, y being mostly 0: what rescales a block's stash to the row's final maximum.
+inline double rescale(double y) { return y == 0 ? 1 : ::exp2(y); }
+
 template <int logits, bool with_teacher, int hard>
 inline void gradient(const Row& row, const Settings& settings, const Scratch& scratch, const Sums& sums,
                      const Combination& combination) {
@@ -246,26 +261,29 @@ inline void gradient(const Row& row, const Settings& settings, const Scratch& sc
     const double moved_s = stashed ? (double)scratch.student_max[b] - sums.student_max : 0;
     const double moved_t = with_teacher ? (double)scratch.teacher_max[b] - sums.teacher_max : 0;
     const double moved_h = hard == kOwnExponential ? (double)scratch.hard_max[b] - sums.hard_max : moved_s * hard;
-    const float by_s = (float)(combination.student * ::exp2(moved_s));
-    const float by_ratio = (float)(combination.ratio * ::exp2(moved_s));
-    const float by_t = (float)(combination.teacher_is_g ? combination.teacher : combination.teacher * ::exp2(moved_t));
-    const float by_h = (float)(combination.hard * ::exp2(moved_h));
+    const float by_s = (float)(combination.student * rescale(moved_s));
+    const float by_ratio = (float)(combination.ratio * rescale(moved_s));
+    const float by_t = (float)(combination.teacher_is_g ? combination.teacher : combination.teacher * rescale(moved_t));
+    const float by_h = (float)(combination.hard * rescale(moved_h));
     const float by_raw = (float)combination.raw;
+    const float* es_in = scratch.student.at(start, n);
+    const float* et_in = scratch.teacher.at(start, n);
+    const float* eh_in = scratch.hard.at(start, n);
     float* out = row.grad.target(start, n);
     for (int64_t i = 0; i < n; i += lanes) {
       vec g{};
       if constexpr (logits != kDifference || hard != kNoHard) {
-        const vec es = load(scratch.student + start + i);
+        const vec es = load(es_in + i);
         if constexpr (logits == kLogRatio) {
           const vec ratio = log_ratio(load(s + i), load(t + i));
           g = keep(es != 0.f, es * (by_s + by_ratio * ratio));
         } else if constexpr (logits == kStashOnly) {
           g = es * by_s;
         }
-        if constexpr (hard == kOwnExponential) g += load(scratch.hard + start + i) * by_h;
+        if constexpr (hard == kOwnExponential) g += load(eh_in + i) * by_h;
         else if constexpr (hard != kNoHard) g += power<hard>(es) * by_h;
       }
-      if constexpr (with_teacher) g += load(scratch.teacher + start + i) * by_t;
+      if constexpr (with_teacher) g += load(et_in + i) * by_t;
       if constexpr (logits == kDifference) {
         const vec zs = load(s + i), zt = load(t + i);
         g += keep(zs != zt, zs - zt) * by_raw;

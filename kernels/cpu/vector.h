@@ -30,20 +30,26 @@ inline ivec bits(vec v) { return (ivec)v; }
 inline vec from_bits(ivec v) { return (vec)v; }
 inline vec select(ivec mask, vec a, vec b) { return mask ? a : b; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
+inline vec min(vec a, vec b) { return a < b ? a : b; }
 inline vec abs(vec a) { return from_bits(bits(a) & 0x7fffffff); }
 // `value` where the mask holds, +0 elsewhere, whatever `value` is there: an infinity or NaN does not leak.
 inline vec keep(ivec mask, vec value) { return from_bits(bits(value) & mask); }
 
+// Reductions halve the vector, so that they take log2(lanes) dependent steps.
 inline float sum(vec v) {
-  float total = 0;
-  for (int i = 0; i < lanes; i++) total += v[i];
-  return total;
+  float x[lanes];
+  store(x, v);
+  for (int half = lanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] += x[i + half];
+  return x[0];
 }
 
 inline float largest(vec v) {
-  float m = v[0];
-  for (int i = 1; i < lanes; i++) m = v[i] > m ? v[i] : m;
-  return m;
+  float x[lanes];
+  store(x, v);
+  for (int half = lanes / 2; half; half /= 2)
+    for (int i = 0; i < half; i++) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  return x[0];
 }
 
 // 2^f - 1 = f * expm1_poly(f) on [-1/2, 1/2], relative error 1e-7.

@@ -1,0 +1,49 @@
+"""The only tolerances of the suite, each with its reason. float64 is the judge, fp32 eager the yardstick.
+
+`test_compare.py` proves that each of them can fail.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: A gradient may err at most this many times as much as fp32 eager does on the same inputs …
+FACTOR = 2.0
+#: … plus this, relative: where eager happens to be exact, a few roundings of fp32 (6e-8 each) are still allowed.
+FLOOR = 1e-6
+#: Low-precision inputs: the result is rounded once to 8 (bf16) bits, 0.2 % in the mean, and never more than this.
+LOW_PRECISION = 1e-2
+#: Loss values in fp32, relative to their own size or, for a difference of near-equal sums, to the sums' rounding.
+VALUE = 2e-6
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """‖actual − truth‖₂ / ‖truth‖₂ in float64; the plain norm of the difference where the truth is 0."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    assert actual.shape == truth.shape, f"shapes {tuple(actual.shape)} and {tuple(truth.shape)}"
+    norm = truth.norm().item()
+    return (actual - truth).norm().item() / (norm or 1.0)
+
+
+def assert_gradient(actual: Tensor, eager: Tensor, truth: Tensor, what: str = "gradient") -> None:
+    """The numerics contract. `eager` is the reference at the inputs' precision (fp32 inside), `truth` at float64."""
+    ours, theirs = relative_error(actual, truth), relative_error(eager, truth)
+    limit = FACTOR * theirs + FLOOR
+    if actual.dtype in (torch.bfloat16, torch.float16):
+        limit = min(limit, LOW_PRECISION)
+    assert ours <= limit, f"{what}: relative error {ours:.2e} > {limit:.2e} (eager {theirs:.2e})"
+
+
+def assert_value(actual: Tensor, truth: Tensor, eager: Tensor | None = None, what: str = "value") -> None:
+    """Loss values: each within VALUE of the truth, or within twice eager's error where that is larger."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    assert actual.shape == truth.shape, f"shapes {tuple(actual.shape)} and {tuple(truth.shape)}"
+    limit = VALUE * truth.abs().clamp(min=1.0)
+    if eager is not None:
+        limit = limit + FACTOR * (eager.detach().double() - truth).abs().nan_to_num(0.0).max()
+    same = (actual == truth) | (actual.isnan() & truth.isnan())  # infinities too
+    wrong = ~(same | ((actual - truth).abs() <= limit))
+    assert not wrong.any(), (
+        f"{what}: {int(wrong.sum())} of {wrong.numel()} off, first {actual[wrong][0]:.9g} != {truth[wrong][0]:.9g}"
+    )

@@ -1,0 +1,27 @@
+"""Shared fixtures. Two threads unless a test asks for others: what CI has, and enough to find a race."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import backend as backend_module
+
+
+@pytest.fixture(autouse=True)
+def _restore_globals() -> Iterator[None]:
+    threads, forced = torch.get_num_threads(), backend_module._forced
+    torch.manual_seed(0)
+    yield
+    torch.set_num_threads(threads)
+    backend_module._forced = forced
+
+
+@pytest.fixture(params=["cpu", "reference"])
+def backend(request: pytest.FixtureRequest) -> str:
+    """Each test that asks for it runs on the native kernels and on the reference."""
+    fastkd.use_backend(request.param)
+    return str(request.param)
