@@ -167,34 +167,38 @@ def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
     return torch.where(scale[:, None] == 0, 0.0, slope * scale[:, None])
 
 
+def _shifted(logits: Tensor, temperature: float) -> Pair:
+    """`[rows, V]` (logits − max) / T and the `[rows]` maxima / T: a large common offset is gone before anything rounds."""
+    rows = _wide(logits)
+    largest = rows.amax(-1, keepdim=True)
+    finite = torch.where(largest == -math.inf, 0.0, largest)
+    return (rows - finite) / temperature, finite[:, 0] / temperature
+
+
 def row_statistics(
     logits: Tensor, labels: Tensor | None, temperature: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backend.Backend.row_statistics`."""
-    scaled = _wide(logits) / temperature
-    log_sum_exp = torch.logsumexp(scaled, -1)
-    log_q = scaled - log_sum_exp[:, None]
+    shifted, largest = _shifted(logits, temperature)
+    log_q = torch.log_softmax(shifted, -1)
     entropy = -_weighted(log_q.exp(), log_q).sum(-1)
     if labels is None:
-        picked = torch.full_like(log_sum_exp, math.nan)
+        picked = torch.full_like(largest, math.nan)
     else:
         picked = _label_log_probabilities(log_q, labels)
-    return log_sum_exp, entropy, scaled.argmax(-1), picked
+    return torch.logsumexp(shifted, -1) + largest, entropy, shifted.argmax(-1), picked
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """See `backend.Backend.log_softmax`."""
-    scaled = _wide(logits) / temperature
-    out.copy_(torch.log_softmax(scaled, -1).view(out.shape))
-    largest = scaled.amax(-1)
-    log_sum = torch.logsumexp(scaled - largest[:, None], -1)
-    return torch.stack((largest, log_sum), -1) / math.log(2)
+    shifted, largest = _shifted(logits, temperature)
+    out.copy_(torch.log_softmax(shifted, -1).view(out.shape))
+    return torch.stack((largest, torch.logsumexp(shifted, -1)), -1) / math.log(2)
 
 
 def log_softmax_backward(
     upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
-    """See `backend.Backend.log_softmax_backward`."""
-    above = _wide(upstream)
-    exponent = _wide(logits) / (temperature * math.log(2)) - normaliser[:, :1] - normaliser[:, 1:]
-    grad.copy_(((above - exponent.exp2() * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))
+    """See `backend.Backend.log_softmax_backward`. Normalises anew rather than trust a rounded normaliser."""
+    above, q = _wide(upstream), torch.softmax(_shifted(logits, temperature)[0], -1)
+    grad.copy_(((above - q * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))

@@ -26,6 +26,9 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
   constexpr bool functor = !kl && !raw && !no_soft;
   constexpr bool probabilities = kl || functor;
 
+  const bool inside = hard != kNoHard && row.label >= 0 && row.label < settings.vocab_size;
+  const float label_logit = inside ? row.student.at(row.label) : 0;  // now: in place, the stash overwrites it
+
   Sums sums;
   if constexpr (kl)
     sums = statistics<true, Divergence::forward, Divergence::reverse, hard>(row, settings, scratch, settings.want_grad);
@@ -62,14 +65,13 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
 
   hard_out = 0;
   if constexpr (hard != kNoHard) {
-    if (row.label < 0 || row.label >= settings.vocab_size) {
+    if (!inside) {
       hard_out = __builtin_nanf("");  // never read out of bounds, never hidden
     } else {
       // The label's exponent is rounded by the same multiply-add as every column's, so a large offset cancels.
-      const float z = row.student.at(row.label);
       const double y = hard == kOwnExponential
-                           ? (double)__builtin_fmaf(z, kLog2e, -(float)sums.hard_max)
-                           : (double)hard * __builtin_fmaf(z, settings.student_scale, -sums.student_max);
+                           ? (double)__builtin_fmaf(label_logit, kLog2e, -(float)sums.hard_max)
+                           : (double)hard * __builtin_fmaf(label_logit, settings.student_scale, -sums.student_max);
       hard_out = (float)(::log(sums.hard) - ln2 * y);
     }
     combination.label = settings.hard_weight * row.hard_scale;
