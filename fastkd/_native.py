@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import pathlib
+import site
 
 import torch
 from torch import Tensor
@@ -90,10 +91,18 @@ class _LogSoftmax(ctypes.Structure):
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
-    folder = pathlib.Path(__file__).parent / "_lib"
-    found = [*folder.glob("libfastkd.*"), *_editable_libraries()]
+    return _open(_find())
+
+
+def _find() -> list[pathlib.Path]:
+    """Beside this file; or, for an editable install, in site-packages, where the build put it."""
+    places = [pathlib.Path(__file__).parent.parent, *map(pathlib.Path, site.getsitepackages())]
+    return [path for place in places for path in (place / "fastkd" / "_lib").glob("libfastkd.*")]
+
+
+def _open(found: list[pathlib.Path]) -> tuple[ctypes.CDLL | None, str]:
     if not found:
-        return None, f"no native library in {folder}; reinstall fastkd where a C++17 compiler with OpenMP is found"
+        return None, "no native library was built; reinstall fastkd where a C++17 compiler with OpenMP is found"
     try:
         library = ctypes.CDLL(str(found[0]))
         abi = library.fastkd_abi()
@@ -106,14 +115,6 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if instruction_set is None:
         return None, "this processor lacks AVX2 and FMA, which the native kernels need"
     return library, f"native C++, {instruction_set.decode()}"
-
-
-def _editable_libraries() -> list[pathlib.Path]:
-    """Where an editable install put the library: beside the package's metadata, in site-packages."""
-    import site
-
-    places = [*site.getsitepackages(), site.getusersitepackages()]
-    return [path for place in places for path in pathlib.Path(place, "fastkd", "_lib").glob("libfastkd.*")]
 
 
 def status() -> tuple[bool, str]:
@@ -193,9 +194,7 @@ def kd_rows(
     return soft, hard
 
 
-def row_statistics(
-    logits: Tensor, labels: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backend.Backend.row_statistics`."""
     rows = _row_count(logits)
     log_sum_exp, entropy, label_logprob = (torch.empty(rows) for _ in range(3))

@@ -106,7 +106,7 @@ def backends() -> dict[str, BackendStatus]:
     return {name: _status(name) for name in _MODULES}
 
 
-class use_backend:  # noqa: N801  (reads as a function, and is one until used in a `with` statement)
+class use_backend:
     """Force one backend, from now on or, as a context manager, for a block.
 
     >>> fastkd.use_backend("reference")         # until changed; None restores the automatic choice
@@ -154,7 +154,5 @@ def _automatic(tensor: Tensor) -> str:
     status = _status(wanted)
     if status.available:
         return wanted
-    _warn_once(
-        f"fastkd: the {wanted!r} backend is not available ({status.detail}); the slower eager reference is used"
-    )
+    _warn_once(f"fastkd: the {wanted!r} backend is not available ({status.detail}); the slower eager reference is used")
     return "reference"

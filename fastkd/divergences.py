@@ -1,8 +1,8 @@
 """The divergence table: what a distillation loss can measure between teacher p and student q.
 
 One row per divergence, a small frozen object carrying its parameters. Everything that iterates over divergences
-(`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. Adding one takes four pieces: a row here,
-an eager function in `reference.py`, a functor in `kernels/cpu/divergences.h` and a pair in `kernels/gpu/divergences.py`.
+(`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. Adding one takes four pieces: a row
+here, an eager function in `reference.py`, a functor in `kernels/cpu/divergences.h` and a pair in `kernels/gpu/divergences.py`.
 
 `resolve` turns limits into the divergence they equal (`JSD(beta=0)` is forward KL), so that no kernel divides by zero.
 """
@@ -50,9 +50,7 @@ class Divergence:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
-                raise TypeError(
-                    f"{type(self).__name__}({field.name}=...) must be a number, got {type(value).__name__}"
-                )
+                raise TypeError(f"{type(self).__name__}({field.name}=...) must be a number, got {type(value).__name__}")
             if not math.isfinite(value):
                 raise ValueError(f"{type(self).__name__}({field.name}={value}) must be finite")
         self.check()
@@ -178,8 +176,7 @@ class MSE(Divergence):
 
 
 TABLE: dict[str, type[Divergence]] = {
-    row.name: row
-    for row in (ForwardKL, ReverseKL, JSD, SkewKL, SkewReverseKL, SymmetricKL, TVD, AlphaBeta, MSE)
+    row.name: row for row in (ForwardKL, ReverseKL, JSD, SkewKL, SkewReverseKL, SymmetricKL, TVD, AlphaBeta, MSE)
 }
 
 

@@ -42,7 +42,7 @@ class KDLoss(nn.Module):
             (unless `return_parts` asks for its value).
         alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` the
             opposite; published recipes mean both by α, so one without the other is an error.
-        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters, such as `fastkd.JSD(beta=.1)`.
+        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters: `fastkd.JSD(beta=.1)`.
         teacher_temperature: the teacher's T where it differs from the student's.
         scale_t2: multiply the soft term, value and gradient, by T² (the student's), which keeps its gradient's size
             independent of T. Has no effect on `mse`, which knows no temperature.
@@ -50,13 +50,15 @@ class KDLoss(nn.Module):
         reduction: `"mean"` over unmasked tokens (Σ mask·weights; `num_items` replaces it), `"sum"`, `"batchmean"`
             (sum ÷ first dimension) or `"none"` (one loss per token, 0 where masked).
         shift: score logits `[..., :-1, :]` against labels `[..., 1:]`, as causal language models need; `weights` move
-            with the labels. Nothing is copied. With `"none"` the result has the shape of `labels[..., 1:]`.
-        mask_soft: whether `ignore_index` masks the soft term too. False counts every position there, with its own divisor.
+            with the labels. No logits are copied. With `"none"` the result has the shape of `labels[..., 1:]`.
+        mask_soft: whether `ignore_index` masks the soft term too. False counts every position there, with a divisor
+            of its own.
         vocab_size: count only the first `vocab_size` columns (vocabularies padded to different widths); the others
             have probability 0 and gradient 0.
-        memory_budget: bytes of working memory a source may use, for sources that need any; a tensor of logits needs none.
+        memory_budget: bytes of working memory a source may use, for sources that need any; logits need none.
         inplace: write the student's gradient over its logits: no memory beyond row scalars. The logits are destroyed,
-            autograd's version counter is bumped. Not with `"none"`. Ignored under `torch.compile`, which plans memory itself.
+            and autograd's version counter is bumped. Not with `"none"`. Ignored under `torch.compile`, which plans
+            memory itself.
         return_parts: return `KDParts(loss, soft, hard)`.
 
     Raises TypeError or ValueError, before any work and quoting the value, for arguments that cannot be meant.
@@ -294,9 +296,7 @@ class _InPlace(torch.autograd.Function):
         return (None if upstream is None else ops.scale_saved(student.detach(), upstream)), None
 
 
-def _weights(
-    soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None
-) -> tuple[float, float]:
+def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None) -> tuple[float, float]:
     if alpha is None:
         if alpha_on is not None:
             raise ValueError(f"alpha_on={alpha_on!r} was given without alpha")
@@ -318,7 +318,7 @@ def _is_number(value: object) -> bool:
 
 
 def _shift_left(tokens: Tensor, fill: float) -> Tensor:
-    """tokens `[..., S]` moved one place towards the front, the freed last place filled."""
+    """Tokens `[..., S]` moved one place towards the front, the freed last place filled."""
     return torch.nn.functional.pad(tokens[..., 1:], (0, 1), value=fill)
 
 

@@ -34,16 +34,13 @@ _LOSS_ARGUMENTS = (
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
-    f"kd_loss(Tensor student, {_LOSS_ARGUMENTS}, bool want_grad) -> (Tensor loss, Tensor soft, Tensor hard, Tensor grad)"
+    f"kd_loss(Tensor student, {_LOSS_ARGUMENTS}, bool want_grad) "
+    "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad)"
 )
-_library.define(
-    f"kd_loss_(Tensor(a!) student, {_LOSS_ARGUMENTS}) -> (Tensor loss, Tensor soft, Tensor hard)"
-)
+_library.define(f"kd_loss_(Tensor(a!) student, {_LOSS_ARGUMENTS}) -> (Tensor loss, Tensor soft, Tensor hard)")
 _library.define(f"kd_rows(Tensor student, {_LOSS_ARGUMENTS}) -> (Tensor rows, Tensor soft, Tensor hard)")
 _library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
-_library.define(
-    "log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor"
-)
+_library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
 _library.define(
     "row_statistics(Tensor logits, Tensor? labels, float temperature) "
     "-> (Tensor log_sum_exp, Tensor entropy, Tensor argmax, Tensor label_logprob)"
@@ -263,9 +260,7 @@ def _backward_log_softmax(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Te
     return torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, ctx.temperature), None
 
 
-def _row_statistics(
-    logits: Tensor, labels: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     logits = _addressable(logits)
     return select(logits).row_statistics(logits, labels, temperature)
 
@@ -275,9 +270,7 @@ def _fake_log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tenso
     return logits.new_empty(logits.shape), rows.new_empty((rows.shape[0], 2))
 
 
-def _fake_log_softmax_backward(
-    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float
-) -> Tensor:
+def _fake_log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
@@ -300,12 +293,8 @@ for _name, _implementation, _fake in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
-torch.library.register_autograd(
-    "fastkd::kd_loss", _backward_kd_loss, setup_context=_setup_kd_loss, lib=_library
-)
-torch.library.register_autograd(
-    "fastkd::kd_rows", _backward_kd_rows, setup_context=_setup_kd_rows, lib=_library
-)
+torch.library.register_autograd("fastkd::kd_loss", _backward_kd_loss, setup_context=_setup_kd_loss, lib=_library)
+torch.library.register_autograd("fastkd::kd_rows", _backward_kd_rows, setup_context=_setup_kd_rows, lib=_library)
 torch.library.register_autograd(
     "fastkd::log_softmax", _backward_log_softmax, setup_context=_setup_log_softmax, lib=_library
 )

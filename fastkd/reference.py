@@ -25,7 +25,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
-    """probability · value, and 0 where the probability is 0 even if the value there is infinite or NaN."""
+    """Probability · value, and 0 where the probability is 0 even if the value there is infinite or NaN."""
     return torch.where(probability == 0, 0.0, probability * value)
 
 
@@ -168,24 +168,20 @@ def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
 
 
 def _shifted(logits: Tensor, temperature: float) -> Pair:
-    """`[rows, V]` (logits − max) / T and the `[rows]` maxima / T: a large common offset is gone before anything rounds."""
+    """`[rows, V]` (logits − max) / T and the `[rows]` maxima / T: a large offset is gone before anything rounds."""
     rows = _wide(logits)
     largest = rows.amax(-1, keepdim=True)
     finite = torch.where(largest == -math.inf, 0.0, largest)
     return (rows - finite) / temperature, finite[:, 0] / temperature
 
 
-def row_statistics(
-    logits: Tensor, labels: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backend.Backend.row_statistics`."""
     shifted, largest = _shifted(logits, temperature)
     log_q = torch.log_softmax(shifted, -1)
     entropy = -_weighted(log_q.exp(), log_q).sum(-1)
-    if labels is None:
-        picked = torch.full_like(largest, math.nan)
-    else:
-        picked = _label_log_probabilities(log_q, labels)
+    no_label = torch.full_like(largest, math.nan)
+    picked = no_label if labels is None else _label_log_probabilities(log_q, labels)
     return torch.logsumexp(shifted, -1) + largest, entropy, shifted.argmax(-1), picked
 
 

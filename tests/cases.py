@@ -52,9 +52,7 @@ def peaked(generator: torch.Generator, rows: int, vocab: int) -> tuple[Tensor, T
 
 def flat(generator: torch.Generator, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
     """Nearly uniform rows."""
-    return 0.01 * torch.randn(rows, vocab, generator=generator), 0.01 * torch.randn(
-        rows, vocab, generator=generator
-    )
+    return 0.01 * torch.randn(rows, vocab, generator=generator), 0.01 * torch.randn(rows, vocab, generator=generator)
 
 
 def offset(generator: torch.Generator, rows: int, vocab: int) -> tuple[Tensor, Tensor]:

@@ -85,7 +85,7 @@ def test_vocab_size(backend: str) -> None:
 
 
 def test_num_items_needs_the_mean(backend: str) -> None:
-    with pytest.raises(ValueError, match="num_items.*'sum'"):
+    with pytest.raises(ValueError, match=r"num_items.*'sum'"):
         fastkd.KDLoss(reduction="sum")(STUDENT, TEACHER, LABELS, num_items=3)
 
 
@@ -119,7 +119,7 @@ def test_statistics_refuse_too() -> None:
     for function in (fastkd.log_softmax, fastkd.row_statistics):
         with pytest.raises(TypeError, match="int64"):
             function(LABELS)
-        with pytest.raises(ValueError, match="temperature.*0"):
+        with pytest.raises(ValueError, match=r"temperature.*0"):
             function(STUDENT, temperature=0)
     with pytest.raises(ValueError, match="labels"):
         fastkd.row_statistics(STUDENT, LABELS[:1])

@@ -63,7 +63,7 @@ def test_parameters_out_of_range(make: object) -> None:
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="number"):
         fastkd.JSD(beta="0.5")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="unknown divergence 'kl'.*forward_kl"):
+    with pytest.raises(ValueError, match=r"unknown divergence 'kl'.*forward_kl"):
         resolve("kl")
     with pytest.raises(TypeError, match="got float"):
         resolve(0.5)  # type: ignore[arg-type]

@@ -43,7 +43,9 @@ def test_compile_full_graph(backend: str, settings: dict[str, object], style: st
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     for count in (6, 5):  # the second shape recompiles with a symbolic size
         leaves = [student.detach()[:count].clone().requires_grad_() for _ in range(2)]
-        expected, actual = (f(x, teacher[:count], labels[:count]) for f, x in zip((step, compiled), leaves, strict=True))
+        expected, actual = (
+            f(x, teacher[:count], labels[:count]) for f, x in zip((step, compiled), leaves, strict=True)
+        )
         expected.sum().backward()
         actual.sum().backward()
         torch.testing.assert_close(actual, expected)
@@ -67,7 +69,7 @@ def test_compile_with_inductor() -> None:
 
 
 def test_autocast(backend: str) -> None:
-    student, teacher, labels = inputs()
+    _, teacher, labels = inputs()
     hidden = torch.randn(6, 8, requires_grad=True)
     weight = torch.randn(V, 8, requires_grad=True)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -126,9 +128,7 @@ print(status("VmHWM") - before, N * V * student.element_size())
 @pytest.mark.parametrize("inplace", ["fresh", "inplace"])
 def test_peak_memory(inplace: str, dtype: str) -> None:
     """One gradient and nothing else; in place, row scalars and one row per thread. The allocator rounds to pages."""
-    result = subprocess.run(
-        [sys.executable, "-c", MEMORY, inplace, dtype], capture_output=True, text=True, check=True
-    )
+    result = subprocess.run([sys.executable, "-c", MEMORY, inplace, dtype], capture_output=True, text=True, check=True)
     extra, gradient = map(int, result.stdout.split())
     limit = 1.02 * gradient if inplace == "fresh" else 1 << 20
     assert extra <= limit + (1 << 20), f"{extra / 2**20:.2f} MiB beside a gradient of {gradient / 2**20:.2f} MiB"

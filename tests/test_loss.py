@@ -49,7 +49,12 @@ def test_mean_is_over_unmasked_tokens(backend: str) -> None:
 def test_golden_example(backend: str) -> None:
     """Four tokens over five logits, the worked example of a published explainer; values from float64 arithmetic."""
     teacher = [[2, 1, 4, 0.5, 0.3], [0.5, 3, 1, 0.2, 0.3], [0.1, 0.2, 0.5, 4.5, 0.7], [3.5, 1.5, 0.1, 0, 0.2]]
-    student = [[1.9, 1.1, 3.9, 0.6, 0.4], [0.6, 2.9, 1.1, 0.3, 0.4], [0.2, 0.1, 0.6, 4.4, 0.8], [3.4, 1.4, 0.2, 0.1, 0.3]]
+    student = [
+        [1.9, 1.1, 3.9, 0.6, 0.4],
+        [0.6, 2.9, 1.1, 0.3, 0.4],
+        [0.2, 0.1, 0.6, 4.4, 0.8],
+        [3.4, 1.4, 0.2, 0.1, 0.3],
+    ]
     s, t = torch.tensor(student), torch.tensor(teacher)
     labels = torch.tensor([2, 1, 3, 0])
     for temperature, soft, hard in GOLDEN:
@@ -150,12 +155,8 @@ def test_mask_soft_false_counts_every_position(backend: str) -> None:
 def test_alpha_means_what_alpha_on_says(backend: str) -> None:
     student, teacher, labels = batch()
     soft, hard = (x[labels != -100].mean() for x in rows(student, teacher, labels))
-    agrees(
-        fastkd.KDLoss(2.0, alpha=0.2, alpha_on="soft")(student, teacher, labels), 0.2 * soft + 0.8 * hard, student
-    )
-    agrees(
-        fastkd.KDLoss(2.0, alpha=0.2, alpha_on="hard")(student, teacher, labels), 0.8 * soft + 0.2 * hard, student
-    )
+    agrees(fastkd.KDLoss(2.0, alpha=0.2, alpha_on="soft")(student, teacher, labels), 0.2 * soft + 0.8 * hard, student)
+    agrees(fastkd.KDLoss(2.0, alpha=0.2, alpha_on="hard")(student, teacher, labels), 0.8 * soft + 0.2 * hard, student)
 
 
 def test_parts_are_unweighted_and_detached(backend: str) -> None:
@@ -196,7 +197,7 @@ def test_teacher_temperature(backend: str) -> None:
 
 
 def test_mse_knows_no_temperature(backend: str) -> None:
-    student, teacher, labels = batch()
+    student, teacher, _ = batch()
     kd = fastkd.KDLoss(3.0, divergence="mse", soft_weight=1, hard_weight=0)
     agrees(kd(student, teacher), F.mse_loss(student, teacher), student)
 

@@ -27,9 +27,7 @@ def run(
     scale = torch.full((rows,), 1 / rows, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
     labels = cases.labels(rows, vocab) if hard else None
     spec = cases.spec(divergence, vocab, temperature)
-    soft, cross_entropy = backend.kd_rows(
-        student, teacher, labels, scale, scale if hard else None, spec, grad
-    )
+    soft, cross_entropy = backend.kd_rows(student, teacher, labels, scale, scale if hard else None, spec, grad)
     return soft, cross_entropy, grad
 
 
@@ -138,7 +136,7 @@ def test_masked_vocabulary(divergence: Divergence) -> None:
 
 
 def test_one_sided_infinities() -> None:
-    """p > 0 beside q = 0 makes forward KL infinite, and q > 0 beside p = 0 the reverse; bounded divergences stay finite."""
+    """p > 0 beside q = 0 makes forward KL infinite, q > 0 beside p = 0 the reverse; bounded ones stay finite."""
     student, teacher = cases.logits("far", 2, 100)
     student[0, 7] = -torch.inf
     teacher[1, 9] = -torch.inf

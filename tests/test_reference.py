@@ -72,9 +72,7 @@ def test_against_the_textbook(divergence: Divergence) -> None:
 
     grad = torch.empty_like(student)
     spec = cases.spec(divergence, 31, T, soft_weight=0.5 * t2)
-    soft_rows, hard_rows = reference.kd_rows(
-        student.detach(), teacher, labels, soft_scale, hard_scale, spec, grad
-    )
+    soft_rows, hard_rows = reference.kd_rows(student.detach(), teacher, labels, soft_scale, hard_scale, spec, grad)
     torch.testing.assert_close(soft_rows, soft.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(hard_rows, hard.detach(), rtol=1e-10, atol=1e-12)
     torch.testing.assert_close(grad, student.grad, rtol=1e-9, atol=1e-12)
