@@ -1,8 +1,9 @@
 """The divergence table: what a distillation loss can measure between teacher p and student q.
 
 One row per divergence, a small frozen object carrying its parameters. Everything that iterates over divergences
-(`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. Adding one takes four pieces: a row
-here, an eager function in `reference.py`, a functor in `kernels/cpu/divergences.h` and a pair in `kernels/gpu/divergences.py`.
+(`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. Adding one takes four pieces: a row here,
+an eager function in `reference.py`, a functor in `kernels/cpu/divergences.h` and a pair in
+`kernels/gpu/divergences.py`.
 
 `resolve` turns limits into the divergence they equal (`JSD(beta=0)` is forward KL), so that no kernel divides by zero.
 """

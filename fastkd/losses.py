@@ -318,7 +318,7 @@ def _is_number(value: object) -> bool:
 
 
 def _shift_left(tokens: Tensor, fill: float) -> Tensor:
-    """Tokens `[..., S]` moved one place towards the front, the freed last place filled."""
+    """tokens `[..., S]` moved one place towards the front, the freed last place filled."""
     return torch.nn.functional.pad(tokens[..., 1:], (0, 1), value=fill)
 
 

@@ -25,7 +25,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def _weighted(probability: Tensor, value: Tensor) -> Tensor:
-    """Probability · value, and 0 where the probability is 0 even if the value there is infinite or NaN."""
+    """probability · value, and 0 where the probability is 0 even if the value there is infinite or NaN."""
     return torch.where(probability == 0, 0.0, probability * value)
 
 

@@ -29,7 +29,7 @@ def _check_temperature(temperature: float) -> float:
 
 
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """Log softmax(logits / temperature) over the last dimension, fused and differentiable.
+    """log softmax(logits / temperature) over the last dimension, fused and differentiable.
 
     Args:
         logits: `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend); fp32 inside, rounded once.
