@@ -200,10 +200,11 @@ class KDLoss(nn.Module):
         if self.reduction != "mean":
             return scale
         if num_items is None:
-            divisor = scale.sum()
-        else:
-            divisor = torch.as_tensor(num_items, dtype=scale.dtype).to(scale.device, non_blocking=True)
-        return torch.where(divisor == 0, 0.0, scale / divisor)
+            num_items = scale.sum()
+        if isinstance(num_items, Tensor):
+            divisor = num_items.detach().to(scale.device, scale.dtype, non_blocking=True)
+            return torch.where(divisor == 0, 0.0, scale / divisor)
+        return scale / num_items if num_items != 0 else torch.zeros_like(scale)
 
     def _check_settings(self) -> None:
         for name in ("temperature", "teacher_temperature"):
