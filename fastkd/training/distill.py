@@ -26,7 +26,7 @@ import torch
 import transformers
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fastkd
 from fastkd.training.data import batches, read_documents, split, token_windows
@@ -141,9 +141,7 @@ def _train(
             losses = {name: value.item() for name, value in parts._asdict().items()}
             history.append(losses)
             if not math.isfinite(losses["loss"]):
-                raise FloatingPointError(
-                    f"the loss is {losses['loss']} at step {len(history)}: lower --learning-rate"
-                )
+                raise FloatingPointError(f"the loss is {losses['loss']} at step {len(history)}: lower --learning-rate")
             speed = len(history) * ids.numel() / (time.perf_counter() - started)
             shown = {name: f"{value:.3f}" for name, value in losses.items()}
             progress.set_postfix(shown | {"tokens/s": f"{speed:.0f}"})
@@ -272,7 +270,7 @@ def _student_config(student: str, teacher_config: Any, tokenizer: Any) -> Any:
     if student == SMALL_GPT2 and not path.exists():
         size = {"n_positions": 128, "n_embd": 256, "n_layer": 4, "n_head": 4}
         no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # too few passes to overfit
-        return GPT2Config(**size, **no_dropout, **shared)
+        return AutoConfig.for_model("gpt2", **size, **no_dropout, **shared)
     try:
         if path.is_file():
             return AutoConfig.for_model(**(shared | json.loads(path.read_text(encoding="utf-8"))))
@@ -302,9 +300,7 @@ def _check_models(teacher: Any, student: Any, tokenizer: Any, context: int) -> N
     for name, config in (("student", student), ("teacher", teacher)):
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and context > positions:
-            raise InputError(
-                f"context {context} is more than the {name}'s {positions} positions: lower --context"
-            )
+            raise InputError(f"context {context} is more than the {name}'s {positions} positions: lower --context")
 
 
 def _vocab_size(config: Any) -> int:
