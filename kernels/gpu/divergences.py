@@ -1,0 +1,277 @@
+"""Divergences on the GPU: for each a pair of scalar functions and a row in `DIVERGENCES`.
+
+A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope(...)` with the
+same arguments: the derivative of the term by log q. p is the teacher's probability, q the student's, d = log q − log p
+(0 where both are 0, ±inf where one is), a and b the divergence's parameters; everything fp32. The student-logit gradient
+is `(slope − q·Σ slope) / temperature`, which a multiple of q added to every slope does not change: that freedom is used
+to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
+
+The Kullback-Leibler family has `close(forward, reverse, a, b) → (value, Σ slope)` in place of a term: both directions
+follow from sums that need no normaliser, so its logits are read once less.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+
+
+# --- elementary functions ---------------------------------------------------------------------------------------
+# From basic operations: libdevice exists neither in Triton's interpreter nor in the same form for AMD.
+
+
+@triton.jit
+def exp(x):
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def expm1(x):
+    """e^x − 1 to 3e-7 of itself."""
+    series = 1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040)))
+    series = 1 + x * (1 / 2 + x * (1 / 6 + x * series))
+    return tl.where(tl.abs(x) < 0.4, x * series, exp(x) - 1)
+
+
+@triton.jit
+def log_near_one(x, x_minus_one):
+    """log x to about 3e-7 of itself, given x − 1 more accurately than x tells it."""
+    z = x_minus_one / (2 + x_minus_one)  # log x = 2 artanh z
+    square = z * z
+    series = 2 * z * (1 + square * (1 / 3 + square * (1 / 5 + square * (1 / 7))))
+    return tl.where(tl.abs(x_minus_one) < 0.25, series, tl.log(x))
+
+
+@triton.jit
+def weighted(probability, value):
+    """probability · value, and 0 where the probability is 0 even if the value is infinite there."""
+    return tl.where(probability == 0, 0.0, probability * value)
+
+
+@triton.jit
+def exp_difference(x, y, difference):
+    """e^x − e^y, given `difference` = x − y more accurately than the two tell."""
+    size = -expm1(-tl.abs(difference)) * exp(tl.maximum(x, y))
+    return tl.where(difference < 0, -size, size)
+
+
+@triton.jit
+def probability_gap(p, q, d):
+    """q − p where the two nearly cancel."""
+    return tl.where(d > 0, -q, p) * expm1(-tl.abs(d))
+
+
+@triton.jit
+def mixture(d, lam):
+    """(λp + (1−λ)q) / max(p, q), in (0, 1]."""
+    return tl.where(d > 0, 1 - lam, lam) + tl.where(d > 0, lam, 1 - lam) * exp(-tl.abs(d))
+
+
+@triton.jit
+def log_mixture(d, lam):
+    return log_near_one(mixture(d, lam), tl.where(d > 0, lam, 1 - lam) * expm1(-tl.abs(d)))
+
+
+@triton.jit
+def mixture_gap(d, lam):
+    """(q − p) / (λp + (1−λ)q)."""
+    e = expm1(-tl.abs(d))
+    return tl.where(d > 0, -e, e) / mixture(d, lam)
+
+
+# --- Kullback-Leibler family ------------------------------------------------------------------------------------
+
+
+@triton.jit
+def forward_kl_close(forward, reverse, a, b):
+    return forward, 0.0
+
+
+@triton.jit
+def forward_kl_slope(p, q, gap, log_p, log_q, d, a, b):
+    return gap
+
+
+@triton.jit
+def reverse_kl_close(forward, reverse, a, b):
+    return reverse, reverse
+
+
+@triton.jit
+def reverse_kl_slope(p, q, gap, log_p, log_q, d, a, b):
+    return weighted(q, d)
+
+
+@triton.jit
+def symmetric_kl_close(forward, reverse, weight, b):
+    return weight * forward + (1 - weight) * reverse, (1 - weight) * reverse
+
+
+@triton.jit
+def symmetric_kl_slope(p, q, gap, log_p, log_q, d, weight, b):
+    return weight * gap + (1 - weight) * weighted(q, d)
+
+
+# --- mixtures ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def jsd_term(p, q, gap, log_p, log_q, d, beta, b):
+    shared = log_mixture(d, beta)
+    to_teacher = weighted(p, tl.maximum(d, 0.0) + shared)
+    to_student = weighted(q, tl.maximum(-d, 0.0) + shared)
+    return -beta * to_teacher - (1 - beta) * to_student
+
+
+@triton.jit
+def jsd_slope(p, q, gap, log_p, log_q, d, beta, b):
+    return (beta - 1) * weighted(q, tl.maximum(-d, 0.0) + log_mixture(d, beta))
+
+
+@triton.jit
+def skew_kl_term(p, q, gap, log_p, log_q, d, lam, b):
+    return -weighted(p, tl.maximum(d, 0.0) + log_mixture(d, lam))
+
+
+@triton.jit
+def skew_kl_slope(p, q, gap, log_p, log_q, d, lam, b):
+    return (1 - lam) * (1 - lam) * q * mixture_gap(d, lam)
+
+
+@triton.jit
+def skew_reverse_kl_term(p, q, gap, log_p, log_q, d, lam, b):
+    return -weighted(q, tl.maximum(-d, 0.0) + log_mixture(-d, lam))
+
+
+@triton.jit
+def skew_reverse_kl_slope(p, q, gap, log_p, log_q, d, lam, b):
+    falling = tl.maximum(-d, 0.0) + log_mixture(-d, lam)
+    return weighted(q, lam * (1 - lam) * mixture_gap(-d, lam) - falling)
+
+
+# --- others -----------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def tvd_term(p, q, gap, log_p, log_q, d, a, b):
+    return -0.5 * tl.maximum(p, q) * expm1(-tl.abs(d))
+
+
+@triton.jit
+def tvd_slope(p, q, gap, log_p, log_q, d, a, b):
+    return 0.5 * tl.where(d > 0, q, tl.where(d < 0, -q, 0.0))
+
+
+@triton.jit
+def alpha_beta_term(p, q, gap, log_p, log_q, d, alpha, beta):
+    total = alpha + beta
+    mixed = exp_difference(alpha * log_p + beta * log_q, total * log_q, -alpha * d)
+    powers = exp_difference(total * log_p, total * log_q, -total * d)
+    return (alpha / total * powers - mixed) * (1 / (alpha * beta))
+
+
+@triton.jit
+def alpha_beta_slope(p, q, gap, log_p, log_q, d, alpha, beta):
+    return exp_difference(alpha * log_p + beta * log_q, (alpha + beta) * log_q, -alpha * d) * (-1 / alpha)
+
+
+@triton.jit
+def alpha_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
+    powers = exp_difference(beta * log_p, beta * log_q, -beta * d)
+    return (weighted(exp(beta * log_q), beta * d) + powers) * (1 / (beta * beta))
+
+
+@triton.jit
+def alpha_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
+    return weighted(exp(beta * log_q), d)
+
+
+@triton.jit
+def beta_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
+    powers = exp_difference(alpha * log_p, alpha * log_q, -alpha * d)
+    return (weighted(exp(alpha * log_p), -alpha * d) - powers) * (1 / (alpha * alpha))
+
+
+@triton.jit
+def beta_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
+    return exp_difference(alpha * log_p, alpha * log_q, -alpha * d) * (-1 / alpha)
+
+
+@triton.jit
+def sum_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
+    return (alpha * d + expm1(-alpha * d)) * (1 / (alpha * alpha))
+
+
+@triton.jit
+def sum_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
+    return expm1(-alpha * d) * (-1 / alpha)
+
+
+@triton.jit
+def both_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
+    return 0.5 * d * d
+
+
+@triton.jit
+def both_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
+    return d
+
+
+@triton.jit
+def mse_term(p, q, gap, log_p, log_q, d, a, b):
+    return d * d
+
+
+@triton.jit
+def mse_slope(p, q, gap, log_p, log_q, d, a, b):
+    return 2 * d
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A pair and how the skeleton must sweep for it.
+
+    `sweeps` is "closed" (`term` is a `close`; `forward` and `reverse` say which sums it uses), "normalised" (both
+    softmaxes must be known before the term) or "raw" (d is the difference of logits, there is no softmax).
+    """
+
+    term: Any
+    slope: Any
+    sweeps: str = "normalised"
+    forward: bool = False
+    reverse: bool = False
+
+
+DIVERGENCES = {
+    "forward_kl": Divergence(forward_kl_close, forward_kl_slope, "closed", forward=True),
+    "reverse_kl": Divergence(reverse_kl_close, reverse_kl_slope, "closed", reverse=True),
+    "symmetric_kl": Divergence(symmetric_kl_close, symmetric_kl_slope, "closed", forward=True, reverse=True),
+    "jsd": Divergence(jsd_term, jsd_slope),
+    "skew_kl": Divergence(skew_kl_term, skew_kl_slope),
+    "skew_reverse_kl": Divergence(skew_reverse_kl_term, skew_reverse_kl_slope),
+    "tvd": Divergence(tvd_term, tvd_slope),
+    "alpha_beta": Divergence(alpha_beta_term, alpha_beta_slope),
+    "mse": Divergence(mse_term, mse_slope, "raw"),
+}
+
+_ALPHA_BETA_LIMITS = {  # which of alpha, beta and alpha + beta are 0
+    (True, False, False): Divergence(alpha_zero_term, alpha_zero_slope),
+    (False, True, False): Divergence(beta_zero_term, beta_zero_slope),
+    (False, False, True): Divergence(sum_zero_term, sum_zero_slope),
+    (True, True, True): Divergence(both_zero_term, both_zero_slope),
+}
+
+
+def divergence_for(name: str, parameters: tuple[float, ...]) -> Divergence:
+    """The pair of a canonical name; the α-β family's limits, where its formula would divide by 0, have their own."""
+    if name == "alpha_beta":
+        alpha, beta = parameters
+        limit = _ALPHA_BETA_LIMITS.get((alpha == 0, beta == 0, alpha + beta == 0))
+        if limit is not None:
+            return limit
+    return DIVERGENCES[name]

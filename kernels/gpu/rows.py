@@ -1,0 +1,250 @@
+"""A distillation loss and its gradient on rows of logits, for every divergence of the table. One program per row.
+
+Sweeps over a row, all loads of 16 bytes where the rows' addresses allow:
+
+1. statistics: maxima and sums of exponentials of both rows, the cross-entropy's included, relative to a running
+   maximum. The value and Σ slope of the Kullback-Leibler family follow from them, as does the squared difference.
+2. terms, for the other divergences: Σ term and Σ slope, now that the probabilities are known.
+3. gradient, if wanted: computed in fp32 and rounded once.
+
+So student and teacher are each loaded twice (three times if sweep 2 is needed, once less without a gradient) and the
+gradient is stored once. What of this reaches DRAM depends on the cache: sweeps 2 and 3 begin at the last column, where
+sweep 1 ended.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.backend import RowSpec
+from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
+from fastkd.kernels.gpu.sweeps import (
+    Factors,
+    Logits,
+    Mode,
+    Numbers,
+    gradient_of,
+    slope_center,
+    statistics_of,
+    sum_terms,
+    write_gradient,
+)
+from fastkd.kernels.gpu.tiles import (
+    Tile,
+    clear_row,
+    clear_tail,
+    co_aligned,
+    device_of,
+    first_vector,
+    launch_options,
+    row_pointer,
+    rows_of,
+    span_of,
+    tile_for,
+)
+
+
+@triton.jit
+def _kd_rows_kernel(
+    student_rows,
+    teacher_rows,
+    grad_rows,
+    labels,
+    soft_scale,
+    hard_scale,
+    soft_values,
+    hard_values,
+    numbers,
+    vocab_size,
+    grad_columns,
+    TERM: tl.constexpr,
+    SLOPE: tl.constexpr,
+    MODE: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    index = tl.program_id(0)
+    soft_by = 0.0
+    hard_by = 0.0
+    if MODE.soft != "absent":
+        soft_by = tl.load(soft_scale + index)
+    if MODE.hard:
+        hard_by = tl.load(hard_scale + index)
+    soft_on = soft_by != 0
+    hard_on = hard_by != 0
+
+    student = row_pointer(student_rows, index)
+    teacher = student
+    span = span_of(student, vocab_size, TILE)
+    logits = Logits(first_vector(student, span, True, TILE), student, span, soft_on)
+    if MODE.soft != "absent":
+        teacher = row_pointer(teacher_rows, index)
+        logits = Logits(
+            logits.student, first_vector(teacher, span, MODE.teacher_aligned, TILE), span, soft_on
+        )
+    if grad_rows is not None:
+        grad = row_pointer(grad_rows, index)
+        grad_vectors = first_vector(grad, span, MODE.grad_aligned, TILE)
+
+    if (soft_by == 0) & (hard_by == 0):
+        tl.store(soft_values + index, 0.0)
+        tl.store(hard_values + index, 0.0)
+        if grad_rows is not None:
+            clear_row(grad_vectors, span, TILE)
+            clear_tail(grad, vocab_size, grad_columns, TILE)
+        return
+
+    if MODE.hard:  # before the gradient, which may overwrite the logits
+        label = tl.load(labels + index)
+        labelled = (label >= 0) & (label < vocab_size) & hard_on
+        label_student = tl.load(student + label, labelled, other=0.0).to(tl.float32)
+        label_teacher = label_student
+        if MODE.soft != "absent":
+            label_teacher = tl.load(teacher + label, labelled & soft_on, other=0.0).to(tl.float32)
+
+    sums, row = statistics_of(logits, numbers, TERM, MODE, TILE)
+    soft = 0.0
+    slope_sum = 0.0
+    center = 0.0
+    if MODE.soft == "closed":
+        unit = 1.0
+        if MODE.same_temperature:
+            unit = numbers.student_inverse
+        forward = sums.forward * row.teacher_share * unit + row.log_sum_gap
+        reverse = sums.reverse * row.student_share * unit - row.log_sum_gap
+        soft, slope_sum = TERM(forward, reverse, numbers.a, numbers.b)
+    if MODE.soft == "normalised":
+        center = slope_center(sums, row, numbers, SLOPE, MODE)
+        soft, slope_sum = sum_terms(logits, row, center, numbers, TERM, SLOPE, MODE, TILE)
+    if MODE.soft == "raw":
+        soft = sums.square / vocab_size
+    if MODE.soft != "absent":
+        soft = tl.where(soft_on, soft, 0.0)
+    tl.store(soft_values + index, soft)
+
+    hard = 0.0
+    hard_factor = 0.0
+    if MODE.hard:
+        hard = tl.log(sums.hard_sum) - (label_student - sums.student_max)
+        hard = tl.where(labelled, hard, tl.where(hard_on, float("nan"), 0.0))
+        hard_factor = numbers.hard_weight * hard_by / sums.hard_sum
+        hard_factor = tl.where(labelled, hard_factor, tl.where(hard_on, float("nan"), 0.0))
+    tl.store(hard_values + index, hard)
+
+    if grad_rows is not None:
+        factors = Factors(center, slope_sum, numbers.soft_weight * soft_by, hard_factor)
+        write_gradient(grad_vectors, logits, row, factors, numbers, SLOPE, MODE, TILE)
+        clear_tail(grad, vocab_size, grad_columns, TILE)
+        if MODE.hard:
+            # The label's −1, which in the sweep would cost every column a comparison.
+            gradient = gradient_of(
+                label_student, label_teacher, soft_on, row, factors, numbers, SLOPE, MODE
+            )
+            tl.debug_barrier()  # another thread wrote this column in the sweep
+            tl.store(grad + label, gradient - numbers.hard_weight * hard_by, labelled)
+
+
+def kd_rows(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    spec: RowSpec,
+    grad: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Divergence and cross-entropy of each row, fp32 `[rows]`; the gradient into `grad`. See `backends.Backend`.
+
+    Rows must lie at two strides (`fastkd.ops.row_layout`). fp32, bf16 or fp16, student and teacher independently.
+    """
+    count = student[..., 0].numel()
+    soft, hard = torch.empty((2, count), dtype=torch.float32, device=student.device).unbind()
+    if count == 0:
+        return soft, hard
+    divergence = divergence_for(spec.divergence, spec.parameters)
+    tile = tile_for([tensor for tensor in (student, teacher, grad) if tensor is not None], spec.vocab_size)
+    with device_of(student):
+        _kd_rows_kernel[(count,)](
+            rows_of(student),
+            None if teacher is None else rows_of(teacher),
+            None if grad is None else rows_of(grad),
+            labels,
+            soft_scale,
+            hard_scale,
+            soft,
+            hard,
+            _numbers_for(spec, divergence),
+            spec.vocab_size,
+            student.shape[-1] if grad is None else grad.shape[-1],
+            divergence.term,
+            divergence.slope,
+            _mode_for(spec, divergence, student, teacher, labels, grad, tile),
+            tile,
+            **launch_options(tile),
+        )
+    return soft, hard
+
+
+def _mode_for(
+    spec: RowSpec,
+    divergence: Divergence,
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    grad: Tensor | None,
+    tile: Tile,
+) -> Mode:
+    soft = "absent" if teacher is None else divergence.sweeps
+    tempered = soft in ("closed", "normalised")
+    return Mode(
+        soft=soft,
+        hard=labels is not None,
+        forward=divergence.forward,
+        reverse=divergence.reverse,
+        same_temperature=spec.temperature == spec.teacher_temperature,
+        hard_power=int(spec.temperature) if tempered and spec.temperature in (1, 2) else 0,
+        fine=grad is not None and grad.dtype == torch.float32,
+        teacher_aligned=co_aligned(teacher, student, tile),
+        grad_aligned=co_aligned(grad, student, tile),
+    )
+
+
+def _numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:
+    a, b = (*spec.parameters, 0.0, 0.0)[:2]
+    return Numbers(
+        student_inverse=1 / spec.temperature,
+        teacher_inverse=1 / spec.teacher_temperature,
+        student_scale=LOG2E.value / spec.temperature,
+        teacher_scale=LOG2E.value / spec.teacher_temperature,
+        soft_weight=spec.soft_weight / (spec.vocab_size if divergence.sweeps == "raw" else spec.temperature),
+        hard_weight=spec.hard_weight,
+        a=a,
+        b=b,
+    )
+
+
+# --- scaling a gradient -----------------------------------------------------------------------------------------
+
+_SCALE_BLOCK = 4096
+
+
+@triton.jit
+def _scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+    by = tl.load(factor).to(tl.float32)
+    if by != 1:
+        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+        x = tl.load(values + offsets, offsets < count).to(tl.float32)
+        tl.store(values + offsets, x * by, offsets < count)
+
+
+def scale_(grad: Tensor, upstream: Tensor) -> Tensor:
+    """Multiply `grad` in place by the 0-dim `upstream`, without waiting for the device; free where that is 1."""
+    if not grad.is_contiguous():
+        return grad.mul_(upstream)
+    if grad.numel() > 0:
+        with device_of(grad):
+            grid = (triton.cdiv(grad.numel(), _SCALE_BLOCK),)
+            _scale_kernel[grid](grad, upstream, grad.numel(), _SCALE_BLOCK, num_warps=8)
+    return grad

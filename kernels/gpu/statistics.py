@@ -1,0 +1,274 @@
+"""Row statistics of logits, and log-softmax with its gradient.
+
+Sums of exponentials are kept relative to a running maximum and per thread, as in `sweeps`. `row_statistics` reads the
+logits once, `log_softmax` twice. `log_softmax_backward` reads both its inputs twice: a log-sum-exp of 1e4, say, is known
+to 5e-4 only, so the probabilities it gives are normalised anew.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.kernels.gpu.divergences import LOG2E, weighted
+from fastkd.kernels.gpu.tiles import (
+    Tile,
+    co_aligned,
+    device_of,
+    edge_columns,
+    finite,
+    first_vector,
+    lane_max,
+    lane_sum,
+    launch_options,
+    load_logits,
+    row_pointer,
+    rows_of,
+    span_of,
+    steps_of,
+    tile_for,
+    vector_columns,
+)
+
+# --- statistics -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _moved(old, new, total, mean, scale):
+    """Σ e^z and Σ e^z z, of z relative to maximum `old`, made relative to `new`."""
+    decay = tl.exp2((old - finite(new)) * scale)
+    shift = finite(old) - finite(new)
+    return total * decay, tl.where(decay == 0, 0.0, decay * (mean + total * shift))
+
+
+@triton.jit
+def _observe(x, columns, highest, total, mean, first, scale, vocab_size):
+    new = tl.maximum(highest, lane_max(x))
+    total, mean = _moved(highest, new, total, mean, scale)
+    z = x - finite(new)[None, :, None]
+    e = tl.exp2(z * scale)
+    here = tl.where(x == new[None, :, None], columns, vocab_size)
+    here = tl.min(tl.min(here, 2), 0)
+    first = tl.where(new > highest, here, tl.minimum(first, here))
+    return new, total + lane_sum(e), mean + lane_sum(weighted(e, z)), first
+
+
+@triton.jit
+def _sweep(pointer, span, scale, vocab_size, TILE: tl.constexpr):
+    """Maximum, Σ e^(z·scale·ln 2), Σ e^(…)·z and the first column of the maximum; z = logit − maximum."""
+    highest = tl.zeros([TILE.threads], tl.float32) - float("inf")
+    total = tl.zeros([TILE.threads], tl.float32)
+    mean = tl.zeros([TILE.threads], tl.float32)
+    first = tl.full([TILE.threads], vocab_size, tl.int32)
+    if TILE.edges:
+        columns, present = edge_columns(span, TILE)
+        x = load_logits(pointer, columns, present, "evict_last")
+        columns = tl.where(present, columns + span.head, vocab_size)
+        highest, total, mean, first = _observe(x, columns, highest, total, mean, first, scale, vocab_size)
+    for step in range(steps_of(span, TILE)):
+        columns, present = vector_columns(step, span, TILE)
+        x = load_logits(pointer, columns, present, "evict_last")
+        columns = tl.where(present, columns + span.head, vocab_size)
+        highest, total, mean, first = _observe(x, columns, highest, total, mean, first, scale, vocab_size)
+    top = tl.max(highest, 0)
+    total, mean = _moved(highest, top, total, mean, scale)
+    first = tl.min(tl.where(highest == top, first, vocab_size), 0)
+    return top, tl.sum(total, 0), tl.sum(mean, 0), first
+
+
+@triton.jit
+def _statistics_kernel(
+    rows,
+    labels,
+    log_sum_exps,
+    entropies,
+    argmaxes,
+    label_logprobs,
+    inverse,
+    vocab_size,
+    TILE: tl.constexpr,
+):
+    index = tl.program_id(0)
+    start = row_pointer(rows, index)
+    span = span_of(start, vocab_size, TILE)
+    top, total, mean, first = _sweep(
+        first_vector(start, span, True, TILE), span, inverse * LOG2E, vocab_size, TILE
+    )
+    log_total = tl.log(total)
+    tl.store(log_sum_exps + index, top * inverse + log_total)
+    tl.store(entropies + index, log_total - mean / total * inverse)
+    tl.store(argmaxes + index, tl.where(first < vocab_size, first, 0).to(tl.int64))
+    if labels is not None:
+        label = tl.load(labels + index)
+        inside = (label >= 0) & (label < vocab_size)
+        logprob = (tl.load(start + label, inside, other=0.0).to(tl.float32) - top) * inverse - log_total
+        tl.store(label_logprobs + index, tl.where(inside, logprob, float("nan")))
+
+
+def row_statistics(
+    logits: Tensor, labels: Tensor | None, temperature: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of softmax(logits / temperature): log-sum-exp, entropy (nats), arg-max, label log-probability; `[rows]` each.
+
+    All fp32 but the arg-max, int64, which is the first maximum. The last is NaN where a label is outside [0, V).
+    """
+    count, vocab_size = logits[..., 0].numel(), logits.shape[-1]
+    log_sum_exp, entropy, label_logprob = torch.empty(
+        (3, count), dtype=torch.float32, device=logits.device
+    ).unbind()
+    argmax = torch.empty(count, dtype=torch.int64, device=logits.device)
+    if labels is None:
+        label_logprob.fill_(torch.nan)
+    if count > 0:
+        tile = tile_for([logits], vocab_size)
+        with device_of(logits):
+            _statistics_kernel[(count,)](
+                rows_of(logits),
+                labels,
+                log_sum_exp,
+                entropy,
+                argmax,
+                label_logprob,
+                1 / temperature,
+                vocab_size,
+                tile,
+                **launch_options(tile),
+            )
+    return log_sum_exp, entropy, argmax, label_logprob
+
+
+# --- log-softmax ------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _normalised(x, top, log_total, inverse):
+    return (x - top) * inverse - log_total
+
+
+@triton.jit
+def _log_softmax_kernel(
+    rows, out_rows, log_sum_exps, inverse, vocab_size, OUT_ALIGNED: tl.constexpr, TILE: tl.constexpr
+):
+    index = tl.program_id(0)
+    start = row_pointer(rows, index)
+    span = span_of(start, vocab_size, TILE)
+    pointer = first_vector(start, span, True, TILE)
+    top, total, _, _ = _sweep(pointer, span, inverse * LOG2E, vocab_size, TILE)
+    log_total = tl.log(total)
+    tl.store(log_sum_exps + index, top * inverse + log_total)
+
+    out = first_vector(row_pointer(out_rows, index), span, OUT_ALIGNED, TILE)
+    steps = steps_of(span, TILE)
+    for step in range(steps):
+        columns, present = vector_columns(steps - 1 - step, span, TILE)
+        x = load_logits(pointer, columns, present, "evict_first")
+        tl.store(out + columns, _normalised(x, top, log_total, inverse), present)
+    if TILE.edges:
+        columns, present = edge_columns(span, TILE)
+        x = load_logits(pointer, columns, present, "evict_first")
+        tl.store(out + columns, _normalised(x, top, log_total, inverse), present)
+
+
+def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
+    """Write logits/temperature − log-sum-exp to `out`, in its dtype; return the log-sum-exps, fp32 `[rows]`."""
+    count = logits[..., 0].numel()
+    log_sum_exp = torch.empty(count, dtype=torch.float32, device=logits.device)
+    if count > 0:
+        tile = tile_for([logits, out], logits.shape[-1])
+        with device_of(logits):
+            _log_softmax_kernel[(count,)](
+                rows_of(logits),
+                rows_of(out),
+                log_sum_exp,
+                1 / temperature,
+                logits.shape[-1],
+                co_aligned(out, logits, tile),
+                tile,
+                **launch_options(tile),
+            )
+    return log_sum_exp
+
+
+@triton.jit
+def _load_pair(
+    upstream,
+    logits,
+    columns,
+    present,
+    log_sum_exp,
+    inverse,
+    POLICY: tl.constexpr,
+):
+    """Upstream gradient and probability, the latter up to the error of the row's log-sum-exp."""
+    above = tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    x = load_logits(logits, columns, present, POLICY)
+    return above, tl.exp2((x * inverse - log_sum_exp) * LOG2E)
+
+
+@triton.jit
+def _log_softmax_backward_kernel(
+    upstream_rows,
+    rows,
+    grad_rows,
+    log_sum_exps,
+    inverse,
+    vocab_size,
+    UPSTREAM_ALIGNED: tl.constexpr,
+    GRAD_ALIGNED: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    index = tl.program_id(0)
+    log_sum_exp = tl.load(log_sum_exps + index)
+    start = row_pointer(rows, index)
+    span = span_of(start, vocab_size, TILE)
+    logits = first_vector(start, span, True, TILE)
+    upstream = first_vector(row_pointer(upstream_rows, index), span, UPSTREAM_ALIGNED, TILE)
+    grad = first_vector(row_pointer(grad_rows, index), span, GRAD_ALIGNED, TILE)
+
+    above_sum = tl.zeros([TILE.threads], tl.float32)
+    total = tl.zeros([TILE.threads], tl.float32)
+    if TILE.edges:
+        columns, present = edge_columns(span, TILE)
+        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_last")
+        above_sum += lane_sum(above)
+        total += lane_sum(q)
+    steps = steps_of(span, TILE)
+    for step in range(steps):
+        columns, present = vector_columns(step, span, TILE)
+        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_last")
+        above_sum += lane_sum(above)
+        total += lane_sum(q)
+    share = tl.sum(above_sum, 0) / tl.sum(total, 0)
+
+    for step in range(steps):
+        columns, present = vector_columns(steps - 1 - step, span, TILE)
+        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_first")
+        tl.store(grad + columns, (above - q * share) * inverse, present)
+    if TILE.edges:
+        columns, present = edge_columns(span, TILE)
+        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_first")
+        tl.store(grad + columns, (above - q * share) * inverse, present)
+
+
+def log_softmax_backward(
+    upstream: Tensor, logits: Tensor, log_sum_exp: Tensor, temperature: float, grad: Tensor
+) -> None:
+    """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`; `upstream` `[..., V]` like `logits`."""
+    count = logits[..., 0].numel()
+    if count > 0:
+        tile = tile_for([logits, upstream, grad], logits.shape[-1])
+        with device_of(logits):
+            _log_softmax_backward_kernel[(count,)](
+                rows_of(upstream),
+                rows_of(logits),
+                rows_of(grad),
+                log_sum_exp,
+                1 / temperature,
+                logits.shape[-1],
+                co_aligned(upstream, logits, tile),
+                co_aligned(grad, logits, tile),
+                tile,
+                **launch_options(tile),
+            )

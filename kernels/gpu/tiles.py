@@ -1,0 +1,200 @@
+"""How the kernels walk a row: where it starts, which columns a program loads together, and how wide the loads are.
+
+One program owns one row. A row is read as vectors of `width` elements (16 bytes of the widest dtype involved), each by
+one thread, `vectors` per thread and step. Rows of an odd vocabulary start anywhere, so the columns before the first
+aligned vector and after the last whole one, at most 2·(width − 1), are the row's edges and are read one by one, in a
+step of their own. What remains is masked in whole vectors, which keeps the loads wide. Tiles are [vectors, threads,
+width] and sums are kept per thread, [threads]: inside the loop no thread waits for another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastkd.ops import row_layout
+
+
+class Rows(NamedTuple):
+    """A tensor's rows as kernels take them; strides in elements. See `fastkd.ops.RowLayout`."""
+
+    pointer: Any
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """The compile-time shape of a step. `edges` is False where every row is known to consist of whole vectors."""
+
+    threads: int
+    vectors: int
+    width: int
+    edges: bool
+
+
+class Span(NamedTuple):
+    """A row cut into `head` columns, `vectors` aligned vectors and, up to `edges`, the columns after them."""
+
+    head: Any
+    vectors: Any
+    edges: Any
+
+
+# --- on the host ------------------------------------------------------------------------------------------------
+
+# Vocabulary above which a row gets so many threads. Wide rows want few rows in flight, so that the next sweep over the
+# row still finds it in the L2 cache: 512 threads of at most 128 registers are one or two rows per multiprocessor.
+_THREADS = ((16384, 512), (4096, 256), (0, 128))
+_ELEMENTS_PER_THREAD = 16
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    layout = row_layout(tensor)
+    if layout is None:
+        raise ValueError(
+            f"rows of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} do not lie at two strides"
+        )
+    return Rows(tensor, layout.inner, layout.outer_stride, layout.inner_stride)
+
+
+def tile_for(tensors: Sequence[Tensor], vocab_size: int) -> Tile:
+    """The tile for rows of `vocab_size` columns of `tensors`, of which the first decides where vectors start."""
+    width = 16 // max(tensor.element_size() for tensor in tensors)
+    threads = next(threads for above, threads in _THREADS if vocab_size > above)
+    whole = vocab_size % width == 0 and all(_starts(tensor, width) == (0, 0, 0) for tensor in tensors)
+    return Tile(threads, _ELEMENTS_PER_THREAD // width, width, edges=not whole)
+
+
+def co_aligned(tensor: Tensor | None, leader: Tensor, tile: Tile) -> bool:
+    """Whether vectors that are aligned in every row of `leader` are aligned in `tensor` too."""
+    return tensor is not None and _starts(tensor, tile.width) == _starts(leader, tile.width)
+
+
+def _starts(tensor: Tensor, width: int) -> tuple[int, int, int]:
+    """First element and row strides modulo the vector width, element 0 being at address 0."""
+    rows = rows_of(tensor)
+    return (
+        tensor.data_ptr() // tensor.element_size() % width,
+        rows.outer_stride % width,
+        rows.inner_stride % width,
+    )
+
+
+def launch_options(tile: Tile) -> dict[str, Any]:
+    """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64."""
+    warp_size = triton.runtime.driver.active.get_current_target().warp_size
+    return {"num_warps": tile.threads // warp_size, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)  # type: ignore[no-any-return]
+
+
+# --- in kernels -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def row_pointer(rows, row):
+    """First element of a row; offsets in 64 bits, since tensors exceed 2³¹ elements."""
+    outer = (row // rows.inner).to(tl.int64) * rows.outer_stride
+    return rows.pointer + outer + (row % rows.inner).to(tl.int64) * rows.inner_stride
+
+
+@triton.jit
+def span_of(pointer, vocab_size, TILE: tl.constexpr):
+    """How the row at `pointer` is cut, its vectors starting where the address allows."""
+    if TILE.edges:
+        start = pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8) % TILE.width
+        head = tl.minimum((TILE.width - start) % TILE.width, vocab_size).to(tl.int32)
+        vectors = (vocab_size - head) // TILE.width
+        return Span(head, vectors, vocab_size - vectors * TILE.width)
+    else:
+        return Span(0, vocab_size // TILE.width, 0)
+
+
+@triton.jit
+def first_vector(pointer, span, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    """Pointer to the first aligned column, which `edge_columns` and `vector_columns` count from."""
+    pointer += span.head
+    if ALIGNED:
+        return tl.multiple_of(pointer, TILE.width * (pointer.dtype.element_ty.primitive_bitwidth // 8))
+    else:
+        return pointer
+
+
+@triton.jit
+def steps_of(span, TILE: tl.constexpr):
+    return tl.cdiv(span.vectors, TILE.vectors * TILE.threads)
+
+
+@triton.jit
+def vector_columns(step, span, TILE: tl.constexpr):
+    """Columns [vectors, threads, width] of a step and which vectors [vectors, threads, 1] exist."""
+    thread = tl.arange(0, TILE.threads)[None, :, None]
+    vector = (step * TILE.vectors + tl.arange(0, TILE.vectors)[:, None, None]) * TILE.threads + thread
+    return vector * TILE.width + tl.arange(0, TILE.width)[None, None, :], vector < span.vectors
+
+
+@triton.jit
+def edge_columns(span, TILE: tl.constexpr):
+    """The row's edges, [1, threads, 1]: columns before the first vector (negative) and after the last."""
+    thread = tl.arange(0, TILE.threads)[None, :, None]
+    column = thread - span.head
+    return tl.where(column < 0, column, column + span.vectors * TILE.width), thread < span.edges
+
+
+@triton.jit
+def load_logits(pointer, columns, present, POLICY: tl.constexpr):
+    """Logits in fp32, −inf (probability 0) where `present` is false."""
+    return tl.load(pointer + columns, present, other=float("-inf"), eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
+def lane_max(x):
+    return tl.max(tl.max(x, 2), 0)
+
+
+@triton.jit
+def lane_sum(x):
+    return tl.sum(tl.sum(x, 2), 0)
+
+
+@triton.jit
+def finite(maximum):
+    """The maximum as something to subtract: 0 while only −inf has been seen, for −inf − −inf is NaN."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+@triton.jit
+def _clear_step(pointer, at):
+    columns, present = at
+    tl.store(pointer + columns, tl.zeros(columns.shape, tl.float32), present)
+
+
+@triton.jit
+def clear_row(pointer, span, TILE: tl.constexpr):
+    """Write 0 to the row whose first vector is at `pointer`."""
+    for step in range(steps_of(span, TILE)):
+        _clear_step(pointer, vector_columns(step, span, TILE))
+    if TILE.edges:
+        _clear_step(pointer, edge_columns(span, TILE))
+
+
+@triton.jit
+def clear_tail(row, start, stop, TILE: tl.constexpr):
+    """Write 0 to columns [start, stop) of the row that begins at `row`."""
+    for step in range(tl.cdiv(stop - start, TILE.threads)):
+        column = start + step * TILE.threads + tl.arange(0, TILE.threads)
+        tl.store(row + column, tl.zeros([TILE.threads], tl.float32), column < stop)
