@@ -1,0 +1,18 @@
+"""Benchmarks of fastkd against what a user would write with torch: one file per question, one way to time.
+
+    pytest bench/ --benchmark-only             everything, with torch's allocator and again with huge pages
+    pytest bench/ --benchmark-only --quick     fewer cases and rounds, at most 256 rows
+    pytest bench/ --benchmark-disable --quick  no timing: is every contender right?
+    python -m bench.report                     the tables again, from the stored JSON
+
+Every case is timed twice, because the first touch of fresh memory dominates eager PyTorch on CPUs: as torch
+comes, and in a second pytest with `THP_MEM_ALLOC_ENABLE=1` (huge pages for torch's own tensors). Set the
+variable yourself, to 0 or 1, to get that pass alone.
+
+Results land in `results/<machine>/`: the JSON of pytest-benchmark per allocator, `report.md`, and
+`speedups.png` where matplotlib is installed. Part of a run (`-k`, one file) replaces the stored JSON all
+the same; name another with `--benchmark-json=PATH` (one pass, no report) to keep what is there.
+
+A contender that computes something wrong fails its test. A bar that is missed does not: the report says
+MISSED.
+"""

@@ -1,0 +1,20 @@
+"""The same race for every other row of the divergence table."""
+
+from __future__ import annotations
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench import shapes
+from bench.check import Batch
+from bench.contenders import kd_contenders
+from bench.race import race
+from fastkd.divergences import resolve
+
+CASES = shapes.DIVERGENCES
+
+
+def bench_divergence(benchmark: BenchmarkFixture, case: shapes.Case, quick: bool) -> None:
+    torch._dynamo.reset()
+    batch = Batch.random(case.rows, case.vocab, case.dtype)
+    race(benchmark, kd_contenders(batch, resolve(case.divergence)), "divergences", case, quick=quick)

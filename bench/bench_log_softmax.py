@@ -1,0 +1,69 @@
+"""Is fastkd.log_softmax ever slower than torch's, forward and backward, with a dense upstream gradient?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+import fastkd
+from bench import check, rivals, shapes
+from bench.contenders import TEMPERATURE, Contender, add_floors
+from bench.race import race
+from bench.shapes import FRESH
+
+CASES = shapes.LOG_SOFTMAX
+
+
+def bench_log_softmax(benchmark: BenchmarkFixture, case: shapes.Case, quick: bool) -> None:
+    torch._dynamo.reset()
+    batch = check.Batch.random(case.rows, case.vocab, case.dtype)
+    logits, upstream = batch.student, batch.teacher
+    truth = _truth(logits, upstream)
+    functions: dict[str, Callable[[Tensor, float], Tensor]] = {
+        FRESH: fastkd.log_softmax,
+        "torch": rivals.log_softmax,
+    }
+    if rivals.can_compile():
+        functions["compile"] = rivals.compiled(rivals.log_softmax)
+    contenders = [_contender(name, function, logits, upstream, truth) for name, function in functions.items()]
+    race(benchmark, [*contenders, *add_floors(logits.detach(), upstream)], "log_softmax", case, quick=quick)
+
+
+def _contender(
+    name: str,
+    function: Callable[[Tensor, float], Tensor],
+    logits: Tensor,
+    upstream: Tensor,
+    truth: tuple[Tensor, Tensor],
+) -> Contender:
+    def prepare() -> None:
+        logits.grad = None
+
+    def run() -> Tensor:
+        out = function(logits, TEMPERATURE)
+        out.backward(upstream)
+        return out
+
+    def verify(out: object) -> float:
+        assert isinstance(out, Tensor)
+        assert logits.grad is not None
+        limit = check.FP32 if logits.dtype == torch.float32 else check.ROUNDED
+        off = max(check.error(out, truth[0]), check.error(logits.grad, truth[1]))
+        assert off <= limit, f"{name}: relative error {off:.1e} > {limit:.0e}"
+        return off
+
+    return Contender(name, run, prepare, verify)
+
+
+def _truth(logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
+    """Value and gradient `[N, V]` in float64, written out rather than taken from torch, and kept in fp32."""
+    value, gradient = torch.empty(logits.shape), torch.empty(logits.shape)
+    for slab in check.slabs(len(logits)):
+        scaled, above = logits.detach()[slab].double() / TEMPERATURE, upstream[slab].double()
+        log_q = scaled - torch.logsumexp(scaled, -1, keepdim=True)
+        value[slab] = log_q
+        gradient[slab] = (above - log_q.exp() * above.sum(-1, keepdim=True)) / TEMPERATURE
+    return value, gradient

@@ -1,0 +1,103 @@
+"""Is a contender right? Judged before it is timed, by the float64 reference, on the inputs it is timed on.
+
+The reference runs in slabs of rows, since a float64 copy of a whole case would not fit beside the contenders.
+Its results are kept in fp32, whose rounding (6e-8) is far below the limits here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from bench import rivals
+from fastkd import reference
+from fastkd.backend import RowSpec
+from fastkd.divergences import Divergence
+
+__all__ = ["ARITHMETIC_BF16", "FP32", "ROUNDED", "Batch", "Truth", "error", "kd_truth", "recipe_is_right"]
+
+#: Relative L2 errors a contender may have: fp32 arithmetic on fp32 inputs (measured: 4e-8 … 8e-6),
+FP32 = 5e-5
+#: fp32 arithmetic rounded once to bf16 (measured: 1e-3 … 2e-3),
+ROUNDED = 1e-2
+#: and arithmetic in bf16 throughout, as the textbook recipe does on bf16 logits (measured: 3e-3).
+ARITHMETIC_BF16 = 3e-2
+
+_SLAB = 64
+
+
+class Truth(NamedTuple):
+    loss: float
+    gradient: Tensor  # [N, V] fp32
+
+
+@dataclass
+class Batch:
+    """Random inputs of one case. `student` is a leaf that takes gradients."""
+
+    student: Tensor
+    teacher: Tensor
+    labels: Tensor
+
+    @classmethod
+    def random(cls, rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Batch:
+        """Unrelated rows, peaked enough that both terms carry the gradient: a lost one cannot pass for rounding."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def logits() -> Tensor:
+            return torch.randn(rows, vocab, generator=generator).mul_(6).to(dtype)
+
+        labels = torch.randint(vocab, (rows,), generator=generator)
+        return cls(logits().requires_grad_(), logits(), labels)
+
+
+def slabs(rows: int) -> Iterator[slice]:
+    return (slice(start, min(start + _SLAB, rows)) for start in range(0, rows, _SLAB))
+
+
+def error(actual: Tensor, truth: Tensor) -> float:
+    """‖actual − truth‖₂ / ‖truth‖₂ in float64; infinite where anything is not finite."""
+    assert actual.shape == truth.shape, f"shapes {tuple(actual.shape)} and {tuple(truth.shape)}"
+    difference = size = 0.0
+    for slab in slabs(len(truth)):
+        expected = truth[slab].double()
+        difference += (actual[slab].detach().double() - expected).square().sum().item()
+        size += expected.square().sum().item()
+    relative = float((difference / size) ** 0.5) if size else difference
+    return relative if relative == relative else float("inf")
+
+
+def kd_truth(batch: Batch, divergence: Divergence, temperature: float) -> Truth:
+    """Loss and student gradient of ½·T²·divergence + ½·cross-entropy, mean over rows, in float64."""
+    rows, vocab = batch.student.shape
+    t2 = temperature**2 if divergence.tempered else 1.0
+    spec = RowSpec(divergence.name, divergence.parameters, temperature, temperature, 0.5 * t2, 0.5, vocab)
+    loss, gradient = 0.0, torch.empty(rows, vocab)
+    for slab in slabs(rows):
+        student = batch.student.detach()[slab].double()
+        scale = torch.full((len(student),), 1 / rows, dtype=torch.float64)
+        slope = torch.empty_like(student)
+        soft, hard = reference.kd_rows(
+            student, batch.teacher[slab].double(), batch.labels[slab], scale, scale, spec, slope
+        )
+        loss += ((spec.soft_weight * soft + spec.hard_weight * hard) * scale).sum().item()
+        gradient[slab] = slope
+    return Truth(loss, gradient)
+
+
+@functools.cache
+def recipe_is_right(divergence: Divergence, temperature: float) -> None:
+    """AssertionError unless the rival's recipe and its gradient equal the reference, both in float64."""
+    small = Batch.random(32, 997, torch.float64)
+    truth = kd_truth(small, divergence, temperature)
+    loss = rivals.kd_loss(divergence, temperature)(small.student, small.teacher, small.labels)
+    loss.backward()
+    assert small.student.grad is not None
+    off = error(small.student.grad, truth.gradient)
+    assert off < 1e-6, f"the eager recipe of {divergence} has a wrong gradient: relative error {off:.1e}"
+    assert abs(loss.item() - truth.loss) < 1e-9 * abs(truth.loss), f"the eager recipe of {divergence} has a wrong value"

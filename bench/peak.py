@@ -1,0 +1,60 @@
+"""One measurement of peak memory, in a process that does nothing else: run by `bench_memory.py`.
+
+The peak is Linux's high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs) less
+what was resident before the run: the inputs, torch, and whatever a warm-up left. The warm-up is on a small
+batch, so that a buffer the contender keeps for large ones counts; only compiled code has to be made at the
+real shape. What the warm-up freed is given back to the system first, or a contender could hide in it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import json
+import pathlib
+import re
+import sys
+
+import torch
+
+from bench.check import Batch
+from bench.contenders import kd_contender
+from fastkd.divergences import resolve
+
+_PROC = pathlib.Path("/proc/self")
+
+
+def peak_bytes(name: str, rows: int, vocab: int, dtype: torch.dtype, divergence: str) -> int:
+    """Of one forward and backward pass of the contender (its forward alone, for the loss-only one)."""
+    if not (_PROC / "clear_refs").exists():
+        raise SystemExit("peak memory is measured through /proc/self/clear_refs, which this system lacks")
+    batch = Batch.random(rows, vocab, dtype)
+    contender = kd_contender(name, batch, resolve(divergence))
+    warm_up = contender
+    if not name.startswith("compile"):
+        warm_up = kd_contender(name, Batch.random(128, 1024, dtype), resolve(divergence))
+    for _ in range(2):
+        warm_up.prepare()
+        warm_up.run()
+    warm_up.prepare()
+    contender.prepare()
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+    (_PROC / "clear_refs").write_text("5")
+    before = _resident("VmRSS")
+    kept = contender.run()
+    after = _resident("VmHWM")
+    del kept
+    return after - before
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", (_PROC / "status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":
+    name, rows, vocab, dtype, divergence = json.loads(sys.argv[1])
+    print(peak_bytes(name, rows, vocab, getattr(torch, dtype), divergence))
