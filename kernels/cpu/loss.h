@@ -130,6 +130,13 @@ inline int team(int64_t rows, int64_t columns, int64_t threads) {
   return rows * columns < kSerialBelow || most < 1 ? 1 : (int)most;
 }
 
+// Rows a thread takes at a time: enough that two threads seldom touch one new huge page (2 MiB) of the gradient for the
+// first time, which the kernel serialises; few enough that the team stays busy to the end.
+inline int64_t rows_per_turn(int64_t rows, int64_t columns, int threads) {
+  const int64_t in_pages = 1 + (1 << 20) / columns, fair = rows / (4 * threads);
+  return in_pages < fair ? in_pages : fair < 1 ? 1 : fair;
+}
+
 inline int hard_term(const KDRows& call, double temperature) {
   if (!call.hard_scale) return kNoHard;
   for (int t = 1; t <= 4; t++)
@@ -154,7 +161,7 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   plain.temperature = 1, plain.student_scale = kLog2e, plain.hard = call.hard_scale ? kPower1 : kNoHard;
 
   const int threads = team(call.rows, call.vocab_size, call.threads);
-  const int64_t chunk = 1 + 16384 / call.vocab_size;
+  const int64_t turn = rows_per_turn(call.rows, call.vocab_size, threads);
   // The student's exponentials may lie where the gradient will, unless the logits there are read again.
   constexpr bool reads_logits_once = std::is_same<Divergence, ForwardKL>::value || std::is_same<Divergence, NoSoft>::value;
   const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&
@@ -171,7 +178,7 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
 #pragma omp atomic write
       failed = 1;
     }
-#pragma omp for schedule(dynamic, chunk)
+#pragma omp for schedule(dynamic, turn)
     for (int64_t i = 0; i < call.rows; i++) {
       if (memory.failed()) continue;
       Row row;

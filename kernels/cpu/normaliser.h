@@ -56,15 +56,16 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
 template <class Body>
 inline int for_rows(int64_t rows, int64_t columns, int64_t threads, const Body& body) {
   int failed = 0;
-  const int64_t chunk = 1 + 16384 / columns;
-#pragma omp parallel num_threads(team(rows, columns, threads))
+  const int used = team(rows, columns, threads);
+  const int64_t turn = rows_per_turn(rows, columns, used);
+#pragma omp parallel num_threads(used)
   {
     ThreadMemory memory(0, false, false, false);
     if (memory.failed()) {
 #pragma omp atomic write
       failed = 1;
     }
-#pragma omp for schedule(dynamic, chunk)
+#pragma omp for schedule(dynamic, turn)
     for (int64_t i = 0; i < rows; i++)
       if (!memory.failed()) body(i, memory.scratch);
   }
