@@ -33,7 +33,7 @@ inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
 inline vec abs(vec a) { return from_bits(bits(a) & 0x7fffffff); }
 // `value` where the mask holds, +0 elsewhere, whatever `value` is there: an infinity or NaN does not leak.
-inline vec keep(ivec mask, vec value) { return from_bits(bits(value) & mask); }
+inline vec keep(ivec mask, vec value) { return mask ? value : vec{}; }
 
 // Reductions halve the vector, so that they take log2(lanes) dependent steps.
 inline float sum(vec v) {
@@ -63,22 +63,21 @@ inline vec expm1_poly(vec f) {
 }
 
 // y = n + f with n an integer and |f| <= 1/2, for |y| < 2^21; `scale` = 2^n for -126 <= n <= 127. Adding 1.5 * 2^23
-// leaves n in the low bits of the float. A NaN survives in f.
+// leaves n in the low bits of the float, 127 more make it an exponent. A NaN survives in f.
 struct Split {
   vec f, scale;
 };
 inline Split split(vec y) {
-  const vec magic = splat(12582912.f);
+  const vec magic = splat(12582912.f + 127);
   const vec shifted = y + magic;
-  const vec f = y - (shifted - magic);
-  return {f, from_bits((bits(shifted) << 23) + (127 << 23))};
+  return {y - (shifted - magic), from_bits(bits(shifted) << 23)};
 }
 
 // 2^y for y <= 0 (a rounding above is harmless). Exactly 0 below 2^-125, so that p = 0 is p == 0; NaN stays NaN.
 inline vec exp2_nonpositive(vec y) {
   const Split s = split(y);
   const vec power = (s.f * expm1_poly(s.f) + 1.f) * s.scale;
-  return keep(~(y < -125.f), power);
+  return y < -125.f ? vec{} : power;
 }
 
 // 2^y for any y: 0 below 2^-125, +inf from 2^127 up.
