@@ -169,6 +169,21 @@ def _watched(trace: Trace) -> dict[str, Any]:
     return {name: value for name, value in locals().items() if hasattr(builder, name)}
 
 
+def _generic_reduce(self: Any, inputs: tuple[Any, ...]) -> list[Any]:
+    """A reduction by a function of the kernel's own, halving the axis; stock Triton calls it once per element."""
+    values = [np.moveaxis(value.handle.data, self.axis, 0) for value in inputs]
+    types = [value.dtype for value in inputs]
+    while (count := len(values[0])) > 1:
+        assert count % 2 == 0, "Triton's axes are powers of two"
+        halves = [
+            self.to_tensor(v[part], t)
+            for part in (slice(count // 2), slice(count // 2, None))
+            for v, t in zip(values, types, strict=True)
+        ]
+        values = [result.handle.data for result in self.combine_fn(*halves)]
+    return [self.to_tensor(value[0], dtype) for value, dtype in zip(values, types, strict=True)]
+
+
 def _element_bytes(pointers: Any) -> int:
     return max(1, int(pointers.get_element_ty().primitive_bitwidth) // 8)
 
@@ -205,9 +220,7 @@ def interpreted() -> Iterator[Trace]:
         names = [name for name in self.arg_names if name in options]
         bound = dict(zip(self.arg_names, args, strict=False)) | {name: options[name] for name in names}
         constant = {parameter.name for parameter in self.params if parameter.is_constexpr}
-        values = {
-            name: value if name in constant else stock._implicit_cvt(value) for name, value in bound.items()
-        }
+        values = {name: value if name in constant else stock._implicit_cvt(value) for name, value in bound.items()}
         function = _rewritten(self)
         builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         with _interpreted_language(), np.errstate(all="ignore"), warnings.catch_warnings():
@@ -223,6 +236,7 @@ def interpreted() -> Iterator[Trace]:
     with (
         mock.patch.multiple(stock.InterpreterBuilder, **_watched(trace)),
         mock.patch.object(builder, "options", checked),
+        mock.patch.object(stock.ReduceOps, "generic_reduce", _generic_reduce),
         mock.patch.object(JITFunction, "run", run),
         mock.patch.object(JITFunction, "__call__", call),
         stand_in_driver(TARGETS["sm_90"]),

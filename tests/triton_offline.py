@@ -84,7 +84,10 @@ def compiled(target: GPUTarget) -> Iterator[list[Any]]:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread; `spills` counts instructions (NVIDIA) or registers (AMD) that spill to memory."""
+    """Per thread; `spills` counts instructions (NVIDIA) or registers and bytes (AMD) that spill to memory.
+
+    AMD's scalar registers spill to lanes of vector registers, which is not counted.
+    """
 
     registers: int
     spills: int
@@ -129,7 +132,8 @@ def resources(kernel: Any) -> Resources:
         spills = sum(line.startswith(("LDL", "STL")) for line in _opcodes(_instructions(kernel)[0]))
         return Resources(_only(r"REG:(\d+)", usage), spills + _only(r"LOCAL:(\d+)", usage))
     text = kernel.asm["amdgcn"]
-    spills = _only(r"\.vgpr_spill_count:\s*(\d+)", text) + _only(r"\.sgpr_spill_count:\s*(\d+)", text)
+    spills = _only(r"\.vgpr_spill_count:\s*(\d+)", text)
+    spills += _only(r"\.private_segment_fixed_size:\s*(\d+)", text)
     return Resources(_only(r"\.vgpr_count:\s*(\d+)", text), spills)
 
 
@@ -178,9 +182,7 @@ def _loop(opcodes: list[str]) -> Loop:
         load_bytes=tuple(_width(code) for code in opcodes if re.match(r"LDG\b|(global|buffer)_load", code)),
         store_bytes=tuple(_width(code) for code in opcodes if re.match(r"STG\b|(global|buffer)_store", code)),
         instructions=len(opcodes),
-        exponentials=sum(
-            bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_", code)) for code in opcodes
-        ),
+        exponentials=sum(bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_", code)) for code in opcodes),
     )
 
 

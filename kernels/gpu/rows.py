@@ -40,7 +40,7 @@ from fastkd.kernels.gpu.tiles import (
     device_of,
     first_vector,
     launch_options,
-    row_pointer,
+    row_offset,
     rows_of,
     span_of,
     tile_for,
@@ -75,18 +75,21 @@ def _kd_rows_kernel(
     soft_on = soft_by != 0
     hard_on = hard_by != 0
 
-    student = row_pointer(student_rows, index)
+    student_offset = row_offset(student_rows, index)
+    span = span_of(student_rows.pointer, student_offset, vocab_size, TILE)
+    student = student_rows.pointer + student_offset
     teacher = student
-    span = span_of(student, vocab_size, TILE)
-    logits = Logits(first_vector(student, span, True, TILE), student, span, soft_on)
+    student_vectors = first_vector(student_rows.pointer, student_offset, span, True, TILE)
+    logits = Logits(student_vectors, student_vectors, span, soft_on)
     if MODE.soft != "absent":
-        teacher = row_pointer(teacher_rows, index)
-        logits = Logits(
-            logits.student, first_vector(teacher, span, MODE.teacher_aligned, TILE), span, soft_on
-        )
+        teacher_offset = row_offset(teacher_rows, index)
+        teacher = teacher_rows.pointer + teacher_offset
+        teacher_vectors = first_vector(teacher_rows.pointer, teacher_offset, span, MODE.teacher_aligned, TILE)
+        logits = Logits(student_vectors, teacher_vectors, span, soft_on)
     if grad_rows is not None:
-        grad = row_pointer(grad_rows, index)
-        grad_vectors = first_vector(grad, span, MODE.grad_aligned, TILE)
+        grad_offset = row_offset(grad_rows, index)
+        grad = grad_rows.pointer + grad_offset
+        grad_vectors = first_vector(grad_rows.pointer, grad_offset, span, MODE.grad_aligned, TILE)
 
     if (soft_by == 0) & (hard_by == 0):
         tl.store(soft_values + index, 0.0)
@@ -104,7 +107,7 @@ def _kd_rows_kernel(
         if MODE.soft != "absent":
             label_teacher = tl.load(teacher + label, labelled & soft_on, other=0.0).to(tl.float32)
 
-    sums, row = statistics_of(logits, numbers, TERM, MODE, TILE)
+    row, sums = statistics_of(logits, numbers, TERM, MODE, TILE)
     soft = 0.0
     slope_sum = 0.0
     center = 0.0
@@ -134,14 +137,14 @@ def _kd_rows_kernel(
     tl.store(hard_values + index, hard)
 
     if grad_rows is not None:
-        factors = Factors(center, slope_sum, numbers.soft_weight * soft_by, hard_factor)
+        # A NaN is never hidden: not every slope carries the one that made the value NaN.
+        soft_factor = tl.where(soft != soft, soft, numbers.soft_weight * soft_by)
+        factors = Factors(center, slope_sum, soft_factor, hard_factor)
         write_gradient(grad_vectors, logits, row, factors, numbers, SLOPE, MODE, TILE)
         clear_tail(grad, vocab_size, grad_columns, TILE)
         if MODE.hard:
             # The label's −1, which in the sweep would cost every column a comparison.
-            gradient = gradient_of(
-                label_student, label_teacher, soft_on, row, factors, numbers, SLOPE, MODE
-            )
+            gradient = gradient_of(label_student, label_teacher, soft_on, row, factors, numbers, SLOPE, MODE)
             tl.debug_barrier()  # another thread wrote this column in the sweep
             tl.store(grad + label, gradient - numbers.hard_weight * hard_by, labelled)
 
@@ -205,7 +208,7 @@ def _mode_for(
         reverse=divergence.reverse,
         same_temperature=spec.temperature == spec.teacher_temperature,
         hard_power=int(spec.temperature) if tempered and spec.temperature in (1, 2) else 0,
-        fine=grad is not None and grad.dtype == torch.float32,
+        fine=any(tensor is not None and tensor.dtype == torch.float32 for tensor in (student, teacher)),
         teacher_aligned=co_aligned(teacher, student, tile),
         grad_aligned=co_aligned(grad, student, tile),
     )

@@ -24,7 +24,7 @@ from fastkd.kernels.gpu.tiles import (
     lane_sum,
     launch_options,
     load_logits,
-    row_pointer,
+    row_offset,
     rows_of,
     span_of,
     steps_of,
@@ -87,15 +87,15 @@ def _statistics_kernel(
     argmaxes,
     label_logprobs,
     inverse,
+    scale,
     vocab_size,
     TILE: tl.constexpr,
 ):
     index = tl.program_id(0)
-    start = row_pointer(rows, index)
-    span = span_of(start, vocab_size, TILE)
-    top, total, mean, first = _sweep(
-        first_vector(start, span, True, TILE), span, inverse * LOG2E, vocab_size, TILE
-    )
+    offset = row_offset(rows, index)
+    span = span_of(rows.pointer, offset, vocab_size, TILE)
+    logits = first_vector(rows.pointer, offset, span, True, TILE)
+    top, total, mean, first = _sweep(logits, span, scale, vocab_size, TILE)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
     tl.store(entropies + index, log_total - mean / total * inverse)
@@ -103,21 +103,17 @@ def _statistics_kernel(
     if labels is not None:
         label = tl.load(labels + index)
         inside = (label >= 0) & (label < vocab_size)
-        logprob = (tl.load(start + label, inside, other=0.0).to(tl.float32) - top) * inverse - log_total
+        logprob = (tl.load(rows.pointer + offset + label, inside, other=0.0).to(tl.float32) - top) * inverse - log_total
         tl.store(label_logprobs + index, tl.where(inside, logprob, float("nan")))
 
 
-def row_statistics(
-    logits: Tensor, labels: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of softmax(logits / temperature): log-sum-exp, entropy (nats), arg-max, label log-probability; `[rows]` each.
 
     All fp32 but the arg-max, int64, which is the first maximum. The last is NaN where a label is outside [0, V).
     """
     count, vocab_size = logits[..., 0].numel(), logits.shape[-1]
-    log_sum_exp, entropy, label_logprob = torch.empty(
-        (3, count), dtype=torch.float32, device=logits.device
-    ).unbind()
+    log_sum_exp, entropy, label_logprob = torch.empty((3, count), dtype=torch.float32, device=logits.device).unbind()
     argmax = torch.empty(count, dtype=torch.int64, device=logits.device)
     if labels is None:
         label_logprob.fill_(torch.nan)
@@ -132,6 +128,7 @@ def row_statistics(
                 argmax,
                 label_logprob,
                 1 / temperature,
+                LOG2E.value / temperature,
                 vocab_size,
                 tile,
                 **launch_options(tile),
@@ -149,25 +146,25 @@ def _normalised(x, top, log_total, inverse):
 
 @triton.jit
 def _log_softmax_kernel(
-    rows, out_rows, log_sum_exps, inverse, vocab_size, OUT_ALIGNED: tl.constexpr, TILE: tl.constexpr
+    rows, out_rows, log_sum_exps, inverse, scale, vocab_size, OUT_ALIGNED: tl.constexpr, TILE: tl.constexpr
 ):
     index = tl.program_id(0)
-    start = row_pointer(rows, index)
-    span = span_of(start, vocab_size, TILE)
-    pointer = first_vector(start, span, True, TILE)
-    top, total, _, _ = _sweep(pointer, span, inverse * LOG2E, vocab_size, TILE)
+    offset = row_offset(rows, index)
+    span = span_of(rows.pointer, offset, vocab_size, TILE)
+    logits = first_vector(rows.pointer, offset, span, True, TILE)
+    top, total, _, _ = _sweep(logits, span, scale, vocab_size, TILE)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
 
-    out = first_vector(row_pointer(out_rows, index), span, OUT_ALIGNED, TILE)
+    out = first_vector(out_rows.pointer, row_offset(out_rows, index), span, OUT_ALIGNED, TILE)
     steps = steps_of(span, TILE)
     for step in range(steps):
         columns, present = vector_columns(steps - 1 - step, span, TILE)
-        x = load_logits(pointer, columns, present, "evict_first")
+        x = load_logits(logits, columns, present, "evict_first")
         tl.store(out + columns, _normalised(x, top, log_total, inverse), present)
     if TILE.edges:
         columns, present = edge_columns(span, TILE)
-        x = load_logits(pointer, columns, present, "evict_first")
+        x = load_logits(logits, columns, present, "evict_first")
         tl.store(out + columns, _normalised(x, top, log_total, inverse), present)
 
 
@@ -183,6 +180,7 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
                 rows_of(out),
                 log_sum_exp,
                 1 / temperature,
+                LOG2E.value / temperature,
                 logits.shape[-1],
                 co_aligned(out, logits, tile),
                 tile,
@@ -221,11 +219,11 @@ def _log_softmax_backward_kernel(
 ):
     index = tl.program_id(0)
     log_sum_exp = tl.load(log_sum_exps + index)
-    start = row_pointer(rows, index)
-    span = span_of(start, vocab_size, TILE)
-    logits = first_vector(start, span, True, TILE)
-    upstream = first_vector(row_pointer(upstream_rows, index), span, UPSTREAM_ALIGNED, TILE)
-    grad = first_vector(row_pointer(grad_rows, index), span, GRAD_ALIGNED, TILE)
+    offset = row_offset(rows, index)
+    span = span_of(rows.pointer, offset, vocab_size, TILE)
+    logits = first_vector(rows.pointer, offset, span, True, TILE)
+    upstream = first_vector(upstream_rows.pointer, row_offset(upstream_rows, index), span, UPSTREAM_ALIGNED, TILE)
+    grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, TILE)
 
     above_sum = tl.zeros([TILE.threads], tl.float32)
     total = tl.zeros([TILE.threads], tl.float32)

@@ -35,7 +35,8 @@ class Mode:
     same_temperature: bool
     # The cross-entropy's e^z is this power of the tempered e^(z/T), which saves an exponential; 0: it is not.
     hard_power: int
-    # fp32 gradients: q − p must not cancel. What 16 bits round away is more than that.
+    # Some logits are fp32: log q − log p and q − p must not cancel. 16-bit logits differ by nothing or by much, and
+    # differences between them are exact.
     fine: bool
     teacher_aligned: bool
     grad_aligned: bool
@@ -227,7 +228,7 @@ def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr):
-    """Sweep 1, first column to last: the row's `Statistics` and `Row`."""
+    """Sweep 1, first column to last: `Row` and the row's `Statistics`."""
     none = tl.zeros([TILE.threads], tl.float32)
     lowest = none - float("inf")
     state = Statistics(lowest, lowest, lowest, none, none, none, none, none, none)
@@ -236,14 +237,25 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, TILE:
     for step in range(steps_of(logits.span, TILE)):
         state = _observe(state, logits, vector_columns(step, logits.span, TILE), numbers, TERM, MODE)
 
-    student_max = tl.max(state.student_max, 0)
-    teacher_max = tl.max(state.teacher_max, 0)
-    there = tl.max(tl.where(state.student_max == student_max, state.teacher_there, float("-inf")), 0)
+    student_max, teacher_max = tl.reduce((state.student_max, state.teacher_max), 0, _maxima)
+    there = state.teacher_there
+    if MODE.soft == "normalised":
+        there = tl.max(tl.where(state.student_max == student_max, there, float("-inf")), 0)
     state = _moved(state, student_max, teacher_max, there, numbers, MODE)
-    student_sum = tl.sum(state.student_sum, 0)
-    teacher_sum = tl.sum(state.teacher_sum, 0)
-    # Between nearly equal rows the sums' difference is what counts, and most of the rounding is in their last bits.
-    sum_gap = tl.sum(state.student_sum - state.teacher_sum, 0)
+    # Between nearly equal rows the sums' difference is what counts, and most of their rounding is in their last bits.
+    student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square = tl.reduce(
+        (
+            state.student_sum,
+            state.teacher_sum,
+            state.student_sum - state.teacher_sum,
+            state.hard_sum,
+            state.forward,
+            state.reverse,
+            state.square,
+        ),
+        0,
+        _totals,
+    )
     max_gap = student_max - teacher_max
     row = Row(
         student_max,
@@ -256,18 +268,27 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, TILE:
         1 / student_sum,
         1 / teacher_sum,
     )
-    sums = Statistics(
+    return row, Statistics(
         student_max,
         teacher_max,
         there,
         student_sum,
         teacher_sum,
-        tl.sum(state.hard_sum, 0),
-        tl.sum(state.forward, 0),
-        tl.sum(state.reverse, 0),
-        tl.sum(state.square, 0),
+        hard_sum,
+        forward,
+        reverse,
+        square,
     )
-    return sums, row
+
+
+@triton.jit
+def _maxima(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _totals(a, b, c, d, e, f, g, h, i, j, k, l, m, n):  # noqa: E741  (one reduction: a barrier each is dear)
+    return a + h, b + i, c + j, d + k, e + l, f + m, g + n
 
 
 # --- terms ------------------------------------------------------------------------------------------------------
@@ -296,13 +317,15 @@ def point(s, t, row, numbers, MODE: tl.constexpr):
         y = t - row.teacher_max
         q = tl.exp2(z * numbers.student_scale) * row.student_share
         p = tl.exp2(y * numbers.teacher_scale) * row.teacher_share
+        difference = tempered_gap(z, y, numbers, MODE)
         if MODE.same_temperature:
-            # Not log q − log p: between nearly equal rows that keeps the rounding of both and little else.
-            difference = s - t
-            lost = _lost(s, t, difference) - row.max_gap_lost
-            d = ((difference - row.max_gap) + lost) * numbers.student_inverse - row.log_sum_gap
-        else:
-            d = tempered_gap(z, y, numbers, MODE) - row.log_sum_gap
+            if MODE.fine:
+                # Between nearly equal rows z − y would be little more than the rounding of z and y.
+                difference = s - t
+                lost = _lost(s, t, difference) - row.max_gap_lost
+                difference = (difference - row.max_gap) + lost
+            difference *= numbers.student_inverse
+        d = difference - row.log_sum_gap
         nowhere = tl.maximum(s, t) == float("-inf")
         d = tl.where(nowhere, 0.0, d)
         log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - row.student_log_sum)
@@ -352,12 +375,15 @@ def sum_terms(
         term += more
         slope += steeper
     if TILE.edges:
-        last, steepest = _terms(
-            logits, edge_columns(logits.span, TILE), row, center, numbers, TERM, SLOPE, MODE
-        )
+        last, steepest = _terms(logits, edge_columns(logits.span, TILE), row, center, numbers, TERM, SLOPE, MODE)
         term += last
         slope += steepest
-    return tl.sum(term, 0), tl.sum(slope, 0)
+    return tl.reduce((term, slope), 0, _pair_of_totals)
+
+
+@triton.jit
+def _pair_of_totals(a, b, c, d):
+    return a + c, b + d
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------
@@ -390,15 +416,11 @@ def _write_step(grad, logits, at, row, factors, numbers, SLOPE: tl.constexpr, MO
 
 
 @triton.jit
-def write_gradient(
-    grad, logits, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr
-):
+def write_gradient(grad, logits, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr):
     """The last sweep, last column to first."""
     steps = steps_of(logits.span, TILE)
     for step in range(steps):
         at = vector_columns(steps - 1 - step, logits.span, TILE)
         _write_step(grad, logits, at, row, factors, numbers, SLOPE, MODE)
     if TILE.edges:
-        _write_step(
-            grad, logits, edge_columns(logits.span, TILE), row, factors, numbers, SLOPE, MODE
-        )
+        _write_step(grad, logits, edge_columns(logits.span, TILE), row, factors, numbers, SLOPE, MODE)

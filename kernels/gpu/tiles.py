@@ -33,12 +33,13 @@ class Rows(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """The compile-time shape of a step. `edges` is False where every row is known to consist of whole vectors."""
+    """The compile-time shape of a step."""
 
     threads: int
     vectors: int
     width: int
-    edges: bool
+    edges: bool  # False: every row is known to consist of whole vectors
+    aligned: bool  # a vector may start at element 0
 
 
 class Span(NamedTuple):
@@ -70,8 +71,9 @@ def tile_for(tensors: Sequence[Tensor], vocab_size: int) -> Tile:
     """The tile for rows of `vocab_size` columns of `tensors`, of which the first decides where vectors start."""
     width = 16 // max(tensor.element_size() for tensor in tensors)
     threads = next(threads for above, threads in _THREADS if vocab_size > above)
-    whole = vocab_size % width == 0 and all(_starts(tensor, width) == (0, 0, 0) for tensor in tensors)
-    return Tile(threads, _ELEMENTS_PER_THREAD // width, width, edges=not whole)
+    starts = [_starts(tensor, width) for tensor in tensors]
+    whole = vocab_size % width == 0 and all(start == (0, 0, 0) for start in starts)
+    return Tile(threads, _ELEMENTS_PER_THREAD // width, width, not whole, aligned=starts[0][0] == 0)
 
 
 def co_aligned(tensor: Tensor | None, leader: Tensor, tile: Tile) -> bool:
@@ -91,8 +93,12 @@ def _starts(tensor: Tensor, width: int) -> tuple[int, int, int]:
 
 def launch_options(tile: Tile) -> dict[str, Any]:
     """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64."""
-    warp_size = triton.runtime.driver.active.get_current_target().warp_size
-    return {"num_warps": tile.threads // warp_size, "num_stages": 1, "enable_fp_fusion": True}
+    target = triton.runtime.driver.active.get_current_target()
+    options = {"num_warps": tile.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
+    if target.backend == "cuda":
+        # Left alone, ptxas prefers spilling to fewer rows in flight.
+        options["maxnreg"] = min(255, 65536 // tile.threads)
+    return options
 
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
@@ -106,18 +112,21 @@ def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
 
 
 @triton.jit
-def row_pointer(rows, row):
-    """First element of a row; offsets in 64 bits, since tensors exceed 2³¹ elements."""
+def row_offset(rows, row):
+    """Where a row begins, in elements; 64 bits, since tensors exceed 2³¹ elements."""
     outer = (row // rows.inner).to(tl.int64) * rows.outer_stride
-    return rows.pointer + outer + (row % rows.inner).to(tl.int64) * rows.inner_stride
+    return outer + (row % rows.inner).to(tl.int64) * rows.inner_stride
 
 
 @triton.jit
-def span_of(pointer, vocab_size, TILE: tl.constexpr):
-    """How the row at `pointer` is cut, its vectors starting where the address allows."""
+def span_of(pointer, offset, vocab_size, TILE: tl.constexpr):
+    """How the row `offset` elements behind `pointer` is cut: its vectors start where the address allows."""
     if TILE.edges:
-        start = pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8) % TILE.width
-        head = tl.minimum((TILE.width - start) % TILE.width, vocab_size).to(tl.int32)
+        element = offset
+        if not TILE.aligned:
+            element += pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8)
+        head = (TILE.width - element % TILE.width) % TILE.width
+        head = tl.minimum(head, vocab_size).to(tl.int32)
         vectors = (vocab_size - head) // TILE.width
         return Span(head, vectors, vocab_size - vectors * TILE.width)
     else:
@@ -125,13 +134,20 @@ def span_of(pointer, vocab_size, TILE: tl.constexpr):
 
 
 @triton.jit
-def first_vector(pointer, span, ALIGNED: tl.constexpr, TILE: tl.constexpr):
-    """Pointer to the first aligned column, which `edge_columns` and `vector_columns` count from."""
-    pointer += span.head
-    if ALIGNED:
-        return tl.multiple_of(pointer, TILE.width * (pointer.dtype.element_ty.primitive_bitwidth // 8))
+def first_vector(pointer, offset, span, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+    """Pointer to the first aligned column of a row, which `edge_columns` and `vector_columns` count from.
+
+    The compiler is told what it cannot see. For AMD's buffer instructions it looks at the offset, not at the pointer.
+    """
+    start = offset + span.head
+    ELEMENTS: tl.constexpr = TILE.width
+    BYTES: tl.constexpr = TILE.width * pointer.dtype.element_ty.primitive_bitwidth // 8
+    if ALIGNED and TILE.aligned:
+        return pointer + tl.multiple_of(start, ELEMENTS)
+    elif ALIGNED:
+        return tl.multiple_of(pointer + start, BYTES)
     else:
-        return pointer
+        return pointer + start
 
 
 @triton.jit
