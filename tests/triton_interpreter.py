@@ -14,6 +14,7 @@ Its conversion from fp32 to bf16 truncates; here it rounds to nearest even, as G
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,7 +133,7 @@ def _tensors(arguments: Any) -> Iterator[Tensor]:
 
 
 def _watched(trace: Trace) -> dict[str, Any]:
-    """Operations of the interpreter's builder, by name, that report to `trace` and repair what stock Triton gets wrong."""
+    """Operations of the interpreter's builder that report to `trace` and repair what stock Triton gets wrong."""
     builder = stock.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
     binary, cast = builder.binary_op, builder.cast_impl
@@ -204,9 +205,10 @@ def _interpreted_language() -> Iterator[None]:
         scope.restore()
 
 
-def _rewritten(function: JITFunction[Any]) -> Any:
-    """The Python function that interprets `function`."""
-    return stock.InterpretedFunction(function.fn).rewrite()
+@functools.cache
+def _rewritten(function: Any) -> Any:
+    """The Python function that interprets a kernel's."""
+    return stock.InterpretedFunction(function).rewrite()
 
 
 @contextmanager
@@ -221,7 +223,7 @@ def interpreted() -> Iterator[Trace]:
         bound = dict(zip(self.arg_names, args, strict=False)) | {name: options[name] for name in names}
         constant = {parameter.name for parameter in self.params if parameter.is_constexpr}
         values = {name: value if name in constant else stock._implicit_cvt(value) for name, value in bound.items()}
-        function = _rewritten(self)
+        function = _rewritten(self.fn)
         builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         with _interpreted_language(), np.errstate(all="ignore"), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "All-NaN", RuntimeWarning)
@@ -230,7 +232,7 @@ def interpreted() -> Iterator[Trace]:
                 function(**values)
 
     def call(self: Any, *args: Any, **options: Any) -> Any:
-        return _rewritten(self)(*args, **options)
+        return _rewritten(self.fn)(*args, **options)
 
     checked = stock.InterpreterOptions(debug=True)  # index arithmetic that overflows raises
     with (

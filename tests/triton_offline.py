@@ -11,6 +11,7 @@ The tools that disassemble NVIDIA code come with Triton.
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
@@ -35,7 +36,7 @@ TARGETS = {
 
 
 class _StandInDriver:
-    """What Triton asks its driver for before it compiles. Kernels are cached per device, so the target is the device."""
+    """What Triton asks its driver for before it compiles. It caches kernels per device: the target is the device."""
 
     def __init__(self, target: GPUTarget) -> None:
         self.target = target
@@ -63,7 +64,7 @@ def stand_in_driver(target: GPUTarget) -> Iterator[None]:
 
 @contextmanager
 def compiled(target: GPUTarget) -> Iterator[list[Any]]:
-    """Within: a launch compiles for `target`, specialised on its arguments as ever, appends the result, runs nothing."""
+    """Within: a launch only compiles, for `target`, specialised on its arguments as ever. Yields the kernels."""
     kernels: list[Any] = []
     launch = JITFunction.run
 
@@ -137,6 +138,7 @@ def resources(kernel: Any) -> Resources:
     return Resources(_only(r"\.vgpr_count:\s*(\d+)", text), spills)
 
 
+@functools.cache
 def _instructions(kernel: Any) -> tuple[list[str], dict[str, int]]:
     """Instructions in order, and the index of the instruction each label stands before."""
     if is_nvidia(kernel):
@@ -201,7 +203,8 @@ def _width(opcode: str) -> int:
 @dataclass(frozen=True)
 class Device:
     """Published rates: multiprocessors, GHz, DRAM GB/s; per multiprocessor and clock, instructions of one thread and
-    special functions."""
+    special functions.
+    """
 
     name: str
     processors: int
@@ -244,8 +247,9 @@ def bound(kernel: Any, device: Device, element_bytes: int) -> Bound:
 
 
 def main() -> None:
-    import fastkd
     from fastkd.kernels.gpu import kd_rows
+
+    import fastkd
     from tests import cases
 
     print("forward KL (T = 2) and cross-entropy, bf16, gradient written; time relative to DRAM time at full bandwidth")

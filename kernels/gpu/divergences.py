@@ -1,10 +1,10 @@
 """Divergences on the GPU: for each a pair of scalar functions and a row in `DIVERGENCES`.
 
-A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope(...)` with the
-same arguments: the derivative of the term by log q. p is the teacher's probability, q the student's, d = log q − log p
-(0 where both are 0, ±inf where one is), a and b the divergence's parameters; everything fp32. The student-logit gradient
-is `(slope − q·Σ slope) / temperature`, which a multiple of q added to every slope does not change: that freedom is used
-to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
+A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope` of the
+same arguments, the derivative of the term by log q. p is the teacher's probability, q the student's, gap = q − p,
+d = log q − log p (0 where both are 0, ±inf where one is), a and b the divergence's parameters; everything fp32. The
+student-logit gradient is `(slope − q·Σ slope) / temperature`, which a multiple of q added to every slope does not
+change: that freedom is used to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
 
 The Kullback-Leibler family has `close(forward, reverse, a, b) → (value, Σ slope)` in place of a term: both directions
 follow from sums that need no normaliser, so its logits are read once less.

@@ -17,9 +17,6 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
-from fastkd.backend import RowSpec
 from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
 from fastkd.kernels.gpu.sweeps import (
     Factors,
@@ -45,6 +42,9 @@ from fastkd.kernels.gpu.tiles import (
     span_of,
     tile_for,
 )
+from torch import Tensor
+
+from fastkd.backend import RowSpec
 
 
 @triton.jit

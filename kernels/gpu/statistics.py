@@ -1,8 +1,8 @@
 """Row statistics of logits, and log-softmax with its gradient.
 
 Sums of exponentials are kept relative to a running maximum and per thread, as in `sweeps`. `row_statistics` reads the
-logits once, `log_softmax` twice. `log_softmax_backward` reads both its inputs twice: a log-sum-exp of 1e4, say, is known
-to 5e-4 only, so the probabilities it gives are normalised anew.
+logits once, `log_softmax` twice. `log_softmax_backward` reads both its inputs twice: a log-sum-exp of 1e4, say, is
+known to 5e-4 only, so the probabilities it gives are normalised anew.
 """
 
 from __future__ import annotations
@@ -10,11 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from fastkd.kernels.gpu.divergences import LOG2E, weighted
 from fastkd.kernels.gpu.tiles import (
-    Tile,
     co_aligned,
     device_of,
     edge_columns,
@@ -31,6 +28,7 @@ from fastkd.kernels.gpu.tiles import (
     tile_for,
     vector_columns,
 )
+from torch import Tensor
 
 # --- statistics -------------------------------------------------------------------------------------------------
 
@@ -44,34 +42,33 @@ def _moved(old, new, total, mean, scale):
 
 
 @triton.jit
-def _observe(x, columns, highest, total, mean, first, scale, vocab_size):
+def _observe(logits, at, span, highest, total, mean, first, scale, vocab_size):
+    columns, present = at
+    x = load_logits(logits, columns, present, "evict_last")
     new = tl.maximum(highest, lane_max(x))
     total, mean = _moved(highest, new, total, mean, scale)
     z = x - finite(new)[None, :, None]
     e = tl.exp2(z * scale)
-    here = tl.where(x == new[None, :, None], columns, vocab_size)
+    here = tl.where(present & (x == new[None, :, None]), columns + span.head, vocab_size)
     here = tl.min(tl.min(here, 2), 0)
     first = tl.where(new > highest, here, tl.minimum(first, here))
     return new, total + lane_sum(e), mean + lane_sum(weighted(e, z)), first
 
 
 @triton.jit
-def _sweep(pointer, span, scale, vocab_size, TILE: tl.constexpr):
-    """Maximum, Σ e^(z·scale·ln 2), Σ e^(…)·z and the first column of the maximum; z = logit − maximum."""
+def _sweep(logits, span, scale, vocab_size, TILE: tl.constexpr):
+    """Maximum, Σ e^(z/T), Σ e^(z/T)·z and the first column of the maximum; z = logit − maximum."""
     highest = tl.zeros([TILE.threads], tl.float32) - float("inf")
     total = tl.zeros([TILE.threads], tl.float32)
     mean = tl.zeros([TILE.threads], tl.float32)
-    first = tl.full([TILE.threads], vocab_size, tl.int32)
+    first = tl.zeros([TILE.threads], tl.int32) + vocab_size
     if TILE.edges:
-        columns, present = edge_columns(span, TILE)
-        x = load_logits(pointer, columns, present, "evict_last")
-        columns = tl.where(present, columns + span.head, vocab_size)
-        highest, total, mean, first = _observe(x, columns, highest, total, mean, first, scale, vocab_size)
+        highest, total, mean, first = _observe(
+            logits, edge_columns(span, TILE), span, highest, total, mean, first, scale, vocab_size
+        )
     for step in range(steps_of(span, TILE)):
-        columns, present = vector_columns(step, span, TILE)
-        x = load_logits(pointer, columns, present, "evict_last")
-        columns = tl.where(present, columns + span.head, vocab_size)
-        highest, total, mean, first = _observe(x, columns, highest, total, mean, first, scale, vocab_size)
+        at = vector_columns(step, span, TILE)
+        highest, total, mean, first = _observe(logits, at, span, highest, total, mean, first, scale, vocab_size)
     top = tl.max(highest, 0)
     total, mean = _moved(highest, top, total, mean, scale)
     first = tl.min(tl.where(highest == top, first, vocab_size), 0)
@@ -140,8 +137,10 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
 
 
 @triton.jit
-def _normalised(x, top, log_total, inverse):
-    return (x - top) * inverse - log_total
+def _write_step(out, logits, at, top, log_total, inverse):
+    columns, present = at
+    x = load_logits(logits, columns, present, "evict_first")
+    tl.store(out + columns, (x - top) * inverse - log_total, present)
 
 
 @triton.jit
@@ -159,13 +158,9 @@ def _log_softmax_kernel(
     out = first_vector(out_rows.pointer, row_offset(out_rows, index), span, OUT_ALIGNED, TILE)
     steps = steps_of(span, TILE)
     for step in range(steps):
-        columns, present = vector_columns(steps - 1 - step, span, TILE)
-        x = load_logits(logits, columns, present, "evict_first")
-        tl.store(out + columns, _normalised(x, top, log_total, inverse), present)
+        _write_step(out, logits, vector_columns(steps - 1 - step, span, TILE), top, log_total, inverse)
     if TILE.edges:
-        columns, present = edge_columns(span, TILE)
-        x = load_logits(logits, columns, present, "evict_first")
-        tl.store(out + columns, _normalised(x, top, log_total, inverse), present)
+        _write_step(out, logits, edge_columns(span, TILE), top, log_total, inverse)
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -190,19 +185,25 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 @triton.jit
-def _load_pair(
-    upstream,
-    logits,
-    columns,
-    present,
-    log_sum_exp,
-    inverse,
-    POLICY: tl.constexpr,
-):
-    """Upstream gradient and probability, the latter up to the error of the row's log-sum-exp."""
+def _load_pair(upstream, logits, at, log_sum_exp, inverse, POLICY: tl.constexpr):
+    """Upstream gradient and probability, the latter up to a factor, the error of the row's log-sum-exp."""
+    columns, present = at
     above = tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32)
     x = load_logits(logits, columns, present, POLICY)
     return above, tl.exp2((x * inverse - log_sum_exp) * LOG2E)
+
+
+@triton.jit
+def _sum_step(upstream, logits, at, log_sum_exp, inverse):
+    above, q = _load_pair(upstream, logits, at, log_sum_exp, inverse, "evict_last")
+    return lane_sum(above), lane_sum(q)
+
+
+@triton.jit
+def _backward_step(grad, upstream, logits, at, log_sum_exp, share, inverse):
+    above, q = _load_pair(upstream, logits, at, log_sum_exp, inverse, "evict_first")
+    columns, present = at
+    tl.store(grad + columns, (above - q * share) * inverse, present)
 
 
 @triton.jit
@@ -225,29 +226,22 @@ def _log_softmax_backward_kernel(
     upstream = first_vector(upstream_rows.pointer, row_offset(upstream_rows, index), span, UPSTREAM_ALIGNED, TILE)
     grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, TILE)
 
-    above_sum = tl.zeros([TILE.threads], tl.float32)
+    above = tl.zeros([TILE.threads], tl.float32)
     total = tl.zeros([TILE.threads], tl.float32)
     if TILE.edges:
-        columns, present = edge_columns(span, TILE)
-        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_last")
-        above_sum += lane_sum(above)
-        total += lane_sum(q)
+        above, total = _sum_step(upstream, logits, edge_columns(span, TILE), log_sum_exp, inverse)
     steps = steps_of(span, TILE)
     for step in range(steps):
-        columns, present = vector_columns(step, span, TILE)
-        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_last")
-        above_sum += lane_sum(above)
-        total += lane_sum(q)
-    share = tl.sum(above_sum, 0) / tl.sum(total, 0)
+        more, heavier = _sum_step(upstream, logits, vector_columns(step, span, TILE), log_sum_exp, inverse)
+        above += more
+        total += heavier
+    share = tl.sum(above, 0) / tl.sum(total, 0)
 
     for step in range(steps):
-        columns, present = vector_columns(steps - 1 - step, span, TILE)
-        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_first")
-        tl.store(grad + columns, (above - q * share) * inverse, present)
+        at = vector_columns(steps - 1 - step, span, TILE)
+        _backward_step(grad, upstream, logits, at, log_sum_exp, share, inverse)
     if TILE.edges:
-        columns, present = edge_columns(span, TILE)
-        above, q = _load_pair(upstream, logits, columns, present, log_sum_exp, inverse, "evict_first")
-        tl.store(grad + columns, (above - q * share) * inverse, present)
+        _backward_step(grad, upstream, logits, edge_columns(span, TILE), log_sum_exp, share, inverse)
 
 
 def log_softmax_backward(

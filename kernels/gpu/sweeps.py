@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-
 from fastkd.kernels.gpu.divergences import LOG2E, log_near_one, probability_gap
 from fastkd.kernels.gpu.tiles import (
     edge_columns,
@@ -309,7 +308,7 @@ def raw_gap(s, t):
 
 @triton.jit
 def point(s, t, row, numbers, MODE: tl.constexpr):
-    """What a divergence's functions take first: p, q, q − p, log p, log q, d; the last three 0 if both logits are −inf."""
+    """What a divergence's functions take first: p, q, q − p, log p, log q, d; the last three 0 where both are −inf."""
     if MODE.soft == "raw":
         return 0.0, 0.0, 0.0, 0.0, 0.0, raw_gap(s, t)
     else:
