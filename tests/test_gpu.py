@@ -1,0 +1,102 @@
+"""The Triton kernels on a real GPU: the same contract, for the day there is one. `pytest -m gpu` selects these."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import fastkd
+from fastkd import reference
+from fastkd.divergences import Divergence
+from fastkd.kernels import gpu
+from tests import cases, compare
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA or ROCm device"),
+]
+
+
+@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
+def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, vocab: int) -> None:
+    if family == "offset" and dtype != torch.float32:
+        pytest.skip("an offset of 1e4 leaves nothing of the logits in 8 or 11 bits")
+    if family == "peaked" and dtype == torch.float16 and divergence == fastkd.AlphaBeta(0.5, -0.5):
+        pytest.skip("the gradient, a power of p/q, is beyond what float16 can hold")
+    student, teacher = (x.cuda() for x in cases.logits(family, 8, vocab, dtype))
+    labels, scale, spec = cases.labels(8, vocab).cuda(), torch.ones(8).cuda(), cases.spec(divergence, vocab)
+    outcomes = []
+    for backend, cast in ((gpu, dtype), (reference, torch.float32), (reference, torch.float64)):
+        s, t = student.to(cast), teacher.to(cast)
+        grad = torch.empty_like(s)
+        outcomes.append((*backend.kd_rows(s, t, labels, scale, scale, spec, grad), grad))
+    ours, eager, truth = outcomes
+    compare.assert_value(ours[0], truth[0], eager[0])
+    compare.assert_value(ours[1], truth[1], eager[1])
+    compare.assert_gradient(ours[2], eager[2].to(dtype), truth[2])
+
+
+@pytest.mark.parametrize("settings", [{}, {"inplace": True}, {"reduction": "none"}], ids=str)
+def test_no_synchronisation_and_the_same_bits_twice(settings: dict[str, object]) -> None:
+    student, teacher = (x.cuda() for x in cases.logits("far", 64, 50257, torch.bfloat16))
+    labels, kd = cases.labels(64, 50257).cuda(), fastkd.KDLoss(2.0, **settings)  # type: ignore[arg-type]
+    grads = []
+    for warm in (False, True, True):
+        leaf = student.clone().requires_grad_()
+        torch.cuda.set_sync_debug_mode("error" if warm else "default")
+        try:
+            (0.5 * kd(leaf * 1, teacher, labels).sum()).backward()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        grads.append(leaf.grad)
+    assert torch.equal(grads[1], grads[2])
+    assert grads[1].abs().max() > 0
+
+
+def test_cuda_graph() -> None:
+    student, teacher = (x.cuda() for x in cases.logits("far", 16, 50257, torch.bfloat16))
+    labels, kd = cases.labels(16, 50257).cuda(), fastkd.KDLoss(2.0)
+    leaf = student.clone().requires_grad_()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            leaf.grad = None
+            kd(leaf, teacher, labels).backward()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    leaf.grad = None
+    with torch.cuda.graph(graph):
+        loss = kd(leaf, teacher, labels)
+        loss.backward()
+    graph.replay()
+    expected = student.clone().requires_grad_()
+    kd(expected, teacher, labels).backward()
+    assert torch.equal(leaf.grad, expected.grad)
+
+
+def test_statistics() -> None:
+    logits = cases.logits("peaked", 16, 50257)[0]
+    labels = cases.labels(16, 50257)
+    ours = fastkd.row_statistics(logits.cuda(), labels.cuda())
+    cpu = fastkd.row_statistics(logits, labels)
+    for a, b in zip(ours, cpu, strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.large
+def test_rows_beyond_two_to_the_31() -> None:
+    rows, vocab = (1 << 14) + 2, 1 << 17
+    student = torch.zeros(rows, vocab, dtype=torch.bfloat16, device="cuda")
+    last, teacher = (x.cuda() for x in cases.logits("far", 1, vocab, torch.bfloat16))
+    student[-1] = last[0]
+    weights = torch.zeros(rows, device="cuda")
+    weights[-1] = 1
+    labels = torch.full((rows,), 5, device="cuda")
+    leaf = student.requires_grad_()
+    fastkd.KDLoss(2.0, inplace=True)(leaf, teacher.expand(rows, vocab), labels, weights=weights).backward()
+    small = last.clone().requires_grad_()
+    fastkd.KDLoss(2.0)(small, teacher, labels[:1]).backward()
+    assert torch.equal(leaf.grad[-1], small.grad[0])

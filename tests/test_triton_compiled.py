@@ -1,0 +1,93 @@
+"""The Triton kernels compiled for GPUs that are not there: what the machine code must not and must do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.divergences import TABLE
+from fastkd.kernels import gpu
+from tests import cases
+from tests.triton_offline import DEVICES, TARGETS, bound, compiled, loops, resources
+
+#: Where every divergence is compiled, and the two that stand for the rest elsewhere.
+EVERYWHERE = [(target, name) for target in ("sm_90", "gfx942") for name in TABLE]
+ELSEWHERE = [(target, name) for target in ("sm_80", "sm_100") for name in ("forward_kl", "jsd")]
+
+
+def build(target: str, divergence: str, vocab: int, dtype: torch.dtype) -> Any:
+    student = torch.empty(2, vocab, dtype=dtype)
+    scale, spec = torch.ones(2), cases.spec(TABLE[divergence](), vocab)
+    with compiled(TARGETS[target]) as kernels:
+        gpu.kd_rows(
+            student, torch.empty_like(student), cases.labels(2, vocab), scale, scale, spec, torch.empty_like(student)
+        )
+    (kernel,) = kernels
+    return kernel
+
+
+@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize(("target", "divergence"), EVERYWHERE + ELSEWHERE)
+def test_bf16_spills_nothing_and_loads_16_bytes(target: str, divergence: str, vocab: int) -> None:
+    """An odd vocabulary too: rows that start anywhere are read as aligned vectors between their edges."""
+    kernel = build(target, divergence, vocab, torch.bfloat16)
+    assert resources(kernel).spills == 0
+    streaming = [loop for loop in loops(kernel) if loop.load_bytes]
+    assert len(streaming) >= 2  # statistics and gradient at least
+    assert {width for loop in streaming for width in loop.load_bytes} == {16}
+    assert {width for loop in streaming for width in loop.store_bytes} <= {16}
+
+
+@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_other_dtypes(target: str, dtype: torch.dtype, vocab: int) -> None:
+    kernel = build(target, "forward_kl", vocab, dtype)
+    assert resources(kernel).spills == 0
+    assert {width for loop in loops(kernel) for width in loop.load_bytes} == {16}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_statistics_and_log_softmax(target: str) -> None:
+    logits = torch.empty(2, 50257, dtype=torch.bfloat16)
+    with compiled(TARGETS[target]) as kernels:
+        gpu.row_statistics(logits, cases.labels(2, 50257), 1.0)
+        normaliser = gpu.log_softmax(logits, 1.0, torch.empty_like(logits))
+        gpu.log_softmax_backward(logits, logits, normaliser, 1.0, torch.empty_like(logits))
+        gpu.scale_(logits, torch.ones(()))
+    assert len(kernels) == 4
+    for kernel in kernels:
+        assert resources(kernel).spills == 0
+
+
+@pytest.mark.parametrize("vocab", [50257, 128256])
+def test_forward_kl_moves_ten_bytes_a_logit(vocab: int) -> None:
+    """bf16: student and teacher twice, the gradient once; and on an H100 memory, not arithmetic, is the limit's order."""
+    kernel = build("sm_90", "forward_kl", vocab, torch.bfloat16)
+    limits = bound(kernel, DEVICES["sm_90"], 2)
+    assert limits.bytes_per_logit == 10
+    assert limits.special < 1.0
+
+
+def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a starvation diet of registers the same kernel spills, and the reader says so."""
+    from fastkd.kernels.gpu import rows, tiles
+
+    def starved(tile: tiles.Tile) -> dict[str, Any]:
+        return {**tiles.launch_options(tile), "maxnreg": 32}
+
+    monkeypatch.setattr(rows, "launch_options", starved)
+    assert resources(build("sm_90", "jsd", 50257, torch.bfloat16)).spills > 0
+
+
+def test_narrow_loads_are_seen() -> None:
+    """Rows of student and teacher that are not aligned alike cannot both be read as vectors."""
+    student = torch.empty(2, 50257, dtype=torch.bfloat16)
+    teacher = torch.empty(2, 50258, dtype=torch.bfloat16)
+    with compiled(TARGETS["sm_90"]) as kernels:
+        spec, scale = cases.spec(fastkd.ForwardKL(), 50257), torch.ones(2)
+        gpu.kd_rows(student, teacher, None, scale, None, spec, torch.empty_like(student))
+    assert min(width for loop in loops(kernels[0]) for width in loop.load_bytes) < 16
