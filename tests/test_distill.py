@@ -41,9 +41,7 @@ def inputs(tmp_path_factory):
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     special = ["<unk>", "<eos>"]
     tokenizer.train_from_iterator(WORDS, tokenizers.trainers.WordLevelTrainer(special_tokens=special))
-    fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>"
-    )
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", eos_token="<eos>")
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=len(fast),
@@ -111,9 +109,7 @@ def test_evaluation_equals_float64_arithmetic(options, inputs):
     student = transformers.LlamaForCausalLM(teacher.config).eval()
     windows = torch.randint(len(WORDS), (5, CONTEXT), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        student_logits, teacher_logits = (
-            model(windows).logits[:, :-1].double() for model in (student, teacher)
-        )
+        student_logits, teacher_logits = (model(windows).logits[:, :-1].double() for model in (student, teacher))
     labels, log_q, log_p = (
         windows[:, 1:, None],
         student_logits.log_softmax(-1),

@@ -15,6 +15,7 @@ import fastkd
 from fastkd import reference
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
+from fastkd.kernels.gpu.tiles import Rows, row_offset
 from tests import cases, compare
 from tests.triton_interpreter import Fault, Trace, interpreted
 
@@ -55,14 +56,20 @@ def judge(
 @pytest.mark.parametrize("family", cases.FAMILIES)
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
 def test_contract(divergence: Divergence, family: str) -> None:
-    judge(*cases.logits(family, 2, 2500), divergence)
+    judge(*cases.logits(family, 1, 2500), divergence)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES[:9], ids=str)
 def test_low_precision(divergence: Divergence, dtype: torch.dtype) -> None:
     for family in ("near_equal", "far", "flat"):
-        judge(*cases.logits(family, 2, 2500, dtype), divergence)
+        judge(*cases.logits(family, 1, 2500, dtype), divergence)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+def test_a_real_vocabulary(divergence: str, dtype: torch.dtype) -> None:
+    judge(*cases.logits("far", 2, 50257, dtype), TABLE[divergence]())
 
 
 @pytest.mark.parametrize("temperature", [1.0, 1.3, 3.0])
@@ -102,6 +109,27 @@ def test_rows_that_are_not_aligned_alike(divergence: str, dtypes: tuple[torch.dt
     wide = torch.full((2, 4, 1011), torch.nan, dtype=dtypes[1])
     wide[:, :3, :1003] = teacher.view(2, 3, 1003)
     judge(student.view(2, 3, 1003).to(dtypes[0]), wide[:, :3, :1003], TABLE[divergence]())
+
+
+def test_expanded_inputs() -> None:
+    """One row read by three programs, each writing its own gradient."""
+    student, teacher = (side.expand(3, -1) for side in cases.logits("far", 1, 777))
+    trace = judge(student, teacher, fastkd.ForwardKL(), grad=torch.empty(3, 777))
+    assert trace.loads(teacher[0]).sum() == 3 * (2 * 777 + 1)
+
+
+def test_different_temperatures() -> None:
+    student, teacher = cases.logits("far", 2, 900)
+    labels, scale = cases.labels(2, 900), torch.ones(2)
+    for divergence in cases.DIVERGENCES:
+        spec = cases.spec(divergence, 900, 1.5, teacher_temperature=3.0)
+        grads = [torch.empty(2, 900, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+        truth = reference.kd_rows(student.double(), teacher.double(), labels, scale, scale, spec, grads[2])
+        eager = reference.kd_rows(student, teacher, labels, scale, scale, spec, grads[1])
+        with interpreted():
+            soft, _ = gpu.kd_rows(student, teacher, labels, scale, scale, spec, grads[0])
+        compare.assert_value(soft, truth[0], eager[0], str(divergence))
+        compare.assert_gradient(*grads, str(divergence))
 
 
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
@@ -162,7 +190,9 @@ def test_masked_vocabulary_and_padding(divergence: Divergence) -> None:
     student, teacher = cases.logits("far", 2, 4100)
     student[:, 50:2100] = teacher[:, 50:2100] = -torch.inf
     spec, scale = cases.spec(divergence, 4001), torch.ones(2)
-    grads = [torch.full(student.shape, torch.nan, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+    grads = [
+        torch.full(student.shape, torch.nan, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float64)
+    ]
     truth = reference.kd_rows(student.double(), teacher.double(), None, scale.double(), None, spec, grads[2])
     eager = reference.kd_rows(student, teacher, None, scale, None, spec, grads[1])
     with interpreted() as trace:
@@ -172,6 +202,18 @@ def test_masked_vocabulary_and_padding(divergence: Divergence) -> None:
     assert (grads[0][:, 50:2100] == 0).all()
     assert (grads[0][:, 4001:] == 0).all()
     assert trace.loads(student)[:, 4001:].sum() == trace.loads(teacher)[:, 4001:].sum() == 0
+
+
+@pytest.mark.parametrize("divergence", TABLE)
+def test_one_sided_infinities(divergence: str) -> None:
+    """p > 0 beside q = 0 makes forward KL infinite, q > 0 beside p = 0 the reverse; bounded ones stay finite."""
+    student, teacher = cases.logits("far", 2, 100)
+    student[0, 7] = teacher[1, 9] = -torch.inf
+    spec, scale = cases.spec(TABLE[divergence](), 100), torch.ones(2)
+    truth, _ = reference.kd_rows(student.double(), teacher.double(), None, scale, None, spec, None)
+    with interpreted():
+        ours, _ = gpu.kd_rows(student, teacher, None, scale, None, spec, torch.empty_like(student))
+    compare.assert_value(ours, truth)
 
 
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
@@ -249,6 +291,32 @@ def test_statistics_and_log_softmax(family: str, vocab: int, temperature: float)
     truth = (above - q * above.sum(-1, keepdim=True)) / temperature
     slope = (upstream - eager.exp() * upstream.sum(-1, keepdim=True)) / temperature
     compare.assert_gradient(grad, slope, truth)
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+def test_scale(dtype: torch.dtype) -> None:
+    """In place by a scalar on the device; by 1 without touching the gradient."""
+    original = torch.randn(3, 1999).to(dtype)
+    for factor, touched in ((0.3, 1), (1.0, 0)):
+        grad = original.clone()
+        with interpreted() as trace:
+            assert gpu.scale_(grad, torch.tensor(factor)) is grad
+        assert torch.equal(grad, (original.float() * factor).to(dtype))
+        assert trace.loads(grad).unique().tolist() == trace.stores(grad).unique().tolist() == [touched]
+    strided = original.clone()[:, ::2]
+    assert torch.equal(gpu.scale_(strided, torch.tensor(2.0)), original[:, ::2] * 2)
+
+
+@triton.jit
+def _offset(rows, row, out):
+    tl.store(out, row_offset(rows, tl.program_id(0) + row))
+
+
+def test_offsets_beyond_two_to_the_31() -> None:
+    layout, out = Rows(torch.empty(1), 3, 2**33, 2**31 - 1), torch.empty(1, dtype=torch.int64)
+    with interpreted():
+        _offset[(1,)](layout, 2_000_000_000, out)
+    assert out.item() == 2_000_000_000 // 3 * 2**33 + 2_000_000_000 % 3 * (2**31 - 1)
 
 
 # --- the checker itself -----------------------------------------------------------------------------------------

@@ -247,9 +247,8 @@ def bound(kernel: Any, device: Device, element_bytes: int) -> Bound:
 
 
 def main() -> None:
-    from fastkd.kernels.gpu import kd_rows
-
     import fastkd
+    from fastkd.kernels.gpu import kd_rows
     from tests import cases
 
     print("forward KL (T = 2) and cross-entropy, bf16, gradient written; time relative to DRAM time at full bandwidth")

@@ -17,6 +17,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from fastkd.backend import RowSpec
 from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
 from fastkd.kernels.gpu.sweeps import (
     Factors,
@@ -42,9 +45,6 @@ from fastkd.kernels.gpu.tiles import (
     span_of,
     tile_for,
 )
-from torch import Tensor
-
-from fastkd.backend import RowSpec
 
 
 @triton.jit
@@ -158,12 +158,12 @@ def kd_rows(
     spec: RowSpec,
     grad: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """Divergence and cross-entropy of each row, fp32 `[rows]`; the gradient into `grad`. See `backends.Backend`.
+    """Divergence and cross-entropy of each row, fp32 `[rows]`; the gradient into `grad`. See `backend.Backend`.
 
     Rows must lie at two strides (`fastkd.ops.row_layout`). fp32, bf16 or fp16, student and teacher independently.
     """
     count = student[..., 0].numel()
-    soft, hard = torch.empty((2, count), dtype=torch.float32, device=student.device).unbind()
+    soft, hard = (torch.empty(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count == 0:
         return soft, hard
     divergence = divergence_for(spec.divergence, spec.parameters)
@@ -249,5 +249,5 @@ def scale_(grad: Tensor, upstream: Tensor) -> Tensor:
     if grad.numel() > 0:
         with device_of(grad):
             grid = (triton.cdiv(grad.numel(), _SCALE_BLOCK),)
-            _scale_kernel[grid](grad, upstream, grad.numel(), _SCALE_BLOCK, num_warps=8)
+            _scale_kernel[grid](grad, upstream, grad.numel(), _SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)
     return grad

@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from fastkd.kernels.gpu.divergences import LOG2E, weighted
 from fastkd.kernels.gpu.tiles import (
     co_aligned,
@@ -28,7 +30,6 @@ from fastkd.kernels.gpu.tiles import (
     tile_for,
     vector_columns,
 )
-from torch import Tensor
 
 # --- statistics -------------------------------------------------------------------------------------------------
 
@@ -110,7 +111,9 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     All fp32 but the arg-max, int64, which is the first maximum. The last is NaN where a label is outside [0, V).
     """
     count, vocab_size = logits[..., 0].numel(), logits.shape[-1]
-    log_sum_exp, entropy, label_logprob = torch.empty((3, count), dtype=torch.float32, device=logits.device).unbind()
+    log_sum_exp, entropy, label_logprob = (
+        torch.empty(count, dtype=torch.float32, device=logits.device) for _ in range(3)
+    )
     argmax = torch.empty(count, dtype=torch.int64, device=logits.device)
     if labels is None:
         label_logprob.fill_(torch.nan)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+
 from fastkd.kernels.gpu.divergences import LOG2E, log_near_one, probability_gap
 from fastkd.kernels.gpu.tiles import (
     edge_columns,
