@@ -39,7 +39,7 @@ def judge(
     spec = cases.spec(divergence, vocab, temperature)
     outcomes = []
     for dtype in (torch.float32, torch.float64):
-        s, t = student.to(dtype), teacher.to(dtype)
+        s, t = student.to(dtype).reshape(rows, vocab), teacher.to(dtype).reshape(rows, vocab)
         out = torch.empty(s.shape, dtype=dtype)
         values = reference.kd_rows(s, t, labels, scale, scale if hard else None, spec, out)
         outcomes.append((*values, out))
@@ -49,7 +49,7 @@ def judge(
         soft, cross_entropy = gpu.kd_rows(student, teacher, labels, scale, scale if hard else None, spec, grad)
     compare.assert_value(soft, truth[0], eager[0], "soft loss")
     compare.assert_value(cross_entropy, truth[1], eager[1], "hard loss")
-    compare.assert_gradient(grad, eager[2].to(grad.dtype), truth[2])
+    compare.assert_gradient(grad.reshape(rows, vocab), eager[2].to(grad.dtype), truth[2])
     return trace
 
 
@@ -109,6 +109,18 @@ def test_rows_that_are_not_aligned_alike(divergence: str, dtypes: tuple[torch.dt
     wide = torch.full((2, 4, 1011), torch.nan, dtype=dtypes[1])
     wide[:, :3, :1003] = teacher.view(2, 3, 1003)
     judge(student.view(2, 3, 1003).to(dtypes[0]), wide[:, :3, :1003], TABLE[divergence]())
+
+
+@pytest.mark.parametrize("vocab", [1000, 1001, 1004])
+def test_two_levels_of_strides(vocab: int) -> None:
+    """Rows of `[2, 3, V]` against rows of `[3, 2, V]`, each a slice: equal strides do not mean equal alignment."""
+    student, teacher = cases.logits("far", 6, vocab, torch.bfloat16)
+    views = []
+    for side, shape in ((student, (2, 3)), (teacher, (3, 2)), (student, (2, 3))):
+        memory = torch.full((shape[0], 5, vocab), torch.nan, dtype=side.dtype)
+        memory[:, : shape[1]] = side.view(*shape, vocab)
+        views.append(memory[:, : shape[1]])
+    judge(views[0], views[1], fastkd.ForwardKL(), grad=views[2])
 
 
 def test_expanded_inputs() -> None:
@@ -347,6 +359,16 @@ def test_the_checker_sees_a_store_out_of_bounds() -> None:
 def test_the_checker_sees_a_race() -> None:
     with interpreted(), pytest.raises(Fault, match="race"):
         _everyone_writes_the_same[(2,)](torch.zeros(1))
+
+
+@triton.jit
+def _claims_alignment(target):
+    tl.store(tl.multiple_of(target, 16), 1.0)
+
+
+def test_the_checker_sees_an_untrue_alignment() -> None:
+    with interpreted(), pytest.raises(Fault, match="not a multiple"):
+        _claims_alignment[(1,)](torch.zeros(8)[1:])
 
 
 def test_the_checker_refuses_bf16_arithmetic() -> None:

@@ -6,8 +6,9 @@
 
 A launch within runs in Triton's interpreter, without the environment variable that would make compiling impossible in
 the same process. `Fault` is raised where a kernel touches memory outside the tensors it was given (outside the views,
-not merely their storage), where two programs touch one element and one of them writes it, and where bf16 is computed
-with, which the interpreter would do on raw bits. Index arithmetic that overflows raises in the interpreter itself.
+not merely their storage), where two programs touch one element and one of them writes it, where a `tl.multiple_of` is
+untrue, and where bf16 is computed with, which the interpreter would do on raw bits. Index arithmetic that overflows
+raises in the interpreter itself.
 
 Its conversion from fp32 to bf16 truncates; here it rounds to nearest even, as GPUs do.
 """
@@ -189,6 +190,13 @@ def _element_bytes(pointers: Any) -> int:
     return max(1, int(pointers.get_element_ty().primitive_bitwidth) // 8)
 
 
+def _checked_multiple_of(value: Any, divisor: Any) -> Any:
+    """A hint that lets the compiler widen loads; on a GPU a false one is a misaligned address."""
+    if (value.handle.data % np.asarray(divisor).astype(value.handle.data.dtype)).any():
+        raise Fault(f"{value.handle.data} is not a multiple of {divisor}")
+    return value
+
+
 @contextmanager
 def _interpreted_language() -> Iterator[None]:
     """`triton.language` acting on arrays. Stock Triton patches it at every call of a device function and not back."""
@@ -199,6 +207,7 @@ def _interpreted_language() -> Iterator[None]:
             stock._patch_builtin(language.tensor, stock.interpreter_builder, scope)
             stock._patch_lang_tensor(language.tensor, scope)
             stock._patch_lang_core(language, scope)
+            scope.set_attr(language, "multiple_of", _checked_multiple_of)
         stock._patch_builtin(tl.math, stock.interpreter_builder, scope)
         yield
     finally:

@@ -43,7 +43,7 @@ class Tile:
 
 
 class Span(NamedTuple):
-    """A row cut into `head` columns, `vectors` aligned vectors and, up to `edges`, the columns after them."""
+    """A row cut into `head` columns, `vectors` aligned vectors and the columns after them; `edges` are not in vectors."""
 
     head: Any
     vectors: Any
@@ -52,8 +52,8 @@ class Span(NamedTuple):
 
 # --- on the host ------------------------------------------------------------------------------------------------
 
-# Vocabulary above which a row gets so many threads. Wide rows want few rows in flight, so that the next sweep over the
-# row still finds it in the L2 cache: 512 threads of at most 128 registers are one or two rows per multiprocessor.
+# Vocabulary above which a row gets so many threads. Wide rows want few rows in flight, so that the next sweep over a
+# row still finds much of it in the L2 cache: 512 threads are one row per multiprocessor, or two if registers allow.
 _THREADS = ((16384, 512), (4096, 256), (0, 128))
 _ELEMENTS_PER_THREAD = 16
 
@@ -72,7 +72,7 @@ def tile_for(tensors: Sequence[Tensor], vocab_size: int) -> Tile:
     width = 16 // max(tensor.element_size() for tensor in tensors)
     threads = next(threads for above, threads in _THREADS if vocab_size > above)
     starts = [_starts(tensor, width) for tensor in tensors]
-    whole = vocab_size % width == 0 and all(start == (0, 0, 0) for start in starts)
+    whole = vocab_size % width == 0 and all(start == (0, None) for start in starts)
     return Tile(threads, _ELEMENTS_PER_THREAD // width, width, not whole, aligned=starts[0][0] == 0)
 
 
@@ -81,14 +81,12 @@ def co_aligned(tensor: Tensor | None, leader: Tensor, tile: Tile) -> bool:
     return tensor is not None and _starts(tensor, tile.width) == _starts(leader, tile.width)
 
 
-def _starts(tensor: Tensor, width: int) -> tuple[int, int, int]:
-    """First element and row strides modulo the vector width, element 0 being at address 0."""
+def _starts(tensor: Tensor, width: int) -> tuple[int, tuple[int, int, int] | None]:
+    """Where rows begin, modulo the vector width: the first one, and what the others depend on, if they differ."""
     rows = rows_of(tensor)
-    return (
-        tensor.data_ptr() // tensor.element_size() % width,
-        rows.outer_stride % width,
-        rows.inner_stride % width,
-    )
+    strides = (rows.outer_stride % width, rows.inner_stride % width)
+    first = tensor.data_ptr() // tensor.element_size() % width
+    return first, None if strides == (0, 0) else (rows.inner, *strides)
 
 
 def launch_options(tile: Tile) -> dict[str, Any]:
@@ -125,9 +123,8 @@ def span_of(pointer, offset, vocab_size, TILE: tl.constexpr):
         element = offset
         if not TILE.aligned:
             element += pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8)
-        head = (TILE.width - element % TILE.width) % TILE.width
-        head = tl.minimum(head, vocab_size).to(tl.int32)
-        vectors = (vocab_size - head) // TILE.width
+        head = ((TILE.width - element % TILE.width) % TILE.width).to(tl.int32)
+        vectors = tl.maximum(vocab_size - head, 0) // TILE.width
         return Span(head, vectors, vocab_size - vectors * TILE.width)
     else:
         return Span(0, vocab_size // TILE.width, 0)
