@@ -14,6 +14,9 @@ sweep 1 ended.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -24,8 +27,6 @@ from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
 from fastkd.kernels.gpu.sweeps import (
     Factors,
     Logits,
-    Mode,
-    Numbers,
     gradient_of,
     slope_center,
     statistics_of,
@@ -45,6 +46,37 @@ from fastkd.kernels.gpu.tiles import (
     span_of,
     tile_for,
 )
+
+
+@dataclass(frozen=True)
+class Mode:
+    """What a kernel is compiled for."""
+
+    soft: str  # a `Divergence.sweeps` or, without a teacher, "absent"
+    hard: bool
+    forward: bool  # which of the sums of `Statistics` are wanted
+    reverse: bool
+    same_temperature: bool
+    # The cross-entropy's e^z is this power of the tempered e^(z/T), which saves an exponential; 0: it is not.
+    hard_power: int
+    # Some logits are fp32: log q − log p and q − p must not cancel. 16-bit logits differ by nothing or by much, and
+    # differences between them are exact.
+    fine: bool
+    teacher_aligned: bool
+    grad_aligned: bool
+
+
+class Numbers(NamedTuple):
+    """Scalars of a launch."""
+
+    student_inverse: float  # 1 / T
+    teacher_inverse: float
+    student_scale: float  # log2(e) / T, rounded once
+    teacher_scale: float
+    soft_weight: float  # divided by what the gradient is divided by
+    hard_weight: float
+    a: float
+    b: float
 
 
 @triton.jit

@@ -1,12 +1,11 @@
 """The sweeps of `rows` over one row of student and teacher logits: device functions, free of any divergence.
 
 A sweep is a loop over tiles [vectors, threads, width] and one more step for the row's edges (see `tiles`). Sums are
-kept per thread and merged once per row.
+kept per thread and merged once per row. `numbers` and `MODE` are the `Numbers` and `Mode` of `rows`.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import triton
@@ -22,37 +21,6 @@ from fastkd.kernels.gpu.tiles import (
     steps_of,
     vector_columns,
 )
-
-
-@dataclass(frozen=True)
-class Mode:
-    """What a kernel is compiled for."""
-
-    soft: str  # a `Divergence.sweeps` or, without a teacher, "absent"
-    hard: bool
-    forward: bool  # which of the sums of `Statistics` are wanted
-    reverse: bool
-    same_temperature: bool
-    # The cross-entropy's e^z is this power of the tempered e^(z/T), which saves an exponential; 0: it is not.
-    hard_power: int
-    # Some logits are fp32: log q − log p and q − p must not cancel. 16-bit logits differ by nothing or by much, and
-    # differences between them are exact.
-    fine: bool
-    teacher_aligned: bool
-    grad_aligned: bool
-
-
-class Numbers(NamedTuple):
-    """Scalars of a launch."""
-
-    student_inverse: float  # 1 / T
-    teacher_inverse: float
-    student_scale: float  # log2(e) / T, rounded once
-    teacher_scale: float
-    soft_weight: float  # divided by what the gradient is divided by
-    hard_weight: float
-    a: float
-    b: float
 
 
 class Logits(NamedTuple):

@@ -43,7 +43,7 @@ class Tile:
 
 
 class Span(NamedTuple):
-    """A row cut into `head` columns, `vectors` aligned vectors and the columns after them; `edges` are not in vectors."""
+    """A row cut into `head` columns, `vectors` aligned vectors and what follows; `edges` columns are in no vector."""
 
     head: Any
     vectors: Any
