@@ -50,7 +50,7 @@ def test_other_dtypes(target: str, dtype: torch.dtype, vocab: int) -> None:
     assert {width for loop in loops(kernel) for width in loop.load_bytes} == {16}
 
 
-@pytest.mark.parametrize("vocab", [1, 2, 1003, 32000])
+@pytest.mark.parametrize("vocab", [1, 1003])
 def test_every_kind_of_launch_compiles(vocab: int) -> None:
     """One term or both, loss alone, one row of one column: arguments that are 1 or None become constants."""
     logits, scale, spec = torch.empty(1, vocab), torch.ones(1), cases.spec(fastkd.ForwardKL(), vocab, 3.0)
