@@ -19,9 +19,6 @@ from fastkd.kernels.gpu.tiles import Rows, row_offset
 from tests import cases, compare
 from tests.triton_interpreter import Fault, Trace, interpreted
 
-STEP = 128 * 16  # columns of one step at these vocabularies: 128 threads of 16 elements (kernels/gpu/tiles.py)
-EDGES = (1, 2, 7, 8, 9, STEP - 1, STEP, STEP + 1, STEP + 13)
-
 
 def judge(
     student: Tensor,
@@ -90,7 +87,8 @@ def test_soft_term_alone(divergence: Divergence) -> None:
 )
 def test_edges_and_the_memory_around_them(divergence: str, dtype: torch.dtype) -> None:
     """Every tail at several misalignments. The interpreter faults on any access outside the views it was given."""
-    for vocab in EDGES:
+    step = 128 * 2 * 16 // dtype.itemsize  # columns: 128 threads, 2 vectors of 16 bytes (kernels/gpu/tiles.py)
+    for vocab in (1, 2, 7, 8, 9, step - 1, step, step + 1, step + 13):
         for shift in (0, 3):
             sides = []
             for side in cases.logits("far", 3, vocab, dtype):

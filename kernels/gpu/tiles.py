@@ -55,7 +55,7 @@ class Span(NamedTuple):
 # Vocabulary above which a row gets so many threads. Wide rows want few rows in flight, so that the next sweep over a
 # row still finds much of it in the L2 cache: 512 threads are one row per multiprocessor, or two if registers allow.
 _THREADS = ((16384, 512), (4096, 256), (0, 128))
-_ELEMENTS_PER_THREAD = 16
+_VECTORS = 2  # of each row, per thread and step
 
 
 def rows_of(tensor: Tensor) -> Rows:
@@ -73,7 +73,7 @@ def tile_for(tensors: Sequence[Tensor], vocab_size: int) -> Tile:
     threads = next(threads for above, threads in _THREADS if vocab_size > above)
     starts = [_starts(tensor, width) for tensor in tensors]
     whole = vocab_size % width == 0 and all(start == (0, None) for start in starts)
-    return Tile(threads, _ELEMENTS_PER_THREAD // width, width, not whole, aligned=starts[0][0] == 0)
+    return Tile(threads, _VECTORS, width, not whole, aligned=starts[0][0] == 0)
 
 
 def co_aligned(tensor: Tensor | None, leader: Tensor, tile: Tile) -> bool:
