@@ -17,6 +17,8 @@ from fastkd.divergences import Divergence
 from tests import cases, compare
 
 ROWS, VOCAB = 6, 5003  # odd, several blocks and a tail
+#: What eager errs at least, within 1e-4 of a match: the documents say about 1 %.
+EAGER_NEAR_MATCH = 1e-3
 
 
 def run(
@@ -87,7 +89,7 @@ def test_near_match_keeps_relative_precision(divergence: Divergence, limit: floa
     ours = run(_native, student, teacher, divergence, 2.0, False)[2]  # type: ignore[arg-type]
     eager = run(reference, student, teacher, divergence, 2.0, False)[2]  # type: ignore[arg-type]
     assert compare.relative_error(ours, truth) < limit
-    assert compare.relative_error(eager, truth) > compare.relative_error(ours, truth)
+    assert compare.relative_error(eager, truth) > max(compare.relative_error(ours, truth), EAGER_NEAR_MATCH)
 
 
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
