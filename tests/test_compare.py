@@ -34,6 +34,15 @@ def test_gradient_tolerance_admits_rounding() -> None:
     compare.assert_gradient(EAGER.bfloat16(), EAGER.bfloat16(), TRUTH)
 
 
+def test_certain_rows_get_an_absolute_rounding_and_no_more() -> None:
+    truth = 1e-8 * TRUTH
+    compare.assert_gradient((truth + 1e-9).float(), truth.float(), truth, certain_rows=1.0)
+    with pytest.raises(AssertionError, match="relative error"):
+        compare.assert_gradient((truth + 1e-7).float(), truth.float(), truth, certain_rows=1.0)
+    with pytest.raises(AssertionError, match="relative error"):
+        compare.assert_gradient(EAGER + 1e-5, EAGER, TRUTH, certain_rows=1.0)
+
+
 def test_one_wrong_column_of_a_vocabulary_is_seen() -> None:
     """The label's column alone: a gradient that forgets the one-hot term fails at any vocabulary size."""
     student, teacher = cases.logits("near_equal", 4, 50257)

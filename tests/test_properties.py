@@ -49,7 +49,7 @@ def test_native_agrees_with_the_reference(
         eager = gradient(kd, student, teacher, labels, weights=weights)
     ours = gradient(kd, student, teacher, labels, weights=weights)
     compare.assert_value(ours[0], truth[0], eager[0])
-    compare.assert_gradient(ours[1], eager[1], truth[1])
+    compare.assert_gradient(ours[1], eager[1], truth[1], certain_rows=max(temperature, 1.0))
 
 
 @COMMON

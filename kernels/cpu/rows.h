@@ -181,34 +181,73 @@ struct LogRatio {
   }
 };
 
+// What a functor works from, for the columns of a row whose normalisers are known.
+struct Cells {
+  const Settings& settings;
+  const Sums& sums;
+  const Scratch& scratch;
+  LogRatio log_ratio;
+  float log_zs, log_zt;  // to base 2
+
+  Cells(const Settings& settings, const Sums& sums, const Scratch& scratch)
+      : settings(settings), sums(sums), scratch(scratch), log_ratio(settings, sums) {
+    log_zs = (float)::log2(sums.student), log_zt = (float)::log2(sums.teacher);
+  }
+
+  // From a block's exponentials to probabilities.
+  float to_q(int64_t b) const { return (float)(::exp2((double)scratch.student_max[b] - sums.student_max) / sums.student); }
+  float to_p(int64_t b) const { return (float)(::exp2((double)scratch.teacher_max[b] - sums.teacher_max) / sums.teacher); }
+
+  Cell operator()(vec zs, vec zt, vec p, vec q) const {
+    const vec log_q = (zs * settings.student_scale - sums.student_max) - log_zs;
+    const vec log_p = (zt * settings.teacher_scale - sums.teacher_max) - log_zt;
+    return {p, q, log_p * kLn2, log_q * kLn2, log_ratio(zs, zt) * kLn2};
+  }
+};
+
+// g / q at the student's likeliest column, 0 where the divergence is infinite there. g less this multiple of q is as
+// good a g, and makes that column add 0 to the sum: in a confident row the column's gradient would else be what
+// rounding leaves of g - q * sum, two numbers that almost cancel.
+template <class Divergence>
+inline float center_of(const Divergence& divergence, const Row& row, const Cells& cells) {
+  const Sums& sums = cells.sums;
+  int64_t b = 0;
+  while (cells.scratch.student_max[b] != sums.student_max) {
+    if (++b * block >= cells.settings.vocab_size) return 0;  // a NaN
+  }
+  const int64_t start = b * block, n = cells.settings.vocab_size - start < block ? cells.settings.vocab_size - start : block;
+  const float* es = cells.scratch.student.at(start, n);
+  int64_t top = 0;
+  for (int64_t i = 1; i < n; i++) top = es[i] > es[top] ? i : top;
+  const float et = cells.scratch.teacher.at(start, n)[top];
+  const vec zs = splat(row.student.at(start + top)), zt = splat(row.teacher.at(start + top));
+  const Cell cell = cells(zs, zt, splat(et * cells.to_p(b)), splat(es[top] * cells.to_q(b)));
+  const float center = divergence(cell).g[0] / cell.q[0];
+  return center - center == 0 ? center : 0;
+}
+
 // Sweep 2 of the divergences that need the normalisers: returns (sum of terms, sum of g) and stashes g.
 template <class Divergence>
 inline void divergence_sums(const Divergence& divergence, const Row& row, const Settings& settings,
                             const Scratch& scratch, const Sums& sums, double& value, double& total_g) {
-  const LogRatio log_ratio(settings, sums);
-  const float log_zs = (float)::log2(sums.student), log_zt = (float)::log2(sums.teacher);
+  const Cells cells(settings, sums, scratch);
+  const float center = center_of(divergence, row, cells);
   value = total_g = 0;
   for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
     const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
-    const float to_q = (float)(::exp2((double)scratch.student_max[b] - sums.student_max) / sums.student);
-    const float to_p = (float)(::exp2((double)scratch.teacher_max[b] - sums.teacher_max) / sums.teacher);
+    const float to_q = cells.to_q(b), to_p = cells.to_p(b);
     const float* es = scratch.student.at(start, n);
     float* et = scratch.teacher.at(start, n);
     vec sum_term{}, sum_g{};
     for (int64_t i = 0; i < n; i += lanes) {
       const vec zs = load(s + i), zt = load(t + i);
-      Cell cell;
-      cell.q = load(es + i) * to_q;
-      cell.p = load(et + i) * to_p;
-      cell.d = log_ratio(zs, zt) * kLn2;
-      cell.log_q = ((zs * settings.student_scale - sums.student_max) - log_zs) * kLn2;
-      cell.log_p = ((zt * settings.teacher_scale - sums.teacher_max) - log_zt) * kLn2;
+      const Cell cell = cells(zs, zt, load(et + i) * to_p, load(es + i) * to_q);
       const Pair pair = divergence(cell);
       // Padding and jointly masked columns: p = q = 0 contribute nothing, whatever the functor makes of them.
       const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
-      const vec g = keep(counted, pair.g);
+      const vec g = keep(counted, pair.g - center * cell.q);
       sum_term += keep(counted, pair.term);
       sum_g += g;
       store(et + i, g);
