@@ -16,14 +16,24 @@ import site
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec
+from fastkd.backend import RowSpec, Tile
 from fastkd.divergences import TABLE
 
-__all__ = ["advise_huge_pages", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "status"]
+__all__ = [
+    "advise_huge_pages",
+    "kd_rows",
+    "log_softmax",
+    "log_softmax_backward",
+    "row_statistics",
+    "status",
+    "tile_state",
+]
 
-_ABI = 1
+_ABI = 2
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES = {name: code for code, name in enumerate(TABLE)}
+_STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
+_STATE_BYTES = 128
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
 
 
@@ -59,6 +69,9 @@ class _KDRows(ctypes.Structure):
         ("teacher_temperature", ctypes.c_double),
         ("soft_weight", ctypes.c_double),
         ("hard_weight", ctypes.c_double),
+        ("stage", ctypes.c_int64),
+        ("first", ctypes.c_int64),
+        ("state", ctypes.c_void_p),
     )
 
 
@@ -162,6 +175,7 @@ def kd_rows(
     hard_scale: Tensor | None,
     spec: RowSpec,
     grad: Tensor | None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """See `backend.Backend.kd_rows`."""
     rows = _row_count(student)
@@ -189,9 +203,15 @@ def kd_rows(
             spec.teacher_temperature,
             spec.soft_weight,
             spec.hard_weight,
+            *((0, 0, None) if tile is None else (_STAGES[tile.stage], tile.first, tile.state.data_ptr())),
         ),
     )
     return soft, hard
+
+
+def tile_state(rows: int, device: torch.device) -> Tensor:
+    """See `backend.Backend.tile_state`."""
+    return torch.empty(rows, _STATE_BYTES, dtype=torch.uint8, device=device)
 
 
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

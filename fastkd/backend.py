@@ -11,12 +11,12 @@ import importlib
 import warnings
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "BackendStatus", "RowSpec", "backends", "select", "use_backend"]
+__all__ = ["Backend", "BackendStatus", "RowSpec", "Tile", "backends", "select", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,20 @@ class RowSpec:
     vocab_size: int  # columns that count; a wider (padded) row has probability 0 beyond
 
 
+@dataclass(frozen=True)
+class Tile:
+    """Columns [first, first + width) of every row, where rows are met in parts and their logits computed anew each time.
+
+    Three stages, each over the tiles from first = 0 upwards: `"statistics"`; `"terms"`, for the divergences that need
+    the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage learns of a
+    row is in `state`, which a backend makes (`tile_state`) and nobody else reads.
+    """
+
+    stage: Literal["statistics", "terms", "gradient"]
+    first: int
+    state: Tensor
+
+
 class Backend(Protocol):
     """The functions a backend offers. Rows are the collapsed leading dimensions; row scalars are fp32 `[rows]`."""
 
@@ -44,12 +58,21 @@ class Backend(Protocol):
         hard_scale: Tensor | None,
         spec: RowSpec,
         grad: Tensor | None,
+        tile: Tile | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Divergence and cross-entropy of each row; the student's gradient into `grad` (may be `student` itself).
 
         A term is absent where its scale is None. In a row where a scale is 0 that term is not computed and reads 0.
         grad = soft_weight·soft_scale·∂soft/∂z + hard_weight·hard_scale·∂hard/∂z, and 0 beyond `vocab_size`.
+
+        With a `tile`, student, teacher and grad hold its columns only, all of which count; labels and `vocab_size`
+        are the row's. `grad` is given in the gradient stage only. The values returned are final after the last tile
+        of the statistics or, where there are terms, of the terms. The reference takes no tiles.
         """
+        ...
+
+    def tile_state(self, rows: int, device: torch.device) -> Tensor:
+        """Uninitialised memory for `Tile.state`; the statistics of the tile with first = 0 fill it."""
         ...
 
     def row_statistics(

@@ -37,6 +37,8 @@ class Divergence:
     name: ClassVar[str]
     #: Whether temperature applies (raw-logit MSE has neither temperature nor softmax).
     tempered: ClassVar[bool] = True
+    #: Whether a term can only be computed once both softmaxes are normalised, which is one more sweep over the logits.
+    normalised: ClassVar[bool] = True
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -72,6 +74,7 @@ class ForwardKL(Divergence):
     """KL(p ‖ q) = Σ p (log p − log q): the classical, mass-covering distillation loss (Hinton et al. 2015)."""
 
     name: ClassVar[str] = "forward_kl"
+    normalised: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,7 @@ class ReverseKL(Divergence):
     """KL(q ‖ p) = Σ q (log q − log p): mode-seeking (MiniLLM, Gu et al. 2024)."""
 
     name: ClassVar[str] = "reverse_kl"
+    normalised: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ class SymmetricKL(Divergence):
     """weight·KL(p ‖ q) + (1−weight)·KL(q ‖ p)."""
 
     name: ClassVar[str] = "symmetric_kl"
+    normalised: ClassVar[bool] = False
     weight: float = 0.5
 
     def check(self) -> None:
@@ -173,6 +178,7 @@ class MSE(Divergence):
     """Mean over the vocabulary of (z_student − z_teacher)²: raw logits, no temperature, no softmax."""
 
     name: ClassVar[str] = "mse"
+    normalised: ClassVar[bool] = False
     tempered: ClassVar[bool] = False
 
 

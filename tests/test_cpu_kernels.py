@@ -8,6 +8,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import _native, ops, reference
+from fastkd.backend import Tile
 from fastkd.divergences import TABLE
 from tests import cases, compare
 
@@ -71,6 +72,93 @@ def test_rows_of_every_kind_in_one_call(temperature: float) -> None:
     assert (grads[0][3] == 0).all()
     assert ours[0][2:].tolist() == [0, 0]
     assert ours[1][[1, 3]].tolist() == [0, 0]
+
+
+def in_tiles(
+    student: Tensor,
+    teacher: Tensor | None,
+    labels: Tensor | None,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    spec: fastkd.backend.RowSpec,
+    grad: Tensor,
+    widths: tuple[int, ...],
+) -> tuple[Tensor, Tensor]:
+    """`kd_rows` on tiles of columns; the logits are copied for each, as their producer would."""
+    state = _native.tile_state(len(student), student.device)
+    state.fill_(0xAA)  # whatever was there before does not matter
+    stages = ["statistics", *(["terms"] if TABLE[spec.divergence].normalised and teacher is not None else []), "gradient"]
+    for stage in stages:
+        first = 0
+        for width in widths:
+            columns = slice(first, first + width)
+            tile = student[:, columns].clone()
+            given = None if teacher is None else teacher[:, columns].clone()
+            out = None if stage != "gradient" else tile if grad.dtype == tile.dtype else grad[:, columns]
+            values = _native.kd_rows(
+                tile, given, labels, soft_scale, hard_scale, spec, out, Tile(stage, first, state)  # type: ignore[arg-type]
+            )
+            if out is tile:
+                grad[:, columns] = tile
+            first += width
+        if stage == stages[-2]:
+            final = values
+    assert first == student.shape[1]
+    return final
+
+
+@pytest.mark.parametrize(
+    ("divergence", "family"),
+    [
+        *((divergence, family) for divergence in cases.DIVERGENCES for family in ("far", "near_equal")),
+        *((row(), "peaked") for row in TABLE.values()),
+    ],
+    ids=str,
+)
+def test_tiles_of_columns(divergence: fastkd.divergences.Divergence, family: str) -> None:
+    """As accurate as whole rows, whichever tile holds the label, the maxima or nothing but −inf."""
+    vocab, rows = 2600, 5
+    student, teacher = cases.logits(family, rows, vocab)
+    student[0, :1500] = teacher[0, :1500] = -torch.inf
+    labels = torch.tensor([2599, 0, 1499, 1500, 700])
+    for temperature, other in ((2.0, 2.0), (1.3, 1.3), (1.5, 3.0)):
+        spec = cases.spec(divergence, vocab, temperature, teacher_temperature=other)
+        scales = torch.tensor([1.0, 0.5, 0.7, 0.0, 2.0]), torch.tensor([0.3, 1.0, 0.0, 0.0, 1.0])
+        grads = [torch.empty(rows, vocab, dtype=dtype) for dtype in (torch.float32, torch.float32, torch.float64)]
+        ours = in_tiles(student, teacher, labels, *scales, spec, grads[0], (1500, 100, 1, 999))
+        eager = reference.kd_rows(student, teacher, labels, *scales, spec, grads[1])
+        truth = reference.kd_rows(student.double(), teacher.double(), labels, *scales, spec, grads[2])
+        for ours_, eager_, truth_ in zip(ours, eager, truth, strict=True):
+            compare.assert_value(ours_, truth_, eager_)
+        compare.assert_gradient(*grads)
+        assert (grads[0][3] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES[1:], ids=str)
+def test_tiles_hard_or_soft_term_alone_and_low_precision_gradients(dtype: torch.dtype) -> None:
+    vocab, rows, widths = 2600, 3, (1024, 1024, 552)
+    student, teacher = cases.logits("far", rows, vocab)
+    labels, scale = cases.labels(rows, vocab), torch.ones(rows)
+    for name in ("forward_kl", "jsd", "mse"):
+        spec = cases.spec(TABLE[name](), vocab)
+        for arguments in ((None, labels, None, scale), (teacher, None, scale, None)):
+            truth, ours = torch.empty(rows, vocab), torch.empty(rows, vocab, dtype=dtype)
+            values = reference.kd_rows(student, *arguments, spec, truth)
+            for a, b in zip(in_tiles(student, *arguments, spec, ours, widths), values, strict=True):
+                compare.assert_value(a, b)
+            assert compare.relative_error(ours, truth) < (4e-3 if dtype == torch.bfloat16 else 5e-4)
+
+
+def test_a_label_outside_the_vocabulary_is_nan_in_tiles_too() -> None:
+    student, teacher = cases.logits("far", 2, 300)
+    labels, scale = torch.tensor([300, 5]), torch.ones(2)
+    grad = torch.empty(2, 300)
+    spec = cases.spec(TABLE["forward_kl"](), 300)
+    _, hard = in_tiles(student, teacher, labels, scale, scale, spec, grad, (200, 100))
+    assert hard[0].isnan()
+    assert grad[0].isnan().all()
+    assert hard[1].isfinite()
+    assert grad[1].isfinite().all()
 
 
 def layouts(rows: Tensor) -> dict[str, Tensor]:

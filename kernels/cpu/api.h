@@ -13,6 +13,11 @@ struct Matrix {
   int64_t inner_stride;
 };
 
+// See fastkd/backend.py, Tile: what a call does with its columns.
+enum Stage : int64_t { kWhole = 0, kStatistics = 1, kTerms = 2, kGradient = 3 };
+
+constexpr int64_t kStateBytes = 128;  // per row
+
 // See fastkd/backend.py, Backend.kd_rows. `grad` may be `student`.
 struct KDRows {
   Matrix student, teacher, grad;
@@ -22,12 +27,15 @@ struct KDRows {
   float* soft;
   float* hard;
   int64_t rows;
-  int64_t vocab_size;
+  int64_t vocab_size;  // columns of a whole row that count
   int64_t divergence;  // position in fastkd.divergences.TABLE
   int64_t threads;
   double parameters[2];
   double temperature, teacher_temperature;
   double soft_weight, hard_weight;
+  int64_t stage;
+  int64_t first;  // column of the row that the matrices begin with, and
+  void* state;    // kStateBytes per row: both for tiles only
 };
 
 struct Statistics {

@@ -16,31 +16,44 @@ struct is_kl : std::false_type {};
 template <class Divergence>
 struct is_kl<Divergence, std::void_t<decltype(Divergence::forward)>> : std::true_type {};
 
-// The loss of one row and, if wanted, its gradient. `divergence` is a functor, MSE or NoSoft.
+// The loss of one row and, if wanted, its gradient; or one stage of both on a tile of it. `divergence` is a functor, MSE
+// or NoSoft.
 template <int hard, class Divergence>
 inline void one_row(const Divergence& divergence, const Row& row, const Settings& settings, const Scratch& scratch,
-                    float& soft_out, float& hard_out) {
+                    State& state, float& soft_out, float& hard_out) {
   constexpr bool kl = is_kl<Divergence>::value;
   constexpr bool raw = std::is_same<Divergence, MSE>::value;
   constexpr bool no_soft = std::is_same<Divergence, NoSoft>::value;
   constexpr bool functor = !kl && !raw && !no_soft;
   constexpr bool probabilities = kl || functor;
+  const bool whole = settings.stage == kWhole;
+  const bool want_grad = settings.want_grad && (whole || settings.stage == kGradient);
 
-  const bool inside = hard != kNoHard && row.label >= 0 && row.label < settings.vocab_size;
-  const float label_logit = inside ? row.student.at(row.label) : 0;  // now: in place, the stash overwrites it
-
-  Sums sums;
-  if constexpr (kl)
-    sums = statistics<true, Divergence::forward, Divergence::reverse, hard>(row, settings, scratch, settings.want_grad);
-  else if constexpr (functor)
-    sums = statistics<true, false, false, hard>(row, settings, scratch, true);
-  else if constexpr (hard != kNoHard)
-    sums = statistics<false, false, false, hard>(row, settings, scratch, settings.want_grad);
+  if (whole || settings.stage == kStatistics) {
+    // The label's logit now: in place, the stash overwrites it.
+    if (hard != kNoHard && row.label >= 0 && row.label < settings.columns) state.label_logit = row.student.at(row.label);
+    if (raw) state.value += squared_error(row, settings);
+  }
+  if constexpr (probabilities || hard != kNoHard) {
+    const bool stash = whole ? want_grad || functor : settings.stage != kStatistics;
+    Sums sums;
+    if constexpr (kl) sums = statistics<true, Divergence::forward, Divergence::reverse, hard>(row, settings, scratch, stash, state.sums);
+    else sums = statistics<functor, false, false, hard>(row, settings, scratch, stash, state.sums);
+    if (whole || settings.stage == kStatistics) state.sums = sums;  // later they are final: only the stash was wanted
+  }
+  const Sums& sums = state.sums;
+  if constexpr (functor) {
+    double value_again = 0, total_again = 0;
+    if (whole || settings.stage == kTerms)
+      divergence_sums(divergence, row, settings, scratch, sums, state.value, state.total_g);
+    else if (settings.stage == kGradient)
+      divergence_sums(divergence, row, settings, scratch, sums, value_again, total_again);
+  }
 
   const double ln2 = 0.69314718055994530942;
   const double soft = settings.soft_weight * row.soft_scale / (probabilities ? settings.temperature : 1);
   Combination combination;
-  double value = 0;
+  double value = state.value;
   if constexpr (kl) {
     const double apart = ::log(sums.student) - ::log(sums.teacher);
     const double forward = Divergence::forward ? ln2 * sums.forward / sums.teacher + apart : 0;
@@ -51,13 +64,11 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
     combination.ratio = soft / sums.student * (1 - w) * ln2;
     combination.teacher = -soft * w / sums.teacher;
   } else if constexpr (functor) {
-    double total_g;
-    divergence_sums(divergence, row, settings, scratch, sums, value, total_g);
-    combination.student = -soft * total_g / sums.student;
+    combination.student = -soft * state.total_g / sums.student;
     combination.teacher = soft;
     combination.teacher_is_g = true;
   } else if constexpr (raw) {
-    value = squared_error(row, settings);
+    value /= settings.vocab_size;
     combination.raw = 2 * soft / settings.vocab_size;
   }
   soft_out = (float)value;
@@ -65,21 +76,19 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
 
   hard_out = 0;
   if constexpr (hard != kNoHard) {
-    if (!inside) {
-      hard_out = __builtin_nanf("");  // never read out of bounds, never hidden
-    } else {
-      // The label's exponent is rounded by the same multiply-add as every column's, so a large offset cancels.
-      const double y = hard == kOwnExponential
-                           ? (double)__builtin_fmaf(label_logit, kLog2e, -(float)sums.hard_max)
-                           : (double)hard * __builtin_fmaf(label_logit, settings.student_scale, -sums.student_max);
-      hard_out = (float)(::log(sums.hard) - ln2 * y);
-    }
+    // The label's exponent is rounded by the same multiply-add as every column's, so a large offset cancels. It is NaN
+    // for a label outside the vocabulary: never read out of bounds, never hidden.
+    const float label_logit = (float)state.label_logit;
+    const double y = hard == kOwnExponential
+                         ? (double)__builtin_fmaf(label_logit, kLog2e, -(float)sums.hard_max)
+                         : (double)hard * __builtin_fmaf(label_logit, settings.student_scale, -sums.student_max);
+    hard_out = (float)(::log(sums.hard) - ln2 * y);
     combination.label = settings.hard_weight * row.hard_scale;
     combination.hard = combination.label / sums.hard;
     if (hard_out != hard_out) combination.hard = combination.label = hard_out;
   }
 
-  if (!settings.want_grad) return;
+  if (!want_grad) return;
   constexpr int logits = raw ? kDifference : kl && !std::is_same<Divergence, ForwardKL>::value ? kLogRatio : kStashOnly;
   constexpr bool teacher_stash = std::is_same<Divergence, ForwardKL>::value ||
                                  std::is_same<Divergence, SymmetricKL>::value || functor;
@@ -89,22 +98,22 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
 // Turns the run-time choice of the hard term into a template argument.
 template <class Divergence>
 inline void one_row(const Divergence& divergence, int hard, const Row& row, const Settings& settings,
-                    const Scratch& scratch, float& soft_out, float& hard_out) {
+                    const Scratch& scratch, State& state, float& soft_out, float& hard_out) {
   switch (hard) {
-    case kNoHard: return one_row<kNoHard>(divergence, row, settings, scratch, soft_out, hard_out);
-    case kPower1: return one_row<kPower1>(divergence, row, settings, scratch, soft_out, hard_out);
-    case kPower2: return one_row<kPower2>(divergence, row, settings, scratch, soft_out, hard_out);
-    case kPower3: return one_row<kPower3>(divergence, row, settings, scratch, soft_out, hard_out);
-    case kPower4: return one_row<kPower4>(divergence, row, settings, scratch, soft_out, hard_out);
-    default: return one_row<kOwnExponential>(divergence, row, settings, scratch, soft_out, hard_out);
+    case kNoHard: return one_row<kNoHard>(divergence, row, settings, scratch, state, soft_out, hard_out);
+    case kPower1: return one_row<kPower1>(divergence, row, settings, scratch, state, soft_out, hard_out);
+    case kPower2: return one_row<kPower2>(divergence, row, settings, scratch, state, soft_out, hard_out);
+    case kPower3: return one_row<kPower3>(divergence, row, settings, scratch, state, soft_out, hard_out);
+    case kPower4: return one_row<kPower4>(divergence, row, settings, scratch, state, soft_out, hard_out);
+    default: return one_row<kOwnExponential>(divergence, row, settings, scratch, state, soft_out, hard_out);
   }
 }
 
 // One allocation per thread, carved into the arrays of Scratch. A stash that is not wanted whole has its tail only.
 class ThreadMemory {
  public:
-  ThreadMemory(int64_t vocab_size, bool student, bool teacher, bool hard) {
-    const int64_t row = vocab_size / block * block, maxima = (vocab_size / block + 16) / 16 * 16;
+  ThreadMemory(int64_t columns, bool student, bool teacher, bool hard) {
+    const int64_t row = columns / block * block, maxima = (columns / block + 16) / 16 * 16;
     const int64_t floats = (student + teacher + hard) * row + 6 * block + 3 * maxima;
     memory_ = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
     float* next = memory_;
@@ -153,25 +162,26 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   settings.teacher_scale = (float)(1.4426950408889634 / call.teacher_temperature);
   settings.same_temperature = call.temperature == call.teacher_temperature;
   settings.soft_weight = call.soft_weight, settings.hard_weight = call.hard_weight;
-  settings.vocab_size = call.vocab_size;
+  settings.vocab_size = call.vocab_size, settings.columns = call.stage == kWhole ? call.vocab_size : call.student.width;
+  settings.stage = call.stage;
   settings.want_grad = call.grad.data != nullptr;
   settings.hard = hard_term(call, settings.temperature);
   // A row without its soft term is plain cross-entropy, computed at T = 1.
   Settings plain = settings;
   plain.temperature = 1, plain.student_scale = kLog2e, plain.hard = call.hard_scale ? kPower1 : kNoHard;
 
-  const int threads = team(call.rows, call.vocab_size, call.threads);
-  const int64_t turn = rows_per_turn(call.rows, call.vocab_size, threads);
+  const int threads = team(call.rows, settings.columns, call.threads);
+  const int64_t turn = rows_per_turn(call.rows, settings.columns, threads);
   // The student's exponentials may lie where the gradient will, unless the logits there are read again.
   constexpr bool reads_logits_once = std::is_same<Divergence, ForwardKL>::value || std::is_same<Divergence, NoSoft>::value;
   const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&
                              (reads_logits_once || call.grad.data != call.student.data);
   constexpr bool functor = probabilities && !is_kl<Divergence>::value;
-  const bool stash = settings.want_grad || functor;
+  const bool stash = settings.want_grad || (functor && call.stage != kStatistics);
   int failed = 0;
 #pragma omp parallel num_threads(threads)
   {
-    ThreadMemory memory(call.vocab_size, stash && !stash_in_grad, stash && probabilities,
+    ThreadMemory memory(settings.columns, stash && !stash_in_grad, stash && probabilities,
                         stash && settings.hard == kOwnExponential);
     Scratch& scratch = memory.scratch;
     if (memory.failed()) {
@@ -184,22 +194,27 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
       Row row;
       row.soft_scale = call.soft_scale ? call.soft_scale[i] : 0;
       row.hard_scale = call.hard_scale ? call.hard_scale[i] : 0;
-      row.label = row.hard_scale != 0 ? call.labels[i] : -1;
+      row.label = row.hard_scale != 0 ? call.labels[i] - call.first : -1;
       row.student = {row_at(call.student, i), call.student.dtype, scratch.student_block};
       if (call.teacher.data) row.teacher = {row_at(call.teacher, i), call.teacher.dtype, scratch.teacher_block};
       if (call.grad.data) row.grad = {row_at(call.grad, i), call.grad.dtype, scratch.out_block};
 
       if (stash_in_grad) scratch.student.row = reinterpret_cast<float*>(row.grad.row);
 
+      State own;
+      State& state = call.stage == kWhole ? own : static_cast<State*>(call.state)[i];
+      if (call.first == 0 && call.stage == kStatistics) state = own;
+      if (call.first == 0 && call.stage == kTerms) state.value = state.total_g = 0;
+
       float soft = 0, hard = 0;
       if (row.soft_scale != 0)
-        one_row(divergence, row.hard_scale != 0 ? settings.hard : (int)kNoHard, row, settings, scratch, soft, hard);
+        one_row(divergence, row.hard_scale != 0 ? settings.hard : (int)kNoHard, row, settings, scratch, state, soft, hard);
       else if (row.hard_scale != 0)
-        one_row<kPower1>(NoSoft{}, row, plain, scratch, soft, hard);
+        one_row<kPower1>(NoSoft{}, row, plain, scratch, state, soft, hard);
       else if (settings.want_grad)
-        row.grad.zero(0, call.vocab_size);
+        row.grad.zero(0, settings.columns);
       call.soft[i] = soft, call.hard[i] = hard;
-      if (settings.want_grad) row.grad.zero(call.vocab_size, call.grad.width);
+      if (settings.want_grad) row.grad.zero(settings.columns, call.grad.width);
     }
   }
   return failed;

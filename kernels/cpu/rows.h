@@ -11,6 +11,9 @@
 // double across blocks.
 //
 // Cross-entropy at T = 1 rides along: e^z is a power of e^(z/T) where T is a small integer, a third exponential elsewhere.
+//
+// A row may also come in tiles of columns, its logits computed anew for each of the three: then `State` is what is known
+// of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
 #pragma once
 #include "blocks.h"
 #include "divergences.h"
@@ -54,7 +57,8 @@ struct Settings {
   bool same_temperature;
   int hard;  // HardTerm
   double temperature, soft_weight, hard_weight;
-  int64_t vocab_size;
+  int64_t columns, vocab_size;  // of the tile and of the row, which are the same where rows are whole
+  int64_t stage;  // Stage
   bool want_grad;
 };
 
@@ -65,6 +69,7 @@ struct Sums {
   double student = 0, teacher = 0, hard = 0;  // sums of 2^(y - max)
   double forward = 0;  // sum of e_t (y_t - y_s), relative to the current maxima
   double reverse = 0;  // sum of e_s (y_s - y_t)
+  float top_student = 0, top_teacher = 0;  // both logits of the student's likeliest column; kept for functors only
 
   void raise(float student_to, float teacher_to, double hard_to) {
     const double up_s = (double)student_to - student_max, up_t = (double)teacher_to - teacher_max;
@@ -77,10 +82,19 @@ struct Sums {
   }
 };
 
+// What is known of a row: all that has to outlive a tile.
+struct State {
+  Sums sums;
+  double label_logit = __builtin_nan("");  // until its column is met; a label outside the vocabulary never is
+  double value = 0;                        // of a functor, and the sum of squares
+  double total_g = 0;
+};
+static_assert(sizeof(State) <= kStateBytes, "fastkd/_native.py allocates this much per row");
+
 struct Row {
   Reader student, teacher;
   Writer grad;
-  int64_t label;
+  int64_t label;  // relative to the first column of the tile
   double soft_scale, hard_scale;
 };
 
@@ -92,17 +106,20 @@ inline float block_max(const float* z, int64_t n) {
   return largest(max(m, m2));
 }
 
-// Sweep 1. `keep_stash` false: nobody reads the exponentials again, so they stay in one block's worth of memory.
+// Sweep 1: `sums` and those of these columns. `keep_stash` false: nobody reads the exponentials again, so they stay in
+// one block's worth of memory.
 template <bool with_teacher, bool forward, bool reverse, int hard>
-inline Sums statistics(const Row& row, const Settings& settings, const Scratch& scratch, bool keep_stash) {
-  Sums sums;
+inline Sums statistics(const Row& row, const Settings& settings, const Scratch& scratch, bool keep_stash, Sums sums) {
+  constexpr bool functor = with_teacher && !forward && !reverse;
+  int64_t top_start = -1;  // of the block that holds the largest logit
   const float cs = settings.student_scale, ct = settings.teacher_scale;
-  for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
-    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+  for (int64_t start = 0, b = 0; start < settings.columns; start += block, b++) {
+    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
     const float* s = row.student.fetch(start, n);
     const float* t = with_teacher ? row.teacher.fetch(start, n) : nullptr;
 
     const float top = block_max(s, n);
+    if (functor && top * cs > sums.student_max) top_start = start, sums.top_student = top;
     const float student_max = top * cs > sums.student_max ? top * cs : sums.student_max;
     const float own_max = top * kLog2e > (float)sums.hard_max ? top * kLog2e : (float)sums.hard_max;
     const double hard_max = hard == kOwnExponential ? own_max : (double)student_max * hard;
@@ -153,6 +170,11 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
     if constexpr (reverse) sums.reverse += sum(sum_reverse);
   }
   if (hard == kPower1) sums.hard = sums.student;
+  if (functor && top_start >= 0) {
+    int64_t column = top_start;
+    while (row.student.at(column) != sums.top_student) column++;
+    sums.top_teacher = row.teacher.at(column);
+  }
   return sums;
 }
 
@@ -209,32 +231,25 @@ struct Cells {
 // good a g, and makes that column add 0 to the sum: in a confident row the column's gradient would else be what
 // rounding leaves of g - q * sum, two numbers that almost cancel.
 template <class Divergence>
-inline float center_of(const Divergence& divergence, const Row& row, const Cells& cells) {
+inline float center_of(const Divergence& divergence, const Cells& cells) {
+  const Settings& settings = cells.settings;
   const Sums& sums = cells.sums;
-  int64_t b = 0;
-  while (cells.scratch.student_max[b] != sums.student_max) {
-    if (++b * block >= cells.settings.vocab_size) return 0;  // a NaN
-  }
-  const int64_t start = b * block, n = cells.settings.vocab_size - start < block ? cells.settings.vocab_size - start : block;
-  const float* es = cells.scratch.student.at(start, n);
-  int64_t top = 0;
-  for (int64_t i = 1; i < n; i++) top = es[i] > es[top] ? i : top;
-  const float et = cells.scratch.teacher.at(start, n)[top];
-  const vec zs = splat(row.student.at(start + top)), zt = splat(row.teacher.at(start + top));
-  const Cell cell = cells(zs, zt, splat(et * cells.to_p(b)), splat(es[top] * cells.to_q(b)));
+  const vec s = splat(sums.top_student), t = splat(sums.top_teacher);
+  const vec es = exp2_nonpositive(s * settings.student_scale - sums.student_max);
+  const vec et = exp2_nonpositive(t * settings.teacher_scale - sums.teacher_max);
+  const Cell cell = cells(s, t, et * (float)(1 / sums.teacher), es * (float)(1 / sums.student));
   const float center = divergence(cell).g[0] / cell.q[0];
   return center - center == 0 ? center : 0;
 }
 
-// Sweep 2 of the divergences that need the normalisers: returns (sum of terms, sum of g) and stashes g.
+// Sweep 2 of the divergences that need the normalisers: adds to (sum of terms, sum of g) and stashes g.
 template <class Divergence>
 inline void divergence_sums(const Divergence& divergence, const Row& row, const Settings& settings,
                             const Scratch& scratch, const Sums& sums, double& value, double& total_g) {
   const Cells cells(settings, sums, scratch);
-  const float center = center_of(divergence, row, cells);
-  value = total_g = 0;
-  for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
-    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+  const float center = center_of(divergence, cells);
+  for (int64_t start = 0, b = 0; start < settings.columns; start += block, b++) {
+    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
     const float to_q = cells.to_q(b), to_p = cells.to_p(b);
@@ -257,11 +272,11 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
   }
 }
 
-// Mean squared error of raw logits, and its gradient factor; no softmax.
+// Squared error of raw logits; no softmax.
 inline double squared_error(const Row& row, const Settings& settings) {
   double total = 0;
   for (int64_t start = 0; start < settings.vocab_size; start += block) {
-    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
     vec squares{};
@@ -272,7 +287,7 @@ inline double squared_error(const Row& row, const Settings& settings) {
     }
     total += sum(squares);
   }
-  return total / settings.vocab_size;
+  return total;
 }
 
 // The gradient of one row as a combination of what is in cache:
@@ -293,8 +308,8 @@ inline void gradient(const Row& row, const Settings& settings, const Scratch& sc
                      const Combination& combination) {
   const LogRatio log_ratio(settings, sums);
   const bool stashed = logits != kDifference || hard != kNoHard;
-  for (int64_t start = 0, b = 0; start < settings.vocab_size; start += block, b++) {
-    const int64_t n = settings.vocab_size - start < block ? settings.vocab_size - start : block;
+  for (int64_t start = 0, b = 0; start < settings.columns; start += block, b++) {
+    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
     const float* s = logits ? row.student.fetch(start, n) : nullptr;
     const float* t = logits ? row.teacher.fetch(start, n) : nullptr;
     const double moved_s = stashed ? (double)scratch.student_max[b] - sums.student_max : 0;
