@@ -13,6 +13,9 @@ from fastkd.divergences import (
     SymmetricKL,
 )
 from fastkd.losses import KDLoss, KDParts, kd_loss
+from fastkd.models import project
+from fastkd.plan import Plan, plan
+from fastkd.sources import Projection
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 
 __version__ = "0.1.0"
@@ -25,6 +28,8 @@ __all__ = [
     "ForwardKL",
     "KDLoss",
     "KDParts",
+    "Plan",
+    "Projection",
     "ReverseKL",
     "RowStatistics",
     "SkewKL",
@@ -33,6 +38,8 @@ __all__ = [
     "backends",
     "kd_loss",
     "log_softmax",
+    "plan",
+    "project",
     "row_statistics",
     "use_backend",
 ]

@@ -34,7 +34,7 @@ class RowSpec:
 
 @dataclass(frozen=True)
 class Tile:
-    """Columns [first, first + width) of every row, where rows are met in parts and their logits computed anew each time.
+    """Columns [first, first + width) of every row, where rows are met in parts and logits computed anew each time.
 
     Three stages, each over the tiles from first = 0 upwards: `"statistics"`; `"terms"`, for the divergences that need
     the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage learns of a

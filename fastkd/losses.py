@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import ops, sources
+from fastkd.call import source_arguments
 from fastkd.divergences import Divergence, resolve
+from fastkd.sources import Source
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
 
@@ -55,10 +57,11 @@ class KDLoss(nn.Module):
             of its own.
         vocab_size: count only the first `vocab_size` columns (vocabularies padded to different widths); the others
             have probability 0 and gradient 0.
-        memory_budget: bytes of working memory a source may use, for sources that need any; logits need none.
+        memory_budget: bytes of working memory for the logits of a `Projection`, beside the gradients; None for a
+            default (see `fastkd.plan`). Losses on logits need none.
         inplace: write the student's gradient over its logits: no memory beyond row scalars. The logits are destroyed,
             and autograd's version counter is bumped. Not with `"none"`. Ignored under `torch.compile`, which plans
-            memory itself.
+            memory itself, and for a `Projection`, which has no logits to keep.
         return_parts: return `KDParts(loss, soft, hard)`.
 
     Raises TypeError or ValueError, before any work and quoting the value, for arguments that cannot be meant.
@@ -102,8 +105,8 @@ class KDLoss(nn.Module):
 
     def forward(
         self,
-        student: Tensor,
-        teacher: Tensor | None,
+        student: Source,
+        teacher: Source | None,
         labels: Tensor | None = None,
         *,
         weights: Tensor | None = None,
@@ -112,9 +115,10 @@ class KDLoss(nn.Module):
         """The loss of one batch.
 
         Args:
-            student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend).
-            teacher: logits `[..., V]` of the same leading shape, any of those dtypes. Never gets a gradient.
-                May be None where the soft term is not wanted (`soft_weight=0`).
+            student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
+                `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
+            teacher: the same, of the same leading shape. Never gets a gradient. May be None where the soft term is
+                not wanted (`soft_weight=0`).
             labels: token ids `[...]`. May be None where `hard_weight=0`; positions equal to `ignore_index` are masked.
             weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor.
             num_items: replaces the mean's divisor: the number of unmasked tokens of the whole optimiser step under
@@ -136,11 +140,18 @@ class KDLoss(nn.Module):
             labels = _shift_left(labels, self.ignore_index)
         soft_scale, hard_scale = self._row_scales(student, labels, weights, num_items)
         t2 = self.temperature**2 if self.scale_t2 and self.divergence.tempered else 1.0
+        student_tensors, student_head = source_arguments(student)
+        frozen = teacher.detach() if want_soft and teacher is not None else None
+        teacher_tensors, teacher_head = source_arguments(frozen)
+        device = student.device.type
         arguments = (
-            teacher.detach() if want_soft and teacher is not None else None,
+            *student_tensors[1:],
+            *teacher_tensors,
             labels.reshape(-1) if want_hard and labels is not None else None,
             soft_scale if want_soft else None,
             hard_scale if want_hard else None,
+            student_head,
+            teacher_head,
             self.divergence.name,
             self.divergence.parameters,
             float(self.temperature),
@@ -148,8 +159,10 @@ class KDLoss(nn.Module):
             float(self.soft_weight * t2),
             float(self.hard_weight),
             vocab_size,
+            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            None if self.memory_budget is None else int(self.memory_budget),
         )
-        loss, soft, hard = self._run(student, arguments)
+        loss, soft, hard = self._run(student_tensors, arguments)
 
         if self.reduction == "none":
             loss = self._per_token(loss, student)
@@ -160,21 +173,22 @@ class KDLoss(nn.Module):
             return KDParts(loss, self._per_token(soft, student), self._per_token(hard, student))
         return KDParts(loss, soft.sum(), hard.sum())
 
-    def _run(self, student: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        wants_grad = student.requires_grad and torch.is_grad_enabled()
+    def _run(self, student: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+        tensor = student[0]
+        wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
         if self.reduction == "none":
-            return torch.ops.fastkd.kd_rows(student, *arguments)  # type: ignore[no-any-return]
-        if self.inplace and wants_grad and not torch.compiler.is_compiling():
-            return _InPlace.apply(student, arguments)  # type: ignore[no-any-return, no-untyped-call]
-        loss, soft, hard, _ = torch.ops.fastkd.kd_loss(student, *arguments, wants_grad)
+            return torch.ops.fastkd.kd_rows(tensor, *arguments)  # type: ignore[no-any-return]
+        if self.inplace and wants[0] and student[1] is None and not torch.compiler.is_compiling():
+            return _InPlace.apply(tensor, arguments)  # type: ignore[no-any-return, no-untyped-call]
+        loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(tensor, *arguments, wants)
         return loss, soft, hard
 
-    def _per_token(self, rows: Tensor, student: Tensor) -> Tensor:
+    def _per_token(self, rows: Tensor, student: Source) -> Tensor:
         tokens = rows.reshape(student.shape[:-1])
         return tokens[..., :-1] if self.shift else tokens
 
     def _row_scales(
-        self, student: Tensor, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
+        self, student: Source, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """What each row's soft and hard value is multiplied by: mask × weights ÷ divisor, `[rows]` each.
 
@@ -225,7 +239,7 @@ class KDLoss(nn.Module):
             raise ValueError(f"memory_budget must be a number of bytes > 0, got {self.memory_budget!r}")
 
     def _check_call(
-        self, student: Tensor, teacher: Tensor | None, labels: Tensor | None, num_items: float | Tensor | None
+        self, student: Source, teacher: Source | None, labels: Tensor | None, num_items: float | Tensor | None
     ) -> None:
         if labels is None and self.hard_weight > 0:
             raise ValueError(f"labels are needed for hard_weight={self.hard_weight}; pass them or set hard_weight=0")
@@ -245,7 +259,7 @@ class KDLoss(nn.Module):
                     raise ValueError(f"num_items must hold one number, got a tensor of shape {tuple(num_items.shape)}")
             elif not (_is_number(num_items) and 0 <= num_items < math.inf):
                 raise ValueError(f"num_items must be a finite number >= 0, got {num_items!r}")
-        if self.inplace:
+        if self.inplace and isinstance(student, Tensor):
             layout = ops.row_layout(student)
             if layout is None or any(
                 size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)
@@ -264,8 +278,8 @@ class KDLoss(nn.Module):
 
 
 def kd_loss(
-    student: Tensor,
-    teacher: Tensor | None,
+    student: Source,
+    teacher: Source | None,
     labels: Tensor | None = None,
     *,
     weights: Tensor | None = None,

@@ -3,9 +3,12 @@
 Five opaque operators in the namespace `fastkd`. They are defined and implemented through `torch.library`, so that
 `torch.compile` sees one node each and never looks inside; the backend is chosen when the operator runs.
 
-- `kd_loss`   a scalar loss; its gradient is computed in the forward pass, while the logits are in cache
+- `kd_loss`   a scalar loss; its gradients are computed in the forward pass, while the logits are in cache
 - `kd_loss_`  the same, the gradient written over the student's logits
 - `kd_rows`   one loss per row; its backward recomputes, since each row meets its own upstream gradient
+
+Each takes logits or hidden states with an output head, for student and teacher (see `Call`).
+
 - `log_softmax`, `row_statistics`
 
 Row scalars are `[rows]`, rows being the collapsed leading dimensions. The loss of a row is
@@ -16,29 +19,25 @@ in the two scales, and a row whose scale is 0 is skipped.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd import _native
-from fastkd.backend import RowSpec, select
+from fastkd import _native, chunks
+from fastkd.backend import select
+from fastkd.call import SCHEMA, Call
+from fastkd.plan import Wants
 
 __all__ = ["RowLayout", "row_layout"]
 
-_LOSS_ARGUMENTS = (
-    "Tensor? teacher, Tensor? labels, Tensor? soft_scale, Tensor? hard_scale, str divergence, float[] parameters, "
-    "float temperature, float teacher_temperature, float soft_weight, float hard_weight, int vocab_size"
-)
-
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
-    f"kd_loss(Tensor student, {_LOSS_ARGUMENTS}, bool want_grad) "
-    "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad)"
+    f"kd_loss(Tensor student, {SCHEMA}, bool[] wants) "
+    "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias)"
 )
-_library.define(f"kd_loss_(Tensor(a!) student, {_LOSS_ARGUMENTS}) -> (Tensor loss, Tensor soft, Tensor hard)")
-_library.define(f"kd_rows(Tensor student, {_LOSS_ARGUMENTS}) -> (Tensor rows, Tensor soft, Tensor hard)")
+_library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard)")
+_library.define(f"kd_rows(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
 _library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
 _library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
 _library.define(
@@ -107,45 +106,56 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
         )
 
 
-def _compute(student: Tensor, grad: Tensor | None, arguments: Sequence[Any]) -> tuple[Tensor, Tensor, RowSpec]:
-    """Run the backend. `arguments` are those of `_LOSS_ARGUMENTS`, in their order."""
-    teacher, labels, soft_scale, hard_scale, divergence, parameters, *numbers = arguments
-    spec = RowSpec(divergence, tuple(parameters), *numbers)
-    _check_labels(labels, hard_scale, spec.vocab_size)
-    if teacher is not None:
-        teacher = _addressable(teacher)
-    soft, hard = select(student).kd_rows(student, teacher, labels, soft_scale, hard_scale, spec, grad)
-    return soft, hard, spec
+def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, chunks.Gradients]:
+    """Run the backend. `grad`, for a student that is a tensor, may be that tensor."""
+    _check_labels(call.labels, call.hard_scale, call.vocab_size)
+    if not call.on_logits:
+        return chunks.kd_rows(call, grad, wants)
+    student = _addressable(call.student)
+    teacher = None if call.teacher is None else _addressable(call.teacher)
+    soft, hard = select(student).kd_rows(
+        student, teacher, call.labels, call.soft_scale, call.hard_scale, call.spec, grad
+    )
+    return soft, hard, chunks.Gradients()
 
 
-def _weighted_rows(
-    soft: Tensor, hard: Tensor, soft_scale: Tensor | None, hard_scale: Tensor | None, spec: RowSpec
-) -> Tensor:
+def _weighted_rows(call: Call, soft: Tensor, hard: Tensor) -> Tensor:
     rows = torch.zeros_like(soft)
-    if soft_scale is not None and spec.soft_weight != 0:
-        rows = rows + spec.soft_weight * soft_scale * soft
-    if hard_scale is not None and spec.hard_weight != 0:
-        rows = rows + spec.hard_weight * hard_scale * hard
+    if call.soft_scale is not None and call.soft_weight != 0:
+        rows = rows + call.soft_weight * call.soft_scale * soft
+    if call.hard_scale is not None and call.hard_weight != 0:
+        rows = rows + call.hard_weight * call.hard_scale * hard
     return rows
 
 
-def _kd_loss(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *arguments_, want_grad = arguments
-    student = _addressable(student)
-    grad = _empty_like_rows(student) if want_grad else None
-    soft, hard, spec = _compute(student, grad, arguments_)
-    loss = _weighted_rows(soft, hard, arguments_[2], arguments_[3], spec).sum()
-    return loss, soft, hard, student.new_empty(0) if grad is None else grad
+def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *fields, wants_ = arguments
+    call, wants = Call(*fields), Wants(*wants_)
+    grad = None
+    if call.student_weight is None and wants.hidden:
+        grad = _empty_like_rows(call.student) if call.on_logits else torch.zeros_like(call.student)
+    soft, hard, gradients = _compute(call, grad, wants)
+    loss = _weighted_rows(call, soft, hard).sum()
+    grads = [grad if grad is not None else gradients.student, gradients.weight, gradients.bias]
+    student, weight, bias = (call.student.new_empty(0) if x is None else x for x in grads)
+    return loss, soft, hard, student, weight, bias
 
 
-def _kd_loss_in_place(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    soft, hard, spec = _compute(student, student, arguments)
-    return _weighted_rows(soft, hard, arguments[2], arguments[3], spec).sum(), soft, hard
+def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    soft, hard, _ = _compute(call, call.student, Wants(True, False, False))
+    if not call.on_logits:  # the kernels saw neither masked rows nor padding
+        scales = [scale != 0 for scale in (call.soft_scale, call.hard_scale) if scale is not None]
+        live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
+        call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
+        call.student[..., call.vocab_size :] = 0
+    return _weighted_rows(call, soft, hard).sum(), soft, hard
 
 
-def _kd_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    soft, hard, spec = _compute(_addressable(student), None, arguments)
-    return _weighted_rows(soft, hard, arguments[2], arguments[3], spec), soft, hard
+def _kd_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    soft, hard, _ = _compute(call, None, Wants(False, False, False))
+    return _weighted_rows(call, soft, hard), soft, hard
 
 
 def _row_dtype(tensor: Tensor) -> torch.dtype:
@@ -159,9 +169,16 @@ def _fake_rows(tensor: Tensor) -> Tensor:
     return tensor.new_empty((rows,), dtype=_row_dtype(tensor))
 
 
-def _fake_kd_loss(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    grad = student.new_empty(student.shape if arguments[-1] else (0,))
-    return _fake_rows(student).new_empty(()), _fake_rows(student), _fake_rows(student), grad
+def _fake_kd_loss(
+    student: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wants = arguments[-1]
+    grad, grad_weight, grad_bias = (
+        student.new_empty(0) if not wanted or tensor is None else tensor.new_empty(tensor.shape)
+        for tensor, wanted in zip((student, weight, bias), wants, strict=True)
+    )
+    scalar = _fake_rows(student).new_empty(())
+    return scalar, _fake_rows(student), _fake_rows(student), grad, grad_weight, grad_bias
 
 
 def _fake_kd_loss_in_place(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -186,48 +203,59 @@ def refuse_double_backward() -> None:
 def scale_saved(grad: Tensor, upstream: Tensor) -> Tensor:
     """The gradient saved in the forward pass times the scalar upstream gradient.
 
-    Out of place whenever the graph is kept: scaling the saved tensor would make a second backward silently wrong.
-    If the graph is about to be freed nobody else can see the tensor, and no second `[rows, V]` tensor is allocated.
+    A tensor of its own whenever the graph is kept: scaling the saved one would make a second backward silently wrong,
+    handing it out would let that backward change it. If the graph is about to be freed nobody else can see it, and no
+    second tensor of its size is allocated.
     """
     traced = type(upstream) is not Tensor
-    if not traced and upstream.device.type == "cpu" and upstream.item() == 1:
-        return grad
     if traced or _keeps_graph():
         return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else grad * upstream
+    if upstream.device.type == "cpu" and upstream.item() == 1:
+        return grad
     if upstream.device.type == "cpu" or not hasattr(backend := select(grad), "scale_"):
         return grad.mul_(upstream)
     backend.scale_(grad, upstream)  # leaves at once, on the device, where upstream is 1
     return grad
 
 
+_INPUTS = len(Call._fields)
+
+
 def _setup_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, soft, hard, grad = output
+    ctx.wants = inputs[-1]
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(soft, hard, grad)
-    ctx.save_for_backward(grad)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(*output[3:])
 
 
 def _backward_kd_loss(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
-    (grad,) = ctx.saved_tensors
-    return (None if upstream is None else scale_saved(grad, upstream), *[None] * 12)
+    grads = [
+        scale_saved(grad, upstream) if wanted and upstream is not None else None
+        for grad, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+    ]
+    return (*grads, *[None] * (_INPUTS + 1 - len(grads)))
 
 
 def _setup_kd_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    student, teacher, labels, soft_scale, hard_scale, *ctx.spec = inputs
+    ctx.numbers = inputs[9:]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(student, teacher, labels, soft_scale, hard_scale)
+    ctx.save_for_backward(*inputs[:9])
 
 
 def _backward_kd_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
     if upstream is None:
-        return (None,) * 12
-    student, teacher, labels, *scales = ctx.saved_tensors
-    scales = [None if scale is None else scale * upstream for scale in scales]
-    grad = torch.ops.fastkd.kd_loss(student, teacher, labels, *scales, *ctx.spec, True)[3]
-    return (grad, *[None] * 11)
+        return (None,) * _INPUTS
+    call = Call(*ctx.saved_tensors, *ctx.numbers)
+    call = call._replace(
+        soft_scale=None if call.soft_scale is None else call.soft_scale * upstream,
+        hard_scale=None if call.hard_scale is None else call.hard_scale * upstream,
+    )
+    wants = list(ctx.needs_input_grad[:3])
+    grads = torch.ops.fastkd.kd_loss(*call, wants)[3:]
+    return (*(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)), *[None] * (_INPUTS - 3))
 
 
 # --- log-softmax and statistics ---------------------------------------------------------------------------------

@@ -45,7 +45,11 @@ def test_settings(case: str) -> None:
 CALLS: dict[str, tuple[Callable[[fastkd.KDLoss], object], type[Exception], str]] = {
     "no labels": (lambda kd: kd(STUDENT, TEACHER), ValueError, r"labels are needed for hard_weight=0\.5"),
     "no teacher": (lambda kd: kd(STUDENT, None, LABELS), ValueError, r"teacher is needed for soft_weight=0\.5"),
-    "not a tensor": (lambda kd: kd([1.0], TEACHER, LABELS), TypeError, "student must be a torch.Tensor, got list"),
+    "not a tensor": (
+        lambda kd: kd([1.0], TEACHER, LABELS),
+        TypeError,
+        "student must be a torch.Tensor of logits or a fastkd.Projection, got list",
+    ),
     "integer logits": (lambda kd: kd(STUDENT.long(), TEACHER, LABELS), TypeError, "int64"),
     "scalar logits": (lambda kd: kd(STUDENT[0, 0, 0], TEACHER, LABELS), ValueError, "vocab"),
     "leading shape": (lambda kd: kd(STUDENT, TEACHER[:1], LABELS), ValueError, r"\(1, 3\).*\(2, 3, 10\)"),

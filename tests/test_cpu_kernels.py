@@ -87,7 +87,8 @@ def in_tiles(
     """`kd_rows` on tiles of columns; the logits are copied for each, as their producer would."""
     state = _native.tile_state(len(student), student.device)
     state.fill_(0xAA)  # whatever was there before does not matter
-    stages = ["statistics", *(["terms"] if TABLE[spec.divergence].normalised and teacher is not None else []), "gradient"]
+    terms = ["terms"] if TABLE[spec.divergence].normalised and teacher is not None else []
+    stages = ["statistics", *terms, "gradient"]
     for stage in stages:
         first = 0
         for width in widths:
@@ -96,7 +97,14 @@ def in_tiles(
             given = None if teacher is None else teacher[:, columns].clone()
             out = None if stage != "gradient" else tile if grad.dtype == tile.dtype else grad[:, columns]
             values = _native.kd_rows(
-                tile, given, labels, soft_scale, hard_scale, spec, out, Tile(stage, first, state)  # type: ignore[arg-type]
+                tile,
+                given,
+                labels,
+                soft_scale,
+                hard_scale,
+                spec,
+                out,
+                Tile(stage, first, state),  # type: ignore[arg-type]
             )
             if out is tile:
                 grad[:, columns] = tile

@@ -84,7 +84,9 @@ def test_autocast(backend: str) -> None:
 
 def operator_arguments(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> tuple[object, ...]:
     scale = torch.rand(6)
-    return (student, teacher, labels.clamp(min=0), scale, scale, "forward_kl", [], 2.0, 2.0, 0.5, 0.5, V)
+    sources = student, None, None, teacher, None, None
+    numbers = [], [], "forward_kl", [], 2.0, 2.0, 0.5, 0.5, V, None, None
+    return (*sources, labels.clamp(min=0), scale, scale, *numbers)
 
 
 @pytest.mark.parametrize("requires_grad", [True, False])
@@ -93,7 +95,7 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
     student = student.detach().requires_grad_(requires_grad)
     arguments = operator_arguments(student, teacher, labels)
     ops = torch.ops.fastkd
-    torch.library.opcheck(ops.kd_loss.default, (*arguments, True))
+    torch.library.opcheck(ops.kd_loss.default, (*arguments, [requires_grad, False, False]))
     torch.library.opcheck(ops.kd_rows.default, arguments)
     torch.library.opcheck(ops.log_softmax.default, (student, 2.0))
     torch.library.opcheck(ops.row_statistics.default, (student.detach(), labels.clamp(min=0), 2.0))
@@ -101,7 +103,7 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
     torch.library.opcheck(ops.log_softmax_backward.default, (teacher, student.detach(), normaliser, 2.0))
     if not requires_grad:
         torch.library.opcheck(ops.kd_loss_.default, arguments)
-        torch.library.opcheck(ops.kd_loss.default, (*arguments, False))
+        torch.library.opcheck(ops.kd_loss.default, (*arguments, [True, False, False]))
 
 
 MEMORY = """

@@ -1,0 +1,189 @@
+"""The matrix products of an output head: logits of some tokens and columns, and the way back.
+
+Products accumulate in fp32 and leave fp32, also from 16-bit operands: on GPUs by asking the product for it, elsewhere
+by casting the operands, a part of the head's rows at a time. Nothing here has the size of the vocabulary times that of
+the batch.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from fastkd import _native
+from fastkd.plan import CAST_COLUMNS, Side, Wants
+from fastkd.sources import Projection
+
+__all__ = ["Head", "side_of"]
+
+#: Columns per product where no cast asks for fewer: the operands' tiles and the result stay in the CPU's caches.
+_PRODUCT_COLUMNS = 8192
+
+
+@functools.cache
+def _fp32_results(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether products of `dtype` can leave their fp32 result on this device; decided once, by trying."""
+    try:
+        square = torch.zeros(16, 16, dtype=dtype, device=device)
+        out = torch.zeros(16, 16, dtype=torch.float32, device=device)
+        torch.mm(square, square, out_dtype=torch.float32, out=out)
+        torch.addmm(out, square, square, out_dtype=torch.float32, out=out)
+    except (RuntimeError, TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def operand_dtype(projection: Projection, autocast: torch.dtype | None) -> torch.dtype:
+    """The dtype in which hidden states, weights and gradients enter products.
+
+    On the CPU fp32: it holds every 16-bit number, and these processors multiply it fastest. On GPUs the 16-bit dtype
+    that both operands share or autocast asks for, if its products can be had in fp32.
+    """
+    if projection.dtype == torch.float64:
+        return torch.float64
+    narrow = autocast if autocast is not None else torch.promote_types(projection.dtype, projection.weight.dtype)
+    if projection.device.type == "cpu" or narrow == torch.float32 or not _fp32_results(projection.device, narrow):
+        return torch.float32
+    return narrow
+
+
+def side_of(projection: Projection, autocast: torch.dtype | None) -> Side:
+    """What the planner needs to know of a projection."""
+    return Side(
+        hidden=projection.hidden.shape[-1],
+        hidden_bytes=projection.hidden.dtype.itemsize,
+        weight_bytes=projection.weight.dtype.itemsize,
+        operand_bytes=operand_dtype(projection, autocast).itemsize,
+        softcap=projection.softcap is not None,
+    )
+
+
+def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+    """a·b into `out`, or added to it, whose dtype is the operands' or fp32."""
+    if a.dtype == out.dtype:
+        if accumulate:
+            out.addmm_(a, b)
+        else:
+            torch.mm(a, b, out=out)
+    elif accumulate:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+class Head:
+    """One projection during one call: its logits and, for the student, its gradients.
+
+    `hidden`, `weight` and `bias` of `gradients` are None where they are not wanted.
+    """
+
+    def __init__(self, projection: Projection, vocab_size: int, autocast: torch.dtype | None, wants: Wants) -> None:
+        self.hidden = projection.hidden.reshape(-1, projection.hidden.shape[-1])
+        self.weight = projection.weight[:vocab_size]
+        self.bias = None if projection.bias is None else projection.bias[:vocab_size]
+        self.softcap, self.scale = projection.softcap, projection.logit_scale
+        self.operand = operand_dtype(projection, autocast)
+        self.result = torch.float64 if self.operand == torch.float64 else torch.float32
+        self.wants = wants
+        self._projection = projection
+        self._x = self.hidden[:0]
+        self._slope: Tensor | None = None
+        self._weight_met = 0  # columns of the weight gradient that hold something
+        if wants.hidden:
+            self._hidden_grad = torch.zeros_like(self.hidden)
+        if wants.weight:
+            self._weight_grad = torch.empty(self.weight.shape, dtype=self.result, device=self.weight.device)
+            _native.advise_huge_pages(self._weight_grad)
+        if wants.bias:
+            self._bias_grad = torch.zeros(len(self.weight), dtype=self.result, device=self.weight.device)
+
+    def start(self, rows: slice | Tensor, slope: Tensor | None) -> None:
+        """Turn to these tokens. `slope` is memory for the softcap's derivative, shaped like the logits."""
+        self._rows = rows
+        self._x = self.hidden[rows].to(self.operand)
+        self._slope = slope
+        whole = isinstance(rows, slice) and self.hidden.dtype == self.result
+        if self.wants.hidden:
+            # In the end one rounding of fp32 sums.
+            self._dx = self._hidden_grad[rows] if whole else torch.empty_like(self._x, dtype=self.result)
+
+    def logits(self, columns: slice, out: Tensor | None) -> Tensor:
+        """The tokens' logits of these columns, into `out`."""
+        assert out is not None
+        for part in self._parts(columns):
+            weight = self.weight[part].to(self.operand)
+            _product(self._x, weight.t(), out[:, part.start - columns.start : part.stop - columns.start])
+        if self.bias is not None:
+            out.add_(self.bias[columns])
+        if self.scale != 1:
+            out.mul_(self.scale)
+        if self.softcap is not None:
+            out.div_(self.softcap).tanh_()
+            if self._slope is not None:
+                slope = self._slope[:, : out.shape[1]]
+                torch.mul(out, out, out=slope)
+                slope.neg_().add_(1)
+            out.mul_(self.softcap)
+        return out
+
+    def gradient_place(self, columns: slice, logits: Tensor, narrow: Tensor | None) -> Tensor:
+        """Where the kernel is to write the logits' gradient: over them, or rounded for the products into `narrow`."""
+        return logits if narrow is None else narrow
+
+    def add_gradient(self, columns: slice, grad: Tensor) -> None:
+        """Add what `grad`, the gradient of these logits, means for hidden states, weight and bias; overwrites it."""
+        if self._slope is not None:
+            grad.mul_(self._slope[:, : grad.shape[1]])
+            grad = grad.to(self.operand)
+        if self.wants.bias:
+            self._bias_grad[columns] += grad.sum(0, dtype=self.result)
+        first_of_weight = columns.start >= self._weight_met
+        self._weight_met = max(self._weight_met, columns.stop)
+        for part in self._parts(columns):
+            g = grad[:, part.start - columns.start : part.stop - columns.start]
+            if self.wants.hidden:
+                _product(g, self.weight[part].to(self.operand), self._dx, accumulate=part.start > 0)
+            if self.wants.weight:
+                _product(g.t(), self._x, self._weight_grad[part], accumulate=not first_of_weight)
+
+    def finish(self) -> None:
+        """Done with these tokens."""
+        if self.wants.hidden:
+            if self.scale != 1:
+                self._dx.mul_(self.scale)
+            if self._dx.data_ptr() != self._hidden_grad[self._rows].data_ptr():
+                self._hidden_grad[self._rows] = self._dx.to(self._hidden_grad.dtype)
+
+    def gradients(self, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, weight and bias, shaped and rounded like them, divided by `divisor`."""
+        source = self._projection
+        hidden = self._hidden_grad.view(source.hidden.shape) if self.wants.hidden else None
+        return (
+            hidden if hidden is None or divisor is None else hidden.div_(divisor),
+            self._completed(self._weight_grad, source.weight, divisor) if self.wants.weight else None,
+            self._completed(self._bias_grad, source.bias, divisor) if self.wants.bias else None,
+        )
+
+    def _completed(self, grad: Tensor, parameter: Tensor | None, divisor: Tensor | None) -> Tensor:
+        assert parameter is not None
+        if self.wants.weight and self._weight_met == 0 and grad.dim() == 2:
+            grad.zero_()  # no token was met
+        if self.scale != 1:
+            grad.mul_(self.scale)
+        if divisor is not None:
+            grad.div_(divisor)
+        if len(grad) == len(parameter):
+            return grad.to(parameter.dtype)
+        padded = torch.zeros_like(parameter)
+        padded[: len(grad)] = grad
+        return padded
+
+    def _parts(self, columns: slice) -> Iterator[slice]:
+        step = CAST_COLUMNS if self.weight.dtype != self.operand else _PRODUCT_COLUMNS
+        if self.weight.device.type != "cpu" and self.weight.dtype == self.operand:
+            step = columns.stop - columns.start
+        for start in range(columns.start, columns.stop, step):
+            yield slice(start, min(start + step, columns.stop))

@@ -1,0 +1,205 @@
+"""The output projection of a Hugging Face causal language model, taken from its own forward.
+
+The model is run whole, with a hook on its output head. The hook keeps the hidden states the head is given, so that
+whatever the architecture does before its head is in them, and answers with probe values for one position in place of
+`[tokens, vocab]` logits. What the model's forward returns for the probe says what it does to logits: nothing, a
+factor, a softcap, or something a `Projection` cannot hold. Names in configs do not say it: Granite divides logits by
+`config.logits_scaling`, HyperCLOVA X multiplies by it, MiniCPM3 divides hidden states by it, and MPT ignores its
+`config.logit_scale`.
+
+Models are duck-typed; transformers and peft are not imported.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.sources import Projection
+
+__all__ = ["project"]
+
+_BY_HAND = "build fastkd.Projection(hidden, weight, bias, softcap, logit_scale) by hand"
+
+
+def project(model: nn.Module, /, **inputs: Any) -> Projection:
+    """Run a causal language model and return its logits `[batch, tokens, vocab]` as a Projection, without forming them.
+
+    Costs one forward of the model less its output head, and 1 to 5 ms of CPU time, which grow with the vocabulary.
+    Gradients flow to every parameter of the model, to a tied embedding from both of its uses; for a teacher, call
+    under `torch.no_grad()`. `project(model, **inputs).logits()` equals `model(**inputs).logits` up to rounding:
+
+        >>> loss_fn = fastkd.KDLoss(shift=True)
+        >>> batch = {"input_ids": input_ids, "attention_mask": attention_mask}
+        >>> with torch.no_grad():
+        ...     teacher_logits = fastkd.project(teacher, **batch)
+        >>> loss = loss_fn(fastkd.project(student, **batch), teacher_logits, labels)
+        >>> loss.backward()
+
+    Args:
+        model: a transformers causal LM whose output head is an `nn.Linear` with a floating-point weight; alone or
+            wrapped by PEFT (the adapters take part) or by DistributedDataParallel.
+        inputs: keyword arguments of `model`: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, H]`,
+            `attention_mask`, and so on. `use_cache` is False unless given. Not `labels`, which go to the loss.
+
+    Returns:
+        Projection with `hidden [batch, tokens, H]` as the head gets it, the head's own `weight [vocab, H]` and `bias`
+        parameters, and the softcap and factor that the model's forward applies to logits. What else a forward returns
+        (`past_key_values`, a mixture of experts' `aux_loss`) is dropped.
+
+    Raises:
+        TypeError: `model` is not a causal LM, is an encoder-decoder, is compiled as a whole, is in a
+            DistributedDataParallel with a static graph, or its output head is quantised, adapted (LoRA) or otherwise
+            not a plain `nn.Linear`.
+        ValueError: `labels` are given, the head's weight is sharded or offloaded, or the model's forward does to
+            logits what a Projection cannot hold.
+    """
+    if inputs.get("labels") is not None:
+        raise ValueError("labels go to the loss, not to project(): take them out of inputs, then loss(..., labels)")
+    lm = _causal_lm(model)
+    head = _output_head(lm)
+    if "use_cache" not in inputs and _takes_use_cache(lm):
+        inputs["use_cache"] = False
+
+    seen: list[Tensor] = []
+    probe = _probe(head.weight.shape[0])
+
+    def take_hidden(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
+        hidden: Tensor = args[0]
+        seen.append(hidden)
+        return (hidden[..., :0, :],)
+
+    def answer_probe(_module: nn.Module, _args: tuple[Any, ...], output: Tensor) -> Tensor:
+        if output.shape[-1] != probe.numel():  # tensor parallelism gathers outputs from parts of the weight
+            raise ValueError(
+                f"the output head of {_name(lm)} holds {probe.numel()} of its {output.shape[-1]} rows here"
+            )
+        return _Anchored.apply(probe.view(*(1,) * (output.dim() - 1), -1), output)  # type: ignore[no-any-return,no-untyped-call]
+
+    handles = (head.register_forward_pre_hook(take_hidden), head.register_forward_hook(answer_probe))
+    try:
+        outputs = model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if len(seen) != 1:
+        raise ValueError(f"{_name(lm)} calls its output head {len(seen)} times in a forward, not once: {_BY_HAND}")
+    scale, softcap = _measure(lm, probe, seen[0].dim(), outputs)
+    return Projection(seen[0], head.weight, head.bias, softcap, scale)
+
+
+class _Anchored(torch.autograd.Function):
+    """Values that hang on the graph of another tensor.
+
+    DistributedDataParallel(find_unused_parameters=True) looks for the parameters in use in the graph of the outputs.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, anchor: Tensor) -> Tensor:
+        return values.clone()  # some models write to their logits in place
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
+        raise RuntimeError("fastkd.project replaces the logits that the model returns; they have no gradient")
+
+
+def _causal_lm(model: nn.Module) -> Any:
+    """The transformers model within wrappers."""
+    lm: Any = model
+    while isinstance(lm, nn.Module):
+        if hasattr(lm, "_orig_mod") or getattr(lm, "_compiled_call_impl", None) is not None:
+            raise TypeError(
+                "project() cannot look into a model that torch.compile took as a whole: "
+                "compile its body instead, model.base_model.compile()"
+            )
+        if getattr(lm, "static_graph", False):
+            # It starts its reduction from the gradient of the outputs, of which the Projection is none.
+            raise TypeError("project() would leave gradients of DistributedDataParallel(static_graph=True) unreduced")
+        unwrap: Any = getattr(lm, "get_base_model", None)
+        if unwrap is not None:  # PEFT
+            lm = unwrap()
+        elif hasattr(lm, "get_output_embeddings"):
+            break
+        else:
+            lm = getattr(lm, "module", None)  # DistributedDataParallel
+    else:
+        raise TypeError(f"project() needs a transformers causal LM, got {_name(model)}; for other models, {_BY_HAND}")
+    if getattr(getattr(lm, "config", None), "is_encoder_decoder", False):
+        raise TypeError(f"project() needs a causal LM, got the encoder-decoder {_name(lm)}: {_BY_HAND}")
+    return lm
+
+
+def _output_head(lm: Any) -> nn.Linear:
+    head = lm.get_output_embeddings()
+    if head is None:
+        raise TypeError(f"{_name(lm)} has no output head: load it with AutoModelForCausalLM, not AutoModel")
+    # Exact types: quantised and adapted layers are subclasses of nn.Linear, quantised and sharded weights of Parameter.
+    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, Tensor):
+        weight = type(getattr(head, "weight", None)).__name__
+        raise TypeError(
+            f"the output head of {_name(lm)} is a {type(head).__module__}.{type(head).__name__} with a weight of type "
+            f"{weight}, not a plain nn.Linear: leave the head out of quantisation (llm_int8_skip_modules), sharding "
+            "and adapters (target_modules, modules_to_save), or merge the adapter (merge_and_unload)"
+        )
+    if head.weight.is_meta or head.weight.dim() != 2 or head.weight.numel() == 0:
+        raise ValueError(
+            f"the output head of {_name(lm)} has a weight {tuple(head.weight.shape)} on {head.weight.device}: "
+            "project() needs it whole, neither sharded (FSDP, ZeRO-3) nor offloaded"
+        )
+    return head
+
+
+def _takes_use_cache(lm: Any) -> bool:
+    # Of the classes: wrappers of an instance's forward, such as accelerate's, may hide the names.
+    parameters = inspect.signature(type(lm).forward).parameters
+    if "use_cache" in parameters:
+        return True
+    body = type(getattr(lm, "base_model", lm))
+    passes_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return passes_on and "use_cache" in inspect.signature(body.forward).parameters
+
+
+@functools.lru_cache(maxsize=4)
+@torch.inference_mode(False)  # a cached inference tensor would be of no use to a later call outside that mode
+def _probe(vocab_size: int) -> Tensor:
+    """Values `[V]` of both signs from 2⁻²⁰, where tanh is the identity, to 2⁶⁰, where it is 1.
+
+    On the CPU whatever the model's device, so that reading the answer does not wait for the model; in float64, so
+    that the scalars are exact to 12 digits.
+    """
+    probe = torch.logspace(-20, 60, vocab_size, base=2, dtype=torch.float64, device="cpu")
+    probe[1::2].neg_()
+    return probe
+
+
+def _measure(lm: Any, probe: Tensor, dim: int, outputs: Any) -> tuple[float, float | None]:
+    """Factor and softcap that took the probe to the logits of outputs."""
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    if logits.dim() != dim or logits.numel() != probe.numel():
+        raise ValueError(
+            f"{_name(lm)} makes logits {tuple(logits.shape)} of its head's {probe.numel()} outputs for one position: "
+            f"{_BY_HAND}"
+        )
+    logits = logits.detach().flatten().to(probe)
+    scale = float(f"{(logits[0] / probe[0]).item():.12g}")
+    largest = abs(logits[-1].item())
+    expected, softcap = scale * probe, None
+    if largest < 0.5 * abs(expected[-1].item()):
+        softcap = float(f"{largest:.12g}")
+        expected = softcap * torch.tanh(expected / softcap) if softcap > 0 else torch.zeros_like(expected)
+    # The tolerance is for models that apply a softcap in fp32.
+    if not (scale > 0 and torch.allclose(logits, expected, rtol=1e-5, atol=0)):
+        raise ValueError(
+            f"{_name(lm)} does more to the logits of its output head than a factor and a softcap, "
+            f"which is all that a Projection holds: {_BY_HAND}, or give the loss model(**inputs).logits"
+        )
+    return scale, softcap
+
+
+def _name(value: object) -> str:
+    return type(value).__name__

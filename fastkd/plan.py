@@ -1,0 +1,269 @@
+"""How many tokens' logits a loss holds at a time when they come from hidden states, and what that costs.
+
+Two strategies. "chunks" computes the logits of a chunk of tokens over the whole vocabulary, once: the minimum of
+arithmetic, 6·N·V·H for the student and 2·N·V·H for the teacher. "tiles" computes them for a tile of the vocabulary at
+a time, and again for each stage of the loss: more arithmetic, for budgets in which only a few tokens' whole rows
+would fit, so few that products with them would be slow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from fastkd.divergences import Divergence, resolve
+
+__all__ = ["Plan", "plan"]
+
+#: Working memory of a loss that is given no budget.
+_DEFAULT_BUDGET = {"cpu": 224 << 20, "cuda": 1 << 30}
+#: Fewer tokens' whole rows than this, and tiles with recomputation are faster (measured by bench_projections.py).
+_LEAST_CHUNK = {"cpu": 16, "cuda": 256}
+#: Rows of logits begin at multiples of this many columns: matrix products into odd strides are slower.
+_ALIGNMENT = 16
+#: Columns of a head that are met at a time where its weights must be cast for the product.
+CAST_COLUMNS = 4096
+
+
+class Side(NamedTuple):
+    """A projection, as far as memory and arithmetic depend on it."""
+
+    hidden: int
+    hidden_bytes: int  # per element
+    weight_bytes: int
+    operand_bytes: int  # as operands of products
+    softcap: bool = False
+
+
+class Wants(NamedTuple):
+    """Which gradients a call computes."""
+
+    hidden: bool  # or of the logits, where the student is a tensor
+    weight: bool
+    bias: bool
+
+    @property
+    def any(self) -> bool:
+        return self.hidden or self.weight or self.bias
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a loss from hidden states will do. `print` it; `fastkd.plan` makes it."""
+
+    strategy: Literal["chunks", "tiles"]
+    tokens: int
+    vocab_size: int
+    #: Tokens whose logits exist at a time, and of which columns: all of them under "chunks".
+    chunk: int
+    tile: int
+    #: Logits and their gradient, casts and what the kernels keep; freed when the loss returns.
+    working_bytes: int
+    #: d hidden, d weight and d bias, with fp32 accumulators where the parameters are narrower.
+    gradient_bytes: int
+    #: Of the matrix products.
+    flops: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Memory beyond the inputs, at its highest."""
+        return self.working_bytes + self.gradient_bytes
+
+    def __str__(self) -> str:
+        held = f"{self.chunk:,} tokens × {self.tile:,} columns at a time"
+        how = "kept until their gradient is taken" if self.strategy == "chunks" else "computed again for each stage"
+        return (
+            f"{self.tokens:,} tokens × vocabulary {self.vocab_size:,}: logits of {held}, {how}; "
+            f"{_mib(self.working_bytes)} working memory + {_mib(self.gradient_bytes)} gradients, "
+            f"{self.flops / 1e9:,.1f} GFLOP"
+        )
+
+
+def plan(
+    tokens: int,
+    vocab_size: int,
+    student_hidden: int | None,
+    teacher_hidden: int | None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    memory_budget: int | None = None,
+    divergence: str | Divergence = "forward_kl",
+) -> Plan:
+    """What `KDLoss` will do with projections of these sizes: chunk, strategy, bytes and FLOPs.
+
+    Args:
+        tokens: rows of the batch (unmasked ones, on the CPU: masked tokens are left out there).
+        vocab_size: columns of the output heads that count.
+        student_hidden: H of the student, or None where it comes as a tensor of logits.
+        teacher_hidden: H of the teacher, or None where it comes as logits or there is none.
+        dtype: of hidden states and weights.
+        device: where they are.
+        memory_budget: bytes of working memory, beside the gradients; None for the default of the device.
+        divergence: some keep more per token than others.
+
+    Assumes that both the student's hidden states and its head get a gradient, at an integer temperature up to 4.
+    Raises ValueError where the budget is too small for any strategy, naming the smallest that is not.
+    """
+    device = torch.device(device)
+    _check_size("tokens", tokens)
+    _check_size("vocab_size", vocab_size)
+    _check_size("student_hidden", student_hidden, optional=True)
+    _check_size("teacher_hidden", teacher_hidden, optional=True)
+    if student_hidden is None and teacher_hidden is None:
+        raise ValueError("student_hidden and teacher_hidden are both None: losses on logits need no plan")
+    size = dtype.itemsize
+    operand = 4 if device.type == "cpu" and size == 2 else size
+    student, teacher = (
+        None if hidden is None else Side(hidden, size, size, operand) for hidden in (student_hidden, teacher_hidden)
+    )
+    wants = Wants(hidden=True, weight=student is not None, bias=False)
+    return plan_for(tokens, vocab_size, student, teacher, wants, resolve(divergence), device, memory_budget)
+
+
+def _check_size(name: str, value: object, optional: bool = False) -> None:
+    if value is None and optional:
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
+        raise ValueError(f"{name} must be an int > 0{' or None' if optional else ''}, got {value!r}")
+
+
+def plan_for(
+    tokens: int,
+    vocab_size: int,
+    student: Side | None,
+    teacher: Side | None,
+    wants: Wants,
+    divergence: Divergence,
+    device: torch.device,
+    memory_budget: float | None,
+    own_exponential: bool = False,
+    tiles_allowed: bool = True,
+) -> Plan:
+    """The plan of one call. `own_exponential`: the cross-entropy's e^z is no power of e^(z/T), and is stashed too."""
+    kind = "cpu" if device.type == "cpu" else "cuda"
+    budget = _DEFAULT_BUDGET[kind] if memory_budget is None else int(memory_budget)
+    request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, own_exponential)
+    whole = request.largest_chunk(vocab_size, budget)
+    least = min(tokens, _LEAST_CHUNK[kind])
+    if whole >= least or (whole > 0 and not tiles_allowed):
+        return request.planned("chunks", whole, vocab_size)
+    if not tiles_allowed:  # the reference backend promises no memory
+        return request.planned("chunks", least, vocab_size)
+    # As many tokens as possible, since each chunk of them meets the whole head; tiles narrow only to allow that.
+    for tile in _tile_widths(vocab_size):
+        chunk = request.largest_chunk(tile, budget)
+        if chunk >= min(tokens, 4 * least):
+            return request.planned("tiles", chunk, tile)
+    tile = min(vocab_size, 512)
+    chunk = request.largest_chunk(tile, budget)
+    if chunk >= least:
+        return request.planned("tiles", chunk, tile)
+    smallest = request.planned("tiles", least, tile).working_bytes
+    raise ValueError(
+        f"memory_budget={budget} bytes ({_mib(budget)}) is too small: {least} tokens × {tile} columns at a time, the "
+        f"least this loss works with, need {smallest} bytes ({_mib(smallest)}) beside the gradients"
+    )
+
+
+def _tile_widths(vocab_size: int) -> Iterator[int]:
+    for width in (4096, 2048, 1024, 512):
+        if width < vocab_size:
+            yield width
+
+
+class _Request(NamedTuple):
+    tokens: int
+    vocab_size: int
+    student: Side | None
+    teacher: Side | None
+    wants: Wants
+    divergence: Divergence
+    device: torch.device
+    own_exponential: bool
+
+    @property
+    def sides(self) -> list[Side]:
+        return [side for side in (self.student, self.teacher) if side is not None]
+
+    def working_bytes(self, chunk: int, tile: int) -> int:
+        """Memory beside the gradients while `chunk` tokens × `tile` columns are held."""
+        width = padded(tile)
+        buffers = 4 * len(self.sides)
+        hidden = 0
+        student = self.student
+        if student is not None and self.wants.any:
+            if student.softcap:
+                buffers += 4  # the slopes
+            if student.operand_bytes == 2:
+                buffers += 2  # the gradient, rounded for the products
+        for side in self.sides:
+            if side.hidden_bytes != side.operand_bytes:
+                hidden += side.hidden * side.operand_bytes
+        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tile < self.vocab_size):
+            hidden += 4 * student.hidden
+        state = 128 if tile < self.vocab_size else 0
+        casts = [
+            min(CAST_COLUMNS, tile) * side.hidden * side.operand_bytes
+            for side in self.sides
+            if side.weight_bytes != side.operand_bytes
+        ]
+        return chunk * (buffers * width + hidden + state) + max(casts, default=0) + self._scratch(tile)
+
+    def _scratch(self, tile: int) -> int:
+        """What the CPU kernels stash, per thread: see ThreadMemory in kernels/cpu/loss.h."""
+        if self.device.type != "cpu":
+            return 0
+        tempered, closed = self.divergence.tempered, not self.divergence.normalised
+        rows = tempered * (1 if self.divergence.name == "forward_kl" else 2) + self.own_exponential
+        if not self.wants.any and closed:
+            rows = 0
+        return torch.get_num_threads() * 4 * (rows * tile + 9 * 1024)
+
+    def largest_chunk(self, tile: int, budget: int) -> int:
+        fixed = self.working_bytes(0, tile)
+        per_token = self.working_bytes(1, tile) - fixed
+        chunk = min(self.tokens, max(0, budget - fixed) // per_token)
+        if chunk < self.tokens and chunk > 64:  # equal chunks rather than a small last one
+            count = -(-self.tokens // chunk)
+            chunk = -(-self.tokens // count)
+        return chunk
+
+    def planned(self, strategy: Literal["chunks", "tiles"], chunk: int, tile: int) -> Plan:
+        student, wants = self.student, self.wants
+        gradient = 0
+        flops = 0
+        passes = 1 if strategy == "chunks" else 1 + wants.any + self.divergence.normalised
+        for side in self.sides:
+            flops += 2 * self.tokens * self.vocab_size * side.hidden * passes
+        if student is not None:
+            flops += 2 * self.tokens * self.vocab_size * student.hidden * (wants.hidden + wants.weight)
+            # The accumulator and, at the end, what it is rounded into.
+            weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
+            gradient += wants.hidden * self.tokens * student.hidden * student.hidden_bytes
+            gradient += wants.weight * self.vocab_size * student.hidden * weight_bytes
+            gradient += wants.bias * self.vocab_size * weight_bytes
+        elif wants.hidden:
+            gradient += 4 * self.tokens * self.vocab_size
+        return Plan(
+            strategy,
+            self.tokens,
+            self.vocab_size,
+            max(chunk, 1),
+            tile,
+            self.working_bytes(chunk, tile),
+            gradient,
+            flops,
+        )
+
+
+def padded(columns: int) -> int:
+    """Elements between rows of a buffer for so many columns."""
+    return -(-columns // _ALIGNMENT) * _ALIGNMENT
+
+
+def _mib(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"

@@ -1,0 +1,451 @@
+"""project(): the hidden states, output head and logit transform of a transformers model are those its forward uses."""
+
+from __future__ import annotations
+
+import copy
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, distributed, nn
+
+from fastkd.models import project
+from fastkd.sources import Projection
+
+transformers = pytest.importorskip("transformers")
+
+B, T, V, H = 2, 7, 61, 16
+
+DECODER = {
+    "vocab_size": V,
+    "hidden_size": H,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 8,
+    "max_position_embeddings": 32,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+# (model_type, config, expected factor, expected softcap)
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any], float, float | None]] = {
+    "gpt2": ("gpt2", {"vocab_size": V, "n_embd": H, "n_layer": 2, "n_head": 2, "n_positions": 32}, 1.0, None),
+    "gpt_neox": ("gpt_neox", DECODER, 1.0, None),
+    "llama": ("llama", {**DECODER, "tie_word_embeddings": False}, 1.0, None),
+    "llama_tied": ("llama", {**DECODER, "tie_word_embeddings": True}, 1.0, None),
+    "phi_biased_head": ("phi", DECODER, 1.0, None),
+    "gemma2": ("gemma2", {**DECODER, "final_logit_softcapping": 2.0}, 1.0, 2.0),
+    "gemma2_uncapped": ("gemma2", {**DECODER, "final_logit_softcapping": None}, 1.0, None),
+    "gemma3": ("gemma3_text", {**DECODER, "final_logit_softcapping": 2.0}, 1.0, 2.0),
+    "cohere": ("cohere", {**DECODER, "logit_scale": 0.25, "tie_word_embeddings": False}, 0.25, None),
+    "cohere_tied": ("cohere", {**DECODER, "logit_scale": 0.25, "tie_word_embeddings": True}, 0.25, None),
+    "granite": ("granite", {**DECODER, "logits_scaling": 3.0}, 1 / 3, None),
+    "hyperclovax": ("hyperclovax", {**DECODER, "logits_scaling": 3.0}, 3.0, None),
+    "mamba": ("mamba", {"vocab_size": V, "hidden_size": H, "state_size": 4, "num_hidden_layers": 2}, 1.0, None),
+    "mpt": ("mpt", {"vocab_size": V, "d_model": H, "n_layers": 2, "n_heads": 2, "logit_scale": 0.5}, 1.0, None),
+    "recurrent_gemma": (
+        "recurrent_gemma",
+        {**DECODER, "logits_soft_cap": 2.0, "lru_width": H, "attention_window_size": 16, "num_hidden_layers": 3},
+        1.0,
+        2.0,
+    ),
+}
+
+
+def build(model_type: str, **config: Any) -> Any:
+    """A small float64 model with logits large enough for a softcap to bend."""
+    try:
+        settings = transformers.AutoConfig.for_model(model_type, **config)
+    except ValueError as error:
+        pytest.skip(f"transformers {transformers.__version__} has no {model_type}: {error}")
+    model = transformers.AutoModelForCausalLM.from_config(settings).double().eval()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return model
+
+
+def llama(**config: Any) -> Any:
+    return build("llama", **DECODER, **config)
+
+
+def batch(padding: str | None = None) -> dict[str, Tensor]:
+    inputs = {"input_ids": torch.randint(3, V, (B, T)), "attention_mask": torch.ones(B, T, dtype=torch.long)}
+    if padding is not None:
+        inputs["attention_mask"][1, slice(0, 3) if padding == "left" else slice(T - 3, T)] = 0
+    return inputs
+
+
+def gradients(model: nn.Module, logits: Tensor, upstream: Tensor) -> dict[str, Tensor | None]:
+    model.zero_grad(set_to_none=True)
+    logits.backward(upstream)
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def same_gradients(ours: dict[str, Tensor | None], truth: dict[str, Tensor | None], tolerance: float = 1e-9) -> None:
+    assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in truth.values())
+    for name, expected in truth.items():
+        gradient = ours[name]
+        if expected is None or gradient is None:
+            assert expected is gradient, name
+        else:
+            distance = (gradient - expected).abs().max()
+            assert distance <= tolerance * (1 + expected.abs().max()), name
+
+
+def agrees(model: Any, **inputs: Any) -> Projection:
+    """Logits and every parameter's gradient are those of the model's own forward."""
+    # A copy, without a cache: in transformers 4, RecurrentGemma keeps state, with its graph, between forwards.
+    reference = copy.deepcopy(model)
+    projection, expected = project(model, **inputs), reference(**inputs, use_cache=False).logits
+    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}[expected.dtype]
+    torch.testing.assert_close(projection.logits(), expected, rtol=tolerance, atol=tolerance)
+    assert projection.shape == expected.shape
+    upstream = torch.randn_like(expected)
+    ours = gradients(model, projection.logits(), upstream)
+    same_gradients(ours, gradients(reference, expected, upstream), tolerance)
+    return projection
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_logits_and_gradients_are_those_of_the_forward(architecture: str) -> None:
+    model_type, config, scale, softcap = ARCHITECTURES[architecture]
+    model = build(model_type, **config)
+    if model_type in ("mamba", "mpt"):  # whose forwards do not keep to float64
+        model = model.float()
+    projection = agrees(model, **batch())
+    head = model.get_output_embeddings()
+    assert projection.weight is head.weight
+    assert projection.bias is head.bias
+    assert projection.softcap == softcap
+    assert projection.logit_scale == pytest.approx(scale, rel=1e-6)
+    if softcap is not None:
+        assert projection.logits().abs().max() > 0.9 * softcap
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+@pytest.mark.parametrize("model_type", ["llama", "gemma2"])
+def test_padding(model_type: str, padding: str) -> None:
+    # In float64, Gemma's attention to nothing but padding is NaN.
+    agrees(build(model_type, **DECODER).float(), **batch(padding))
+
+
+def test_nested_text_config() -> None:
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 1,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    text = {**DECODER, "final_logit_softcapping": None}
+    config = transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
+    model = transformers.Gemma3ForConditionalGeneration(config).double().eval()
+    input_ids = torch.randint(3, V, (B, T))
+    projection = project(model, input_ids=input_ids)
+    torch.testing.assert_close(projection.logits(), model(input_ids=input_ids).logits, rtol=1e-9, atol=1e-9)
+
+
+def test_tied_weight_is_the_embedding() -> None:
+    model = llama(tie_word_embeddings=True)
+    projection = project(model, **batch())
+    assert projection.weight is model.get_input_embeddings().weight
+    (through_head,) = torch.autograd.grad(projection.hidden.detach().sum() * projection.weight.sum(), projection.weight)
+    (both,) = torch.autograd.grad(projection.hidden.sum() * projection.weight.sum(), projection.weight)
+    assert not torch.allclose(through_head, both)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_lower_precision(dtype: torch.dtype) -> None:
+    model = build("granite", **DECODER, logits_scaling=3.0).to(dtype)
+    inputs = batch()
+    projection = project(model, **inputs)
+    assert projection.hidden.dtype == projection.weight.dtype == dtype
+    assert projection.logit_scale == pytest.approx(1 / 3, rel=1e-11)
+    resolution = torch.finfo(dtype).eps
+    expected = model(**inputs).logits.detach()
+    torch.testing.assert_close(
+        projection.logits().detach(), expected, rtol=4 * resolution, atol=resolution * float(expected.abs().max())
+    )
+
+
+def test_small_logits_do_not_hide_a_softcap() -> None:
+    model = build("gemma2", **DECODER, final_logit_softcapping=30.0)
+    nn.init.zeros_(model.get_output_embeddings().weight)
+    assert project(model, **batch()).softcap == 30.0
+
+
+def test_config_changed_between_calls() -> None:
+    model = build("gemma2", **DECODER, final_logit_softcapping=30.0)
+    assert project(model, **batch()).softcap == 30.0
+    model.config.final_logit_softcapping = 2.0
+    assert project(model, **batch()).softcap == 2.0
+    model.config.final_logit_softcapping = None
+    assert project(model, **batch()).softcap is None
+
+
+def test_teacher() -> None:
+    model, inputs = llama(), batch()
+    with torch.inference_mode():
+        project(model, **inputs)
+    with torch.no_grad():
+        assert not project(model, **inputs).hidden.requires_grad
+    assert project(model, **inputs).hidden.requires_grad
+    assert not project(model.requires_grad_(False), **inputs).hidden.requires_grad
+
+
+def test_gradient_checkpointing() -> None:
+    model, inputs = llama().train(), batch()
+    upstream = torch.randn(B, T, V, dtype=torch.float64)
+    expected = gradients(model, model(**inputs).logits, upstream)
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable()
+    ours = gradients(model, project(model, **inputs).logits(), upstream)
+    same_gradients(ours, expected)
+
+
+def test_inputs_are_the_models_own() -> None:
+    model, inputs = llama(), batch()
+    embeddings = model.get_input_embeddings()(inputs["input_ids"]).detach()
+    agrees(model, inputs_embeds=embeddings, attention_mask=inputs["attention_mask"])
+    assert project(model, **inputs, labels=None).shape == (B, T, V)
+    assert project(model, **inputs, logits_to_keep=2).shape == (B, 2, V)
+    assert project(model, **inputs, return_dict=False).shape == (B, T, V)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "granitemoe"])  # the latter's forward takes it among **kwargs
+def test_no_cache_unless_asked(model_type: str) -> None:
+    model, inputs = build(model_type, **DECODER).float(), batch()
+    asked = []
+    model.base_model.register_forward_pre_hook(
+        lambda module, args, kwargs: asked.append(kwargs.get("use_cache")), with_kwargs=True
+    )
+    project(model, **inputs)
+    project(model, **inputs, use_cache=True)
+    assert asked == [False, True]
+
+
+def test_head_sees_no_tokens_and_keeps_no_hooks() -> None:
+    model, inputs = llama(), batch()
+    head, shapes = model.get_output_embeddings(), []
+    handle = head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
+    project(model, **inputs)
+    handle.remove()
+    assert shapes == [(B, 0, V)]
+    with pytest.raises((TypeError, ValueError)):
+        project(model)
+    assert not head._forward_hooks
+    assert not head._forward_pre_hooks
+
+
+def test_resized_vocabulary() -> None:
+    for tied in (False, True):
+        model = llama(tie_word_embeddings=tied)
+        model.resize_token_embeddings(V + 3)
+        assert agrees(model, **batch()).shape == (B, T, V + 3)
+
+
+@pytest.fixture
+def process_group(tmp_path: Path) -> Iterator[None]:
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("torch is built without gloo")
+    distributed.init_process_group("gloo", init_method=(tmp_path / "store").as_uri(), rank=0, world_size=1)
+    yield
+    distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("find_unused_parameters", [False, True])
+@pytest.mark.usefixtures("process_group")
+def test_distributed_data_parallel(find_unused_parameters: bool) -> None:
+    model, inputs = llama().train(), batch()
+    upstream = torch.randn(B, T, V, dtype=torch.float64)
+    expected = gradients(model, model(**inputs).logits, upstream)
+    replica = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused_parameters)
+    synchronised: list[int] = []
+    replica.register_comm_hook(None, lambda state, bucket: record(synchronised, bucket))
+    for _ in range(2):  # a reducer out of step fails at the next forward
+        ours = gradients(model, project(replica, **inputs).logits(), upstream)
+    assert synchronised
+    same_gradients(ours, expected)
+
+
+@pytest.mark.usefixtures("process_group")
+def test_refuses_a_static_graph() -> None:
+    replica = nn.parallel.DistributedDataParallel(llama(), static_graph=True)
+    with pytest.raises(TypeError, match="static_graph"):
+        project(replica, **batch())
+
+
+def record(synchronised: list[int], bucket: Any) -> torch.futures.Future[Tensor]:
+    synchronised.append(bucket.index())
+    future: torch.futures.Future[Tensor] = torch.futures.Future()
+    future.set_result(bucket.buffer())
+    return future
+
+
+def test_compiled_body() -> None:
+    model = llama()
+    model.base_model.compile(backend="eager")
+    agrees(model, **batch())
+
+
+@pytest.mark.parametrize(
+    "compile_whole",
+    [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile(backend="eager") or model],
+)
+def test_refuses_a_model_compiled_as_a_whole(compile_whole: Callable[[Any], Any]) -> None:
+    with pytest.raises(TypeError, match="compile its body"):
+        project(compile_whole(llama()), **batch())
+
+
+def test_refuses_labels() -> None:
+    inputs = batch()
+    with pytest.raises(ValueError, match="labels go to the loss"):
+        project(llama(), **inputs, labels=inputs["input_ids"])
+
+
+def test_refuses_what_is_not_a_causal_lm() -> None:
+    with pytest.raises(TypeError, match="needs a transformers causal LM, got Linear"):
+        project(nn.Linear(2, 3), **batch())
+    with pytest.raises(TypeError, match="LlamaModel has no output head"):
+        project(llama().base_model, **batch())
+    config = transformers.T5Config(
+        vocab_size=V, d_model=H, d_kv=8, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
+    )
+    with pytest.raises(TypeError, match="encoder-decoder T5ForConditionalGeneration"):
+        project(transformers.T5ForConditionalGeneration(config), **batch())
+
+
+class QuantisedLinear(nn.Linear):
+    pass
+
+
+class QuantisedTensor(Tensor):
+    pass
+
+
+def quantised_layer(model: Any) -> None:
+    model.lm_head = QuantisedLinear(H, V)
+
+
+def quantised_weight(model: Any) -> None:
+    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(QuantisedTensor))
+
+
+def sharded_weight(model: Any) -> None:
+    model.lm_head.weight.data = torch.empty(0)
+
+
+def offloaded_weight(model: Any) -> None:
+    model.lm_head.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "error", "message"),
+    [
+        (quantised_layer, TypeError, "QuantisedLinear with a weight of type Parameter, not a plain nn.Linear"),
+        (quantised_weight, TypeError, "weight of type QuantisedTensor, not a plain nn.Linear"),
+        (sharded_weight, ValueError, r"weight \(0,\) on cpu: project\(\) needs it whole"),
+        (offloaded_weight, ValueError, "on meta: project.. needs it whole"),
+    ],
+)
+def test_refuses_a_head_that_is_not_a_plain_linear(
+    spoil: Callable[[Any], None], error: type[Exception], message: str
+) -> None:
+    model = llama(tie_word_embeddings=False)
+    spoil(model)
+    with pytest.raises(error, match=message):
+        project(model, **batch())
+
+
+class Custom(nn.Module):
+    """What a model of remote code might do after its body."""
+
+    def __init__(self, tail: Callable[[nn.Linear, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head = nn.Linear(H, V)
+        self.tail = tail
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.head
+
+    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.tail(self.head, hidden)}
+
+
+def masked(head: nn.Linear, hidden: Tensor) -> Tensor:
+    logits: Tensor = head(hidden)
+    logits[..., 5] = torch.finfo(logits.dtype).min
+    return logits
+
+
+def gathered(head: nn.Linear, hidden: Tensor) -> Tensor:
+    handle = head.register_forward_hook(lambda module, args, output: torch.cat((output, output), -1))
+    # Before project's own hook, as tensor parallelism puts it there at load time.
+    head._forward_hooks = OrderedDict(sorted(head._forward_hooks.items(), key=lambda item: item[0] != handle.id))
+    logits: Tensor = head(hidden)
+    return logits
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.0625, 1 / 7, 12.0])
+@pytest.mark.parametrize("softcap", [None, 0.5, 30.0, 100.0])
+def test_any_factor_and_softcap_are_measured(scale: float, softcap: float | None) -> None:
+    def tail(head: nn.Linear, hidden: Tensor) -> Tensor:
+        logits = scale * head(hidden).float()
+        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+    model, hidden = Custom(tail), torch.randn(B, T, H)
+    projection = project(model, hidden=hidden)
+    assert projection.logit_scale == pytest.approx(scale, rel=1e-6)
+    assert projection.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
+    torch.testing.assert_close(projection.logits(), model(hidden)["logits"])
+
+
+@pytest.mark.parametrize(
+    ("tail", "message"),
+    [
+        (lambda head, hidden: head(hidden) + 0.1, "does more to the logits"),
+        (lambda head, hidden: -head(hidden), "does more to the logits"),
+        (lambda head, hidden: 0 * head(hidden), "does more to the logits"),
+        (lambda head, hidden: torch.nan * head(hidden), "does more to the logits"),
+        (lambda head, hidden: head(hidden).clamp(-30, 30), "does more to the logits"),
+        (lambda head, hidden: head(hidden).log_softmax(-1), "does more to the logits"),
+        (lambda head, hidden: head(hidden) * torch.linspace(1, 2, V), "does more to the logits"),
+        (masked, "does more to the logits"),
+        (lambda head, hidden: head(hidden)[..., : V - 2], r"makes logits \(1, 1, 59\) of its head's 61 outputs"),
+        (lambda head, hidden: head(hidden)[0], r"makes logits \(1, 61\) of its head's 61 outputs"),
+        (lambda head, hidden: head(hidden) + head(hidden), "calls its output head 2 times"),
+        (lambda head, hidden: hidden @ head.weight.T, "calls its output head 0 times"),
+        (gathered, "holds 61 of its 122 rows"),
+    ],
+)
+def test_refuses_logits_that_a_projection_cannot_hold(
+    tail: Callable[[nn.Linear, Tensor], Tensor], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        project(Custom(tail), hidden=torch.randn(B, T, H))
+
+
+def test_peft_adapters() -> None:
+    peft = pytest.importorskip("peft")
+
+    def adapted(**options: Any) -> Any:
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, init_lora_weights=False, **options)
+        return peft.get_peft_model(llama(tie_word_embeddings=False), config).double().eval()
+
+    body = adapted(target_modules=["q_proj", "down_proj"])
+    projection = agrees(body, **batch())
+    assert projection.hidden.requires_grad
+    assert not projection.weight.requires_grad
+    head = adapted(target_modules=["q_proj", "lm_head"])
+    with pytest.raises(TypeError, match=r"peft.*not a plain nn.Linear.*merge_and_unload"):
+        project(head, **batch())
+    agrees(head.merge_and_unload().requires_grad_(True), **batch())
+    with pytest.raises(TypeError, match="ModulesToSaveWrapper"):
+        project(adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]), **batch())
