@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
 
 import fastkd
+from fastkd.backend import Tile
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
 from tests import cases
@@ -84,6 +85,57 @@ def test_dtypes_that_differ() -> None:
     assert {width for loop in loops(kernels[0]) for width in loop.load_bytes} == {8, 16}
 
 
+STAGES = [
+    *((target, "forward_kl", stage) for target in ("sm_90", "gfx942") for stage in ("statistics", "gradient")),
+    *((target, "jsd", stage) for target in ("sm_90", "gfx942") for stage in ("terms", "gradient")),
+    *((target, "jsd", "gradient") for target in ("sm_80", "sm_100")),
+    ("sm_90", "jsd", "statistics"),
+]
+
+
+@pytest.mark.parametrize(("target", "divergence", "stage"), STAGES)
+def test_stages_of_a_vocabulary_tile(
+    target: str, divergence: str, stage: Literal["statistics", "terms", "gradient"]
+) -> None:
+    """The last tile of a vocabulary, fp32 logits of an odd width; one sweep and nothing spilt."""
+    width, scale, spec = 50257 % 4096, torch.ones(2), cases.spec(TABLE[divergence](), 50257)
+    student, teacher = torch.empty(2, width), torch.empty(2, width)
+    grad = torch.empty(2, width, dtype=torch.bfloat16) if stage == "gradient" else None
+    with compiled(TARGETS[target]) as kernels:
+        tile = Tile(stage, 50257 - width, gpu.tile_state(2, student.device))
+        gpu.kd_rows(student, teacher, cases.labels(2, 50257), scale, scale, spec, grad, tile)
+    assert resources(kernels[0]).spills == 0
+    (sweep,) = (loop for loop in loops(kernels[0]) if sum(loop.load_bytes) >= 16)
+    assert set(sweep.load_bytes) == {16}
+    assert set(sweep.store_bytes) == ({8} if stage == "gradient" else set())
+
+
+def test_a_tile_of_one_column_compiles() -> None:
+    """Its `first` and its width may be 1, and so constants."""
+    column, scale, spec = torch.empty(1, 1), torch.ones(1), cases.spec(fastkd.ForwardKL(), 3)
+    state = gpu.tile_state(1, column.device)
+    with compiled(TARGETS["sm_90"]) as kernels:
+        gpu.kd_rows(column, column, None, scale, None, spec, None, Tile("statistics", 1, state))
+        gpu.kd_rows(column, column, cases.labels(1, 3), scale, scale, spec, column, Tile("gradient", 1, state))
+    assert len(kernels) == 2
+
+
+@pytest.mark.parametrize("padding", [0, 3])
+def test_chunks_of_fp32_logits_and_a_bf16_gradient(padding: int) -> None:
+    """Rows of an odd vocabulary one after the other, and rows padded to whole vectors."""
+    student, teacher, grad = (
+        torch.empty(2, 50257 + padding, dtype=dtype)[:, :50257]
+        for dtype in (torch.float32, torch.float32, torch.bfloat16)
+    )
+    scale, spec = torch.ones(2), cases.spec(fastkd.ForwardKL(), 50257)
+    with compiled(TARGETS["sm_90"]) as kernels:
+        gpu.kd_rows(student, teacher, cases.labels(2, 50257), scale, scale, spec, grad)
+    assert resources(kernels[0]).spills == 0
+    streaming = [loop for loop in loops(kernels[0]) if loop.load_bytes]
+    assert {width for loop in streaming for width in loop.load_bytes} == {16}
+    assert {width for loop in streaming for width in loop.store_bytes} == {8}
+
+
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_statistics_and_log_softmax(target: str) -> None:
     logits = torch.empty(2, 50257, dtype=torch.bfloat16)
@@ -112,10 +164,10 @@ def test_forward_kl_moves_ten_bytes_a_logit(vocab: int) -> None:
 
 def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a starvation diet of registers the same kernel spills, and the reader says so."""
-    from fastkd.kernels.gpu import rows, tiles
+    from fastkd.kernels.gpu import blocks, rows
 
-    def starved(tile: tiles.Tile) -> dict[str, Any]:
-        return {**tiles.launch_options(tile), "maxnreg": 32}
+    def starved(block: blocks.Block) -> dict[str, Any]:
+        return {**blocks.launch_options(block), "maxnreg": 32}
 
     monkeypatch.setattr(rows, "launch_options", starved)
     assert resources(build("sm_90", "jsd", 50257, torch.bfloat16)).spills > 0

@@ -10,6 +10,9 @@ Sweeps over a row, all loads of 16 bytes where the rows' addresses allow:
 So student and teacher are each loaded twice (three times if sweep 2 is needed, once less without a gradient) and the
 gradient is stored once. What of this reaches DRAM depends on the cache: sweeps 2 and 3 begin at the last column, where
 sweep 1 ended.
+
+Where logits are computed for one vocabulary tile at a time, a launch makes one of the sweeps over one tile, and takes
+from `state` what the launches before it learned of the row.
 """
 
 from __future__ import annotations
@@ -22,19 +25,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backend import RowSpec
-from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
-from fastkd.kernels.gpu.sweeps import (
-    Factors,
-    Logits,
-    gradient_of,
-    slope_center,
-    statistics_of,
-    sum_terms,
-    write_gradient,
-)
-from fastkd.kernels.gpu.tiles import (
-    Tile,
+from fastkd.backend import RowSpec, Tile
+from fastkd.kernels.gpu.blocks import (
+    Block,
+    block_for,
     clear_row,
     clear_tail,
     co_aligned,
@@ -44,7 +38,18 @@ from fastkd.kernels.gpu.tiles import (
     row_offset,
     rows_of,
     span_of,
-    tile_for,
+)
+from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
+from fastkd.kernels.gpu.state import VocabularyTile, load_state, merged, store_statistics, store_terms
+from fastkd.kernels.gpu.sweeps import (
+    Factors,
+    Logits,
+    gradient_of,
+    row_of,
+    slope_center,
+    statistics_of,
+    sum_terms,
+    write_gradient,
 )
 
 
@@ -52,6 +57,7 @@ from fastkd.kernels.gpu.tiles import (
 class Mode:
     """What a kernel is compiled for."""
 
+    stage: str  # "whole" rows, or a `backend.Tile.stage`
     soft: str  # a `Divergence.sweeps` or, without a teacher, "absent"
     hard: bool
     forward: bool  # which of the sums of `Statistics` are wanted
@@ -91,11 +97,12 @@ def _kd_rows_kernel(
     hard_values,
     numbers,
     vocab_size,
+    tile,
     grad_columns,
     TERM: tl.constexpr,
     SLOPE: tl.constexpr,
     MODE: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
     soft_by = 0.0
@@ -106,40 +113,60 @@ def _kd_rows_kernel(
         hard_by = tl.load(hard_scale + index)
     soft_on = soft_by != 0
     hard_on = hard_by != 0
+    width = vocab_size
+    if MODE.stage != "whole":
+        width = tile.width
 
     student_offset = row_offset(student_rows, index)
-    span = span_of(student_rows.pointer, student_offset, vocab_size, TILE)
+    span = span_of(student_rows.pointer, student_offset, width, BLOCK)
     student = student_rows.pointer + student_offset
     teacher = student
-    student_vectors = first_vector(student_rows.pointer, student_offset, span, True, TILE)
+    student_vectors = first_vector(student_rows.pointer, student_offset, span, True, BLOCK)
     logits = Logits(student_vectors, student_vectors, span, soft_on)
     if MODE.soft != "absent":
         teacher_offset = row_offset(teacher_rows, index)
         teacher = teacher_rows.pointer + teacher_offset
-        teacher_vectors = first_vector(teacher_rows.pointer, teacher_offset, span, MODE.teacher_aligned, TILE)
+        teacher_vectors = first_vector(teacher_rows.pointer, teacher_offset, span, MODE.teacher_aligned, BLOCK)
         logits = Logits(student_vectors, teacher_vectors, span, soft_on)
     if grad_rows is not None:
         grad_offset = row_offset(grad_rows, index)
         grad = grad_rows.pointer + grad_offset
-        grad_vectors = first_vector(grad_rows.pointer, grad_offset, span, MODE.grad_aligned, TILE)
+        grad_vectors = first_vector(grad_rows.pointer, grad_offset, span, MODE.grad_aligned, BLOCK)
 
     if (soft_by == 0) & (hard_by == 0):
         tl.store(soft_values + index, 0.0)
         tl.store(hard_values + index, 0.0)
         if grad_rows is not None:
-            clear_row(grad_vectors, span, TILE)
-            clear_tail(grad, vocab_size, grad_columns, TILE)
+            clear_row(grad_vectors, span, BLOCK)
+            clear_tail(grad, width, grad_columns, BLOCK)
         return
 
+    if MODE.stage != "whole":
+        before = load_state(tile, index, MODE)
+    label_logit = 0.0
     if MODE.hard:  # before the gradient, which may overwrite the logits
         label = tl.load(labels + index)
         labelled = (label >= 0) & (label < vocab_size) & hard_on
-        label_student = tl.load(student + label, labelled, other=0.0).to(tl.float32)
+        label_here = labelled
+        if MODE.stage != "whole":
+            label -= tile.first
+            label_here = labelled & (label >= 0) & (label < width)
+        label_student = tl.load(student + label, label_here, other=0.0).to(tl.float32)
         label_teacher = label_student
         if MODE.soft != "absent":
-            label_teacher = tl.load(teacher + label, labelled & soft_on, other=0.0).to(tl.float32)
+            label_teacher = tl.load(teacher + label, label_here & soft_on, other=0.0).to(tl.float32)
+        label_logit = label_student
+        if MODE.stage != "whole":
+            label_logit = tl.where(label_here, label_student, before.label_logit)
 
-    row, sums = statistics_of(logits, numbers, TERM, MODE, TILE)
+    if MODE.stage == "whole":
+        sums = statistics_of(logits, numbers, TERM, MODE, BLOCK)
+    elif MODE.stage == "statistics":
+        sums = merged(before.statistics, statistics_of(logits, numbers, TERM, MODE, BLOCK), numbers, MODE)
+        store_statistics(tile, index, sums, label_logit)
+    else:
+        sums = before.statistics
+    row = row_of(sums)
     soft = 0.0
     slope_sum = 0.0
     center = 0.0
@@ -150,9 +177,15 @@ def _kd_rows_kernel(
         forward = sums.forward * row.teacher_share * unit + row.log_sum_gap
         reverse = sums.reverse * row.student_share * unit - row.log_sum_gap
         soft, slope_sum = TERM(forward, reverse, numbers.a, numbers.b)
-    if MODE.soft == "normalised":
+    if MODE.soft == "normalised" and MODE.stage != "statistics":
         center = slope_center(sums, row, numbers, SLOPE, MODE)
-        soft, slope_sum = sum_terms(logits, row, center, numbers, TERM, SLOPE, MODE, TILE)
+        if MODE.stage != "gradient":
+            soft, slope_sum = sum_terms(logits, row, center, numbers, TERM, SLOPE, MODE, BLOCK)
+        if MODE.stage != "whole":
+            soft += before.term_sum
+            slope_sum += before.slope_sum
+        if MODE.stage == "terms":
+            store_terms(tile, index, soft, slope_sum)
     if MODE.soft == "raw":
         soft = sums.square / vocab_size
     if MODE.soft != "absent":
@@ -162,7 +195,7 @@ def _kd_rows_kernel(
     hard = 0.0
     hard_factor = 0.0
     if MODE.hard:
-        hard = tl.log(sums.hard_sum) - (label_student - sums.student_max)
+        hard = tl.log(sums.hard_sum) - (label_logit - sums.student_max)
         hard = tl.where(labelled, hard, tl.where(hard_on, float("nan"), 0.0))
         hard_factor = numbers.hard_weight * hard_by / sums.hard_sum
         hard_factor = tl.where(labelled, hard_factor, tl.where(hard_on, float("nan"), 0.0))
@@ -172,13 +205,13 @@ def _kd_rows_kernel(
         # A NaN is never hidden: not every slope carries the one that made the value NaN.
         soft_factor = tl.where(soft != soft, soft, numbers.soft_weight * soft_by)
         factors = Factors(center, slope_sum, soft_factor, hard_factor)
-        write_gradient(grad_vectors, logits, row, factors, numbers, SLOPE, MODE, TILE)
-        clear_tail(grad, vocab_size, grad_columns, TILE)
+        write_gradient(grad_vectors, logits, row, factors, numbers, SLOPE, MODE, BLOCK)
+        clear_tail(grad, width, grad_columns, BLOCK)
         if MODE.hard:
             # The label's −1, which in the sweep would cost every column a comparison.
             gradient = gradient_of(label_student, label_teacher, soft_on, row, factors, numbers, SLOPE, MODE)
             tl.debug_barrier()  # another thread wrote this column in the sweep
-            tl.store(grad + label, gradient - numbers.hard_weight * hard_by, labelled)
+            tl.store(grad + label, gradient - numbers.hard_weight * hard_by, label_here)
 
 
 def kd_rows(
@@ -189,6 +222,7 @@ def kd_rows(
     hard_scale: Tensor | None,
     spec: RowSpec,
     grad: Tensor | None,
+    tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Divergence and cross-entropy of each row, fp32 `[rows]`; the gradient into `grad`. See `backend.Backend`.
 
@@ -199,7 +233,8 @@ def kd_rows(
     if count == 0:
         return soft, hard
     divergence = divergence_for(spec.divergence, spec.parameters)
-    tile = tile_for([tensor for tensor in (student, teacher, grad) if tensor is not None], spec.vocab_size)
+    width = spec.vocab_size if tile is None else student.shape[-1]
+    block = block_for([tensor for tensor in (student, teacher, grad) if tensor is not None], width)
     with device_of(student):
         _kd_rows_kernel[(count,)](
             rows_of(student),
@@ -212,12 +247,13 @@ def kd_rows(
             hard,
             _numbers_for(spec, divergence),
             spec.vocab_size,
+            None if tile is None else VocabularyTile(tile.state, tile.first, width),
             student.shape[-1] if grad is None else grad.shape[-1],
             divergence.term,
             divergence.slope,
-            _mode_for(spec, divergence, student, teacher, labels, grad, tile),
-            tile,
-            **launch_options(tile),
+            _mode_for(spec, divergence, student, teacher, labels, grad, block, tile),
+            block,
+            **launch_options(block),
         )
     return soft, hard
 
@@ -229,11 +265,13 @@ def _mode_for(
     teacher: Tensor | None,
     labels: Tensor | None,
     grad: Tensor | None,
-    tile: Tile,
+    block: Block,
+    tile: Tile | None,
 ) -> Mode:
     soft = "absent" if teacher is None else divergence.sweeps
     tempered = soft in ("closed", "normalised")
     return Mode(
+        stage="whole" if tile is None else tile.stage,
         soft=soft,
         hard=labels is not None,
         forward=divergence.forward,
@@ -241,8 +279,8 @@ def _mode_for(
         same_temperature=spec.temperature == spec.teacher_temperature,
         hard_power=int(spec.temperature) if tempered and spec.temperature in (1, 2) else 0,
         fine=any(tensor is not None and tensor.dtype == torch.float32 for tensor in (student, teacher)),
-        teacher_aligned=co_aligned(teacher, student, tile),
-        grad_aligned=co_aligned(grad, student, tile),
+        teacher_aligned=co_aligned(teacher, student, block),
+        grad_aligned=co_aligned(grad, student, block),
     )
 
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.gpu.divergences import LOG2E, weighted
-from fastkd.kernels.gpu.tiles import (
+from fastkd.kernels.gpu.blocks import (
+    block_for,
     co_aligned,
     device_of,
     edge_columns,
@@ -27,9 +27,9 @@ from fastkd.kernels.gpu.tiles import (
     rows_of,
     span_of,
     steps_of,
-    tile_for,
     vector_columns,
 )
+from fastkd.kernels.gpu.divergences import LOG2E, weighted
 
 # --- statistics -------------------------------------------------------------------------------------------------
 
@@ -57,18 +57,18 @@ def _observe(logits, at, span, highest, total, mean, first, scale, vocab_size):
 
 
 @triton.jit
-def _sweep(logits, span, scale, vocab_size, TILE: tl.constexpr):
+def _sweep(logits, span, scale, vocab_size, BLOCK: tl.constexpr):
     """Maximum, Σ e^(z/T), Σ e^(z/T)·z and the first column of the maximum; z = logit − maximum."""
-    highest = tl.zeros([TILE.threads], tl.float32) - float("inf")
-    total = tl.zeros([TILE.threads], tl.float32)
-    mean = tl.zeros([TILE.threads], tl.float32)
-    first = tl.zeros([TILE.threads], tl.int32) + vocab_size
-    if TILE.edges:
+    highest = tl.zeros([BLOCK.threads], tl.float32) - float("inf")
+    total = tl.zeros([BLOCK.threads], tl.float32)
+    mean = tl.zeros([BLOCK.threads], tl.float32)
+    first = tl.zeros([BLOCK.threads], tl.int32) + vocab_size
+    if BLOCK.edges:
         highest, total, mean, first = _observe(
-            logits, edge_columns(span, TILE), span, highest, total, mean, first, scale, vocab_size
+            logits, edge_columns(span, BLOCK), span, highest, total, mean, first, scale, vocab_size
         )
-    for step in range(steps_of(span, TILE)):
-        at = vector_columns(step, span, TILE)
+    for step in range(steps_of(span, BLOCK)):
+        at = vector_columns(step, span, BLOCK)
         highest, total, mean, first = _observe(logits, at, span, highest, total, mean, first, scale, vocab_size)
     top = tl.max(highest, 0)
     total, mean = _moved(highest, top, total, mean, scale)
@@ -87,13 +87,13 @@ def _statistics_kernel(
     inverse,
     scale,
     vocab_size,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
     offset = row_offset(rows, index)
-    span = span_of(rows.pointer, offset, vocab_size, TILE)
-    logits = first_vector(rows.pointer, offset, span, True, TILE)
-    top, total, mean, first = _sweep(logits, span, scale, vocab_size, TILE)
+    span = span_of(rows.pointer, offset, vocab_size, BLOCK)
+    logits = first_vector(rows.pointer, offset, span, True, BLOCK)
+    top, total, mean, first = _sweep(logits, span, scale, vocab_size, BLOCK)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
     tl.store(entropies + index, log_total - mean / total * inverse)
@@ -118,7 +118,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     if labels is None:
         label_logprob.fill_(torch.nan)
     if count > 0:
-        tile = tile_for([logits], vocab_size)
+        block = block_for([logits], vocab_size)
         with device_of(logits):
             _statistics_kernel[(count,)](
                 rows_of(logits),
@@ -130,8 +130,8 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
                 1 / temperature,
                 LOG2E.value / temperature,
                 vocab_size,
-                tile,
-                **launch_options(tile),
+                block,
+                **launch_options(block),
             )
     return log_sum_exp, entropy, argmax, label_logprob
 
@@ -148,22 +148,22 @@ def _write_step(out, logits, at, top, log_total, inverse):
 
 @triton.jit
 def _log_softmax_kernel(
-    rows, out_rows, log_sum_exps, inverse, scale, vocab_size, OUT_ALIGNED: tl.constexpr, TILE: tl.constexpr
+    rows, out_rows, log_sum_exps, inverse, scale, vocab_size, OUT_ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     index = tl.program_id(0)
     offset = row_offset(rows, index)
-    span = span_of(rows.pointer, offset, vocab_size, TILE)
-    logits = first_vector(rows.pointer, offset, span, True, TILE)
-    top, total, _, _ = _sweep(logits, span, scale, vocab_size, TILE)
+    span = span_of(rows.pointer, offset, vocab_size, BLOCK)
+    logits = first_vector(rows.pointer, offset, span, True, BLOCK)
+    top, total, _, _ = _sweep(logits, span, scale, vocab_size, BLOCK)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
 
-    out = first_vector(out_rows.pointer, row_offset(out_rows, index), span, OUT_ALIGNED, TILE)
-    steps = steps_of(span, TILE)
+    out = first_vector(out_rows.pointer, row_offset(out_rows, index), span, OUT_ALIGNED, BLOCK)
+    steps = steps_of(span, BLOCK)
     for step in range(steps):
-        _write_step(out, logits, vector_columns(steps - 1 - step, span, TILE), top, log_total, inverse)
-    if TILE.edges:
-        _write_step(out, logits, edge_columns(span, TILE), top, log_total, inverse)
+        _write_step(out, logits, vector_columns(steps - 1 - step, span, BLOCK), top, log_total, inverse)
+    if BLOCK.edges:
+        _write_step(out, logits, edge_columns(span, BLOCK), top, log_total, inverse)
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -171,7 +171,7 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     count = logits[..., 0].numel()
     log_sum_exp = torch.empty(count, dtype=torch.float32, device=logits.device)
     if count > 0:
-        tile = tile_for([logits, out], logits.shape[-1])
+        block = block_for([logits, out], logits.shape[-1])
         with device_of(logits):
             _log_softmax_kernel[(count,)](
                 rows_of(logits),
@@ -180,9 +180,9 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
                 1 / temperature,
                 LOG2E.value / temperature,
                 logits.shape[-1],
-                co_aligned(out, logits, tile),
-                tile,
-                **launch_options(tile),
+                co_aligned(out, logits, block),
+                block,
+                **launch_options(block),
             )
     return log_sum_exp
 
@@ -219,32 +219,32 @@ def _log_softmax_backward_kernel(
     vocab_size,
     UPSTREAM_ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
     log_sum_exp = tl.load(log_sum_exps + index)
     offset = row_offset(rows, index)
-    span = span_of(rows.pointer, offset, vocab_size, TILE)
-    logits = first_vector(rows.pointer, offset, span, True, TILE)
-    upstream = first_vector(upstream_rows.pointer, row_offset(upstream_rows, index), span, UPSTREAM_ALIGNED, TILE)
-    grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, TILE)
+    span = span_of(rows.pointer, offset, vocab_size, BLOCK)
+    logits = first_vector(rows.pointer, offset, span, True, BLOCK)
+    upstream = first_vector(upstream_rows.pointer, row_offset(upstream_rows, index), span, UPSTREAM_ALIGNED, BLOCK)
+    grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, BLOCK)
 
-    above = tl.zeros([TILE.threads], tl.float32)
-    total = tl.zeros([TILE.threads], tl.float32)
-    if TILE.edges:
-        above, total = _sum_step(upstream, logits, edge_columns(span, TILE), log_sum_exp, inverse)
-    steps = steps_of(span, TILE)
+    above = tl.zeros([BLOCK.threads], tl.float32)
+    total = tl.zeros([BLOCK.threads], tl.float32)
+    if BLOCK.edges:
+        above, total = _sum_step(upstream, logits, edge_columns(span, BLOCK), log_sum_exp, inverse)
+    steps = steps_of(span, BLOCK)
     for step in range(steps):
-        more, heavier = _sum_step(upstream, logits, vector_columns(step, span, TILE), log_sum_exp, inverse)
+        more, heavier = _sum_step(upstream, logits, vector_columns(step, span, BLOCK), log_sum_exp, inverse)
         above += more
         total += heavier
     share = tl.sum(above, 0) / tl.sum(total, 0)
 
     for step in range(steps):
-        at = vector_columns(steps - 1 - step, span, TILE)
+        at = vector_columns(steps - 1 - step, span, BLOCK)
         _backward_step(grad, upstream, logits, at, log_sum_exp, share, inverse)
-    if TILE.edges:
-        _backward_step(grad, upstream, logits, edge_columns(span, TILE), log_sum_exp, share, inverse)
+    if BLOCK.edges:
+        _backward_step(grad, upstream, logits, edge_columns(span, BLOCK), log_sum_exp, share, inverse)
 
 
 def log_softmax_backward(
@@ -253,7 +253,7 @@ def log_softmax_backward(
     """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`; `upstream` `[..., V]` like `logits`."""
     count = logits[..., 0].numel()
     if count > 0:
-        tile = tile_for([logits, upstream, grad], logits.shape[-1])
+        block = block_for([logits, upstream, grad], logits.shape[-1])
         with device_of(logits):
             _log_softmax_backward_kernel[(count,)](
                 rows_of(upstream),
@@ -262,8 +262,8 @@ def log_softmax_backward(
                 log_sum_exp,
                 1 / temperature,
                 logits.shape[-1],
-                co_aligned(upstream, logits, tile),
-                co_aligned(grad, logits, tile),
-                tile,
-                **launch_options(tile),
+                co_aligned(upstream, logits, block),
+                co_aligned(grad, logits, block),
+                block,
+                **launch_options(block),
             )

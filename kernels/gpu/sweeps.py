@@ -1,6 +1,6 @@
 """The sweeps of `rows` over one row of student and teacher logits: device functions, free of any divergence.
 
-A sweep is a loop over tiles [vectors, threads, width] and one more step for the row's edges (see `tiles`). Sums are
+A sweep is a loop over blocks [vectors, threads, width] and one more step for the row's edges (see `blocks`). Sums are
 kept per thread and merged once per row. `numbers` and `MODE` are the `Numbers` and `Mode` of `rows`.
 """
 
@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.divergences import LOG2E, log_near_one, probability_gap
-from fastkd.kernels.gpu.tiles import (
+from fastkd.kernels.gpu.blocks import (
     edge_columns,
     finite,
     lane_max,
@@ -21,6 +20,7 @@ from fastkd.kernels.gpu.tiles import (
     steps_of,
     vector_columns,
 )
+from fastkd.kernels.gpu.divergences import LOG2E, log_near_one, probability_gap
 
 
 class Logits(NamedTuple):
@@ -40,6 +40,7 @@ class Statistics(NamedTuple):
     teacher_there: Any  # the teacher's logit where the student's maximum is
     student_sum: Any  # Σ e^(z_s/T)
     teacher_sum: Any  # Σ e^(z_t/T)
+    sum_gap: Any  # student_sum − teacher_sum, to more digits; only of a row
     hard_sum: Any  # Σ e^(z_s)
     forward: Any  # Σ e^(z_t/T) (z_t/T − z_s/T), in units of 1/T where both temperatures are the same
     reverse: Any  # Σ e^(z_s/T) (z_s/T − z_t/T), likewise
@@ -97,7 +98,7 @@ def tempered_gap(s, t, numbers, MODE: tl.constexpr):
 
 
 @triton.jit
-def _moved(old, student_max, teacher_max, teacher_there, numbers, MODE: tl.constexpr):
+def moved(old, student_max, teacher_max, teacher_there, numbers, MODE: tl.constexpr):
     """The same sums relative to other maxima. What vanishes does so even where it was infinite."""
     student_shift = old.student_max - finite(student_max)
     student_decay = tl.exp2(student_shift * numbers.student_scale)
@@ -127,6 +128,7 @@ def _moved(old, student_max, teacher_max, teacher_there, numbers, MODE: tl.const
         teacher_there,
         student_sum,
         teacher_sum,
+        old.sum_gap,
         hard_sum,
         forward,
         reverse,
@@ -146,13 +148,13 @@ def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
     if MODE.soft == "normalised":
         there = lane_max(tl.where(s == student_max[None, :, None], t, float("-inf")))
         teacher_there = tl.where(student_max > old.student_max, there, tl.maximum(teacher_there, there))
-    moved = _moved(old, student_max, teacher_max, teacher_there, numbers, MODE)
-    student_sum = moved.student_sum
-    teacher_sum = moved.teacher_sum
-    hard_sum = moved.hard_sum
-    forward = moved.forward
-    reverse = moved.reverse
-    square = moved.square
+    new = moved(old, student_max, teacher_max, teacher_there, numbers, MODE)
+    student_sum = new.student_sum
+    teacher_sum = new.teacher_sum
+    hard_sum = new.hard_sum
+    forward = new.forward
+    reverse = new.reverse
+    square = new.square
 
     z = s - finite(student_max)[None, :, None]
     student_exp = tl.exp2(z * numbers.student_scale)
@@ -176,6 +178,7 @@ def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
         teacher_there,
         student_sum,
         teacher_sum,
+        old.sum_gap,
         hard_sum,
         forward,
         reverse,
@@ -195,21 +198,21 @@ def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr):
-    """Sweep 1, first column to last: `Row` and the row's `Statistics`."""
-    none = tl.zeros([TILE.threads], tl.float32)
+def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sweep 1, first column to last."""
+    none = tl.zeros([BLOCK.threads], tl.float32)
     lowest = none - float("inf")
-    state = Statistics(lowest, lowest, lowest, none, none, none, none, none, none)
-    if TILE.edges:
-        state = _observe(state, logits, edge_columns(logits.span, TILE), numbers, TERM, MODE)
-    for step in range(steps_of(logits.span, TILE)):
-        state = _observe(state, logits, vector_columns(step, logits.span, TILE), numbers, TERM, MODE)
+    state = Statistics(lowest, lowest, lowest, none, none, none, none, none, none, none)
+    if BLOCK.edges:
+        state = _observe(state, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE)
+    for step in range(steps_of(logits.span, BLOCK)):
+        state = _observe(state, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE)
 
     student_max, teacher_max = tl.reduce((state.student_max, state.teacher_max), 0, _maxima)
-    there = state.teacher_there
+    there = float("-inf")
     if MODE.soft == "normalised":
-        there = tl.max(tl.where(state.student_max == student_max, there, float("-inf")), 0)
-    state = _moved(state, student_max, teacher_max, there, numbers, MODE)
+        there = tl.max(tl.where(state.student_max == student_max, state.teacher_there, there), 0)
+    state = moved(state, student_max, teacher_max, there, numbers, MODE)
     # Between nearly equal rows the sums' difference is what counts, and most of their rounding is in their last bits.
     student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square = tl.reduce(
         (
@@ -224,24 +227,13 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, TILE:
         0,
         _totals,
     )
-    max_gap = student_max - teacher_max
-    row = Row(
-        student_max,
-        teacher_max,
-        max_gap,
-        _lost(student_max, teacher_max, max_gap),
-        tl.log(student_sum),
-        tl.log(teacher_sum),
-        log_near_one(student_sum / teacher_sum, sum_gap / teacher_sum),
-        1 / student_sum,
-        1 / teacher_sum,
-    )
-    return row, Statistics(
+    return Statistics(
         student_max,
         teacher_max,
         there,
         student_sum,
         teacher_sum,
+        sum_gap,
         hard_sum,
         forward,
         reverse,
@@ -259,15 +251,39 @@ def _totals(a, b, c, d, e, f, g, h, i, j, k, l, m, n):  # noqa: E741  (one reduc
     return a + h, b + i, c + j, d + k, e + l, f + m, g + n
 
 
-# --- terms ------------------------------------------------------------------------------------------------------
-
-
 @triton.jit
 def _lost(x, y, difference):
     """What rounding took from `difference` = x − y (Knuth's two-sum): x − y = difference + lost."""
     back = difference - x
     lost = (x - (difference - back)) - (y + back)
     return tl.where(tl.abs(difference) < float("inf"), lost, 0.0)
+
+
+@triton.jit
+def max_gap_of(sums):
+    """student_max − teacher_max, and what rounding took from it."""
+    gap = sums.student_max - sums.teacher_max
+    return gap, _lost(sums.student_max, sums.teacher_max, gap)
+
+
+@triton.jit
+def row_of(sums):
+    """`Row` from its `Statistics`."""
+    max_gap, max_gap_lost = max_gap_of(sums)
+    return Row(
+        sums.student_max,
+        sums.teacher_max,
+        max_gap,
+        max_gap_lost,
+        tl.log(sums.student_sum),
+        tl.log(sums.teacher_sum),
+        log_near_one(sums.student_sum / sums.teacher_sum, sums.sum_gap / sums.teacher_sum),
+        1 / sums.student_sum,
+        1 / sums.teacher_sum,
+    )
+
+
+# --- terms ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -331,19 +347,19 @@ def sum_terms(
     TERM: tl.constexpr,
     SLOPE: tl.constexpr,
     MODE: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Sweep 2, last column to first: Σ term and Σ centered slope."""
-    term = tl.zeros([TILE.threads], tl.float32)
-    slope = tl.zeros([TILE.threads], tl.float32)
-    steps = steps_of(logits.span, TILE)
+    term = tl.zeros([BLOCK.threads], tl.float32)
+    slope = tl.zeros([BLOCK.threads], tl.float32)
+    steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
-        at = vector_columns(steps - 1 - step, logits.span, TILE)
+        at = vector_columns(steps - 1 - step, logits.span, BLOCK)
         more, steeper = _terms(logits, at, row, center, numbers, TERM, SLOPE, MODE)
         term += more
         slope += steeper
-    if TILE.edges:
-        last, steepest = _terms(logits, edge_columns(logits.span, TILE), row, center, numbers, TERM, SLOPE, MODE)
+    if BLOCK.edges:
+        last, steepest = _terms(logits, edge_columns(logits.span, BLOCK), row, center, numbers, TERM, SLOPE, MODE)
         term += last
         slope += steepest
     return tl.reduce((term, slope), 0, _pair_of_totals)
@@ -384,11 +400,11 @@ def _write_step(grad, logits, at, row, factors, numbers, SLOPE: tl.constexpr, MO
 
 
 @triton.jit
-def write_gradient(grad, logits, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, TILE: tl.constexpr):
+def write_gradient(grad, logits, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """The last sweep, last column to first."""
-    steps = steps_of(logits.span, TILE)
+    steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
-        at = vector_columns(steps - 1 - step, logits.span, TILE)
+        at = vector_columns(steps - 1 - step, logits.span, BLOCK)
         _write_step(grad, logits, at, row, factors, numbers, SLOPE, MODE)
-    if TILE.edges:
-        _write_step(grad, logits, edge_columns(logits.span, TILE), row, factors, numbers, SLOPE, MODE)
+    if BLOCK.edges:
+        _write_step(grad, logits, edge_columns(logits.span, BLOCK), row, factors, numbers, SLOPE, MODE)

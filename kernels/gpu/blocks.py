@@ -3,7 +3,7 @@
 One program owns one row. A row is read as vectors of `width` elements (16 bytes of the widest dtype involved), each by
 one thread, `vectors` per thread and step. Rows of an odd vocabulary start anywhere, so the columns before the first
 aligned vector and after the last whole one, at most 2·(width − 1), are the row's edges and are read one by one, in a
-step of their own. What remains is masked in whole vectors, which keeps the loads wide. Tiles are [vectors, threads,
+step of their own. What remains is masked in whole vectors, which keeps the loads wide. Blocks are [vectors, threads,
 width] and sums are kept per thread, [threads]: inside the loop no thread waits for another.
 """
 
@@ -32,7 +32,7 @@ class Rows(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Tile:
+class Block:
     """The compile-time shape of a step."""
 
     threads: int
@@ -67,18 +67,18 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, layout.inner, layout.outer_stride, layout.inner_stride)
 
 
-def tile_for(tensors: Sequence[Tensor], vocab_size: int) -> Tile:
-    """The tile for rows of `vocab_size` columns of `tensors`, of which the first decides where vectors start."""
+def block_for(tensors: Sequence[Tensor], count: int) -> Block:
+    """The block for rows of `count` columns of `tensors`, of which the first decides where vectors start."""
     width = 16 // max(tensor.element_size() for tensor in tensors)
-    threads = next(threads for above, threads in _THREADS if vocab_size > above)
+    threads = next(threads for above, threads in _THREADS if count > above)
     starts = [_starts(tensor, width) for tensor in tensors]
-    whole = vocab_size % width == 0 and all(start == (0, None) for start in starts)
-    return Tile(threads, _VECTORS, width, not whole, aligned=starts[0][0] == 0)
+    whole = count % width == 0 and all(start == (0, None) for start in starts)
+    return Block(threads, _VECTORS, width, not whole, aligned=starts[0][0] == 0)
 
 
-def co_aligned(tensor: Tensor | None, leader: Tensor, tile: Tile) -> bool:
+def co_aligned(tensor: Tensor | None, leader: Tensor, block: Block) -> bool:
     """Whether vectors that are aligned in every row of `leader` are aligned in `tensor` too."""
-    return tensor is not None and _starts(tensor, tile.width) == _starts(leader, tile.width)
+    return tensor is not None and _starts(tensor, block.width) == _starts(leader, block.width)
 
 
 def _starts(tensor: Tensor, width: int) -> tuple[int, tuple[int, int, int] | None]:
@@ -89,13 +89,13 @@ def _starts(tensor: Tensor, width: int) -> tuple[int, tuple[int, int, int] | Non
     return first, None if strides == (0, 0) else (rows.inner, *strides)
 
 
-def launch_options(tile: Tile) -> dict[str, Any]:
+def launch_options(block: Block) -> dict[str, Any]:
     """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64."""
     target = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": tile.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": block.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
     if target.backend == "cuda":
         # Left alone, ptxas prefers spilling to fewer rows in flight.
-        options["maxnreg"] = min(255, 65536 // tile.threads)
+        options["maxnreg"] = min(255, 65536 // block.threads)
     return options
 
 
@@ -117,29 +117,29 @@ def row_offset(rows, row):
 
 
 @triton.jit
-def span_of(pointer, offset, vocab_size, TILE: tl.constexpr):
+def span_of(pointer, offset, count, BLOCK: tl.constexpr):
     """How the row `offset` elements behind `pointer` is cut: its vectors start where the address allows."""
-    if TILE.edges:
+    if BLOCK.edges:
         element = offset
-        if not TILE.aligned:
+        if not BLOCK.aligned:
             element += pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8)
-        head = ((TILE.width - element % TILE.width) % TILE.width).to(tl.int32)
-        vectors = tl.maximum(vocab_size - head, 0) // TILE.width
-        return Span(head, vectors, vocab_size - vectors * TILE.width)
+        head = ((BLOCK.width - element % BLOCK.width) % BLOCK.width).to(tl.int32)
+        vectors = tl.maximum(count - head, 0) // BLOCK.width
+        return Span(head, vectors, count - vectors * BLOCK.width)
     else:
-        return Span(0, vocab_size // TILE.width, 0)
+        return Span(0, count // BLOCK.width, 0)
 
 
 @triton.jit
-def first_vector(pointer, offset, span, ALIGNED: tl.constexpr, TILE: tl.constexpr):
+def first_vector(pointer, offset, span, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
     """Pointer to the first aligned column of a row, which `edge_columns` and `vector_columns` count from.
 
     The compiler is told what it cannot see. For AMD's buffer instructions it looks at the offset, not at the pointer.
     """
     start = offset + span.head
-    ELEMENTS: tl.constexpr = TILE.width
-    BYTES: tl.constexpr = TILE.width * pointer.dtype.element_ty.primitive_bitwidth // 8
-    if ALIGNED and TILE.aligned:
+    ELEMENTS: tl.constexpr = BLOCK.width
+    BYTES: tl.constexpr = BLOCK.width * pointer.dtype.element_ty.primitive_bitwidth // 8
+    if ALIGNED and BLOCK.aligned:
         return pointer + tl.multiple_of(start, ELEMENTS)
     elif ALIGNED:
         return tl.multiple_of(pointer + start, BYTES)
@@ -148,24 +148,24 @@ def first_vector(pointer, offset, span, ALIGNED: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
-def steps_of(span, TILE: tl.constexpr):
-    return tl.cdiv(span.vectors, TILE.vectors * TILE.threads)
+def steps_of(span, BLOCK: tl.constexpr):
+    return tl.cdiv(span.vectors, BLOCK.vectors * BLOCK.threads)
 
 
 @triton.jit
-def vector_columns(step, span, TILE: tl.constexpr):
+def vector_columns(step, span, BLOCK: tl.constexpr):
     """Columns [vectors, threads, width] of a step and which vectors [vectors, threads, 1] exist."""
-    thread = tl.arange(0, TILE.threads)[None, :, None]
-    vector = (step * TILE.vectors + tl.arange(0, TILE.vectors)[:, None, None]) * TILE.threads + thread
-    return vector * TILE.width + tl.arange(0, TILE.width)[None, None, :], vector < span.vectors
+    thread = tl.arange(0, BLOCK.threads)[None, :, None]
+    vector = (step * BLOCK.vectors + tl.arange(0, BLOCK.vectors)[:, None, None]) * BLOCK.threads + thread
+    return vector * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :], vector < span.vectors
 
 
 @triton.jit
-def edge_columns(span, TILE: tl.constexpr):
+def edge_columns(span, BLOCK: tl.constexpr):
     """The row's edges, [1, threads, 1]: columns before the first vector (negative) and after the last."""
-    thread = tl.arange(0, TILE.threads)[None, :, None]
+    thread = tl.arange(0, BLOCK.threads)[None, :, None]
     column = thread - span.head
-    return tl.where(column < 0, column, column + span.vectors * TILE.width), thread < span.edges
+    return tl.where(column < 0, column, column + span.vectors * BLOCK.width), thread < span.edges
 
 
 @triton.jit
@@ -197,17 +197,17 @@ def _clear_step(pointer, at):
 
 
 @triton.jit
-def clear_row(pointer, span, TILE: tl.constexpr):
+def clear_row(pointer, span, BLOCK: tl.constexpr):
     """Write 0 to the row whose first vector is at `pointer`."""
-    for step in range(steps_of(span, TILE)):
-        _clear_step(pointer, vector_columns(step, span, TILE))
-    if TILE.edges:
-        _clear_step(pointer, edge_columns(span, TILE))
+    for step in range(steps_of(span, BLOCK)):
+        _clear_step(pointer, vector_columns(step, span, BLOCK))
+    if BLOCK.edges:
+        _clear_step(pointer, edge_columns(span, BLOCK))
 
 
 @triton.jit
-def clear_tail(row, start, stop, TILE: tl.constexpr):
+def clear_tail(row, start, stop, BLOCK: tl.constexpr):
     """Write 0 to columns [start, stop) of the row that begins at `row`."""
-    for step in range(tl.cdiv(stop - start, TILE.threads)):
-        column = start + step * TILE.threads + tl.arange(0, TILE.threads)
-        tl.store(row + column, tl.zeros([TILE.threads], tl.float32), column < stop)
+    for step in range(tl.cdiv(stop - start, BLOCK.threads)):
+        column = start + step * BLOCK.threads + tl.arange(0, BLOCK.threads)
+        tl.store(row + column, tl.zeros([BLOCK.threads], tl.float32), column < stop)
