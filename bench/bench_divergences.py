@@ -14,7 +14,7 @@ from fastkd.divergences import resolve
 CASES = shapes.DIVERGENCES
 
 
-def bench_divergence(benchmark: BenchmarkFixture, case: shapes.Case, quick: bool) -> None:
+def bench_divergence(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
     torch._dynamo.reset()
     batch = Batch.random(case.rows, case.vocab, case.dtype)
-    race(benchmark, kd_contenders(batch, resolve(case.divergence)), "divergences", case, quick=quick)
+    race(benchmark, kd_contenders(batch, resolve(case.divergence)), case, quick=quick)

@@ -12,12 +12,12 @@ import fastkd
 from bench import check, rivals, shapes
 from bench.contenders import TEMPERATURE, Contender, add_floors
 from bench.race import race
-from bench.shapes import FRESH
+from bench.cases import FRESH
 
 CASES = shapes.LOG_SOFTMAX
 
 
-def bench_log_softmax(benchmark: BenchmarkFixture, case: shapes.Case, quick: bool) -> None:
+def bench_log_softmax(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
     torch._dynamo.reset()
     batch = check.Batch.random(case.rows, case.vocab, case.dtype)
     logits, upstream = batch.student, batch.teacher
@@ -29,7 +29,7 @@ def bench_log_softmax(benchmark: BenchmarkFixture, case: shapes.Case, quick: boo
     if rivals.can_compile():
         functions["compile"] = rivals.compiled(rivals.log_softmax)
     contenders = [_contender(name, function, logits, upstream, truth) for name, function in functions.items()]
-    race(benchmark, [*contenders, *add_floors(logits.detach(), upstream)], "log_softmax", case, quick=quick)
+    race(benchmark, [*contenders, *add_floors(logits.detach(), upstream)], case, quick=quick)
 
 
 def _contender(

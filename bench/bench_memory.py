@@ -10,12 +10,12 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import machine, rivals, shapes
 from bench.race import describe
-from bench.shapes import FRESH, IN_PLACE, LOSS_ONLY, ONE_GRADIENT
+from bench.cases import FRESH, IN_PLACE, LOSS_ONLY, ONE_GRADIENT
 
 CASES = shapes.MEMORY
 
 
-def bench_memory(benchmark: BenchmarkFixture, case: shapes.Case) -> None:
+def bench_memory(benchmark: BenchmarkFixture, case: Case) -> None:
     names = [FRESH, IN_PLACE, LOSS_ONLY, "eager", *(["compile"] if rivals.can_compile() else [])]
     peaks = {ONE_GRADIENT: case.matrix_bytes / shapes.MIB}
 
@@ -28,7 +28,7 @@ def bench_memory(benchmark: BenchmarkFixture, case: shapes.Case) -> None:
     benchmark.extra_info["peaks"] = peaks
 
 
-def _peak(contender: str, case: shapes.Case) -> int:
+def _peak(contender: str, case: Case) -> int:
     """Bytes, from `peak.py`."""
     arguments = (contender, case.rows, case.vocab, str(case.dtype).removeprefix("torch."), case.divergence)
     child = subprocess.run(

@@ -14,13 +14,13 @@ import fastkd
 from bench import check, rivals, shapes
 from bench.contenders import TEMPERATURE, Contender
 from bench.race import race
-from bench.shapes import FRESH
+from bench.cases import FRESH
 from fastkd import reference
 
 CASES = shapes.ROW_STATISTICS
 
 
-def bench_row_statistics(benchmark: BenchmarkFixture, case: shapes.Case, quick: bool) -> None:
+def bench_row_statistics(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
     torch._dynamo.reset()
     batch = check.Batch.random(case.rows, case.vocab, case.dtype)
     logits, labels = batch.student.detach(), batch.labels
@@ -44,7 +44,7 @@ def bench_row_statistics(benchmark: BenchmarkFixture, case: shapes.Case, quick: 
         for name, function in functions.items()
     ]
     contenders.append(Contender("sum", lambda: torch.sum(logits)))
-    race(benchmark, contenders, "row_statistics", case, quick=quick)
+    race(benchmark, contenders, case, quick=quick)
 
 
 def _truth(logits: Tensor, labels: Tensor) -> Tensor:

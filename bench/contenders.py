@@ -11,7 +11,7 @@ from torch import Tensor
 import fastkd
 from bench import check, rivals
 from bench.check import Batch, Truth
-from bench.shapes import FRESH, IN_PLACE, LOSS_ONLY
+from bench.cases import FRESH, IN_PLACE, LOSS_ONLY
 from fastkd.divergences import Divergence
 
 __all__ = ["TEMPERATURE", "Contender", "add_floors", "kd_contender", "kd_contenders"]

@@ -15,31 +15,26 @@ from collections.abc import Sequence
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.contenders import Contender
-from bench.shapes import QUESTIONS, Case
+from bench.cases import QUESTIONS, Case
 
 __all__ = ["describe", "race"]
 
 _FEWEST, _MOST, _SECONDS = 5, 25, 6.0  # rounds of a full run: as many as fit the seconds, within limits
+_FEWEST_SLOW, _SLOW_SECONDS = 3, 20.0  # where one turn of all contenders takes longer than this
 _QUICK_ROUNDS = 3
 
 
-def describe(benchmark: BenchmarkFixture, question: str, case: Case) -> None:
+def describe(benchmark: BenchmarkFixture, case: Case) -> None:
     """Label a result for the report."""
-    benchmark.group = question
-    benchmark.extra_info.update(
-        question=question,
-        case=str(case),
-        bytes=QUESTIONS[question].passes * case.matrix_bytes,
-        bars=[vars(bar) for bar in case.bars],
-    )
+    benchmark.group = case.question
+    benchmark.extra_info.update(question=case.question, case=str(case), bars=[vars(bar) for bar in case.bars])
+    benchmark.extra_info[QUESTIONS[case.question].measure] = case.work
 
 
-def race(
-    benchmark: BenchmarkFixture, contenders: Sequence[Contender], question: str, case: Case, *, quick: bool
-) -> None:
+def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Case, *, quick: bool) -> None:
     """Check every contender, then time them in turn. The first is pytest-benchmark's own subject."""
     ours, *others = contenders
-    describe(benchmark, question, case)
+    describe(benchmark, case)
     benchmark.extra_info["errors"] = {contender.name: _checked(contender) for contender in contenders}
     times: dict[str, list[float]] = {contender.name: [] for contender in others}
 
@@ -59,10 +54,11 @@ def race(
     start = time.perf_counter()
     take_turns()
     run_ours()
-    fitting = int(_SECONDS / (time.perf_counter() - start))
+    turn = time.perf_counter() - start
     for warm_up in times.values():
         warm_up.clear()
-    rounds = _QUICK_ROUNDS if quick else min(max(fitting, _FEWEST), _MOST)
+    fewest = _FEWEST if turn <= _SLOW_SECONDS else _FEWEST_SLOW
+    rounds = _QUICK_ROUNDS if quick else min(max(int(_SECONDS / turn), fewest), _MOST)
     benchmark.pedantic(run_ours, setup=take_turns, rounds=rounds)
     ours.prepare()
     benchmark.extra_info["times"] = {"ours": ours.name, "others": times}

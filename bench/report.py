@@ -17,7 +17,7 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import machine
-from bench.shapes import QUESTIONS, Bar
+from bench.cases import QUESTIONS, Bar
 
 __all__ = ["write"]
 

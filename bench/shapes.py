@@ -1,15 +1,29 @@
-"""The cases: shape, dtype, divergence, and the bars fastkd must reach there, set for two CPU cores.
-
-A bar compares two contenders of a race by name; one without a limit is reported and not judged.
-"""
+"""The cases of every question: shape, dtype, divergence, and the bars fastkd must reach there, set for two CPU cores."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 
+from bench.cases import (
+    CHUNKED,
+    FRESH,
+    IN_PLACE,
+    LARGE,
+    LOSS_ONLY,
+    ONE_GRADIENT,
+    PRODUCTS,
+    SMALL,
+    WIDENED,
+    Bar,
+    Case,
+    beyond_gradients,
+    faster,
+    near,
+    predicted,
+    within,
+)
 from fastkd.divergences import TABLE
 
 __all__ = [
@@ -17,104 +31,11 @@ __all__ = [
     "LOGITS",
     "LOG_SOFTMAX",
     "MEMORY",
-    "QUESTIONS",
+    "PROJECTIONS",
+    "PROJECTION_MEMORY",
     "ROW_STATISTICS",
-    "Bar",
-    "Case",
     "selected",
 ]
-
-FRESH, IN_PLACE, LOSS_ONLY = "fastkd", "fastkd in place", "fastkd loss only"
-ONE_GRADIENT = "one gradient"
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What `ours` must reach against `other`, or on its own where `other` is None."""
-
-    ours: str
-    other: str | None
-    at_least: float | None = None  # other ÷ ours: how many times faster
-    at_most: float | None = None  # ours ÷ other, or ours itself
-    inverse: bool = False  # reported as other ÷ ours; follows from `at_least`
-
-    def measured(self, values: Mapping[str, float]) -> float | None:
-        """The ratio this bar is about, or None where a contender did not run."""
-        if self.ours not in values or (self.other is not None and self.other not in values):
-            return None
-        if self.other is None:
-            return values[self.ours]
-        return values[self.other] / values[self.ours] if self.inverse else values[self.ours] / values[self.other]
-
-    def met(self, measured: float) -> bool | None:
-        """None where there is nothing to meet."""
-        if self.at_least is not None:
-            return measured >= self.at_least
-        return None if self.at_most is None else measured <= self.at_most
-
-
-def faster(ours: str, other: str, times: float | None = None) -> Bar:
-    return Bar(ours, other, at_least=times, inverse=True)
-
-
-def within(ours: str, other: str | None, limit: float | None = None) -> Bar:
-    return Bar(ours, other, at_most=limit)
-
-
-@dataclass(frozen=True)
-class Case:
-    rows: int
-    vocab: int
-    dtype: torch.dtype
-    bars: tuple[Bar, ...]
-    divergence: str = "forward_kl"
-    in_quick: bool = False  # part of `--quick`, with at most 256 rows
-
-    def __str__(self) -> str:
-        name = f"{self.rows}x{self.vocab} {str(self.dtype).removeprefix('torch.')}"
-        return name if self.divergence == "forward_kl" else f"{self.divergence} {name}"
-
-    @property
-    def matrix_bytes(self) -> int:
-        """Of one [rows, vocab] tensor."""
-        return self.rows * self.vocab * self.dtype.itemsize
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a benchmark file asks; `passes` × rows × vocab × bytes per element is its least traffic."""
-
-    title: str
-    passes: int
-    traffic: str
-    unit: str = "ms"
-
-
-QUESTIONS: dict[str, Question] = {
-    "logits": Question(
-        "Forward KL (T = 2) and cross-entropy on logits, forward and backward",
-        3,
-        "Least traffic: read student and teacher, write the gradient: 3·N·V·b",
-    ),
-    "divergences": Question(
-        "The other divergences (T = 2) with cross-entropy, forward and backward",
-        3,
-        "Least traffic: read student and teacher, write the gradient: 3·N·V·b",
-    ),
-    "log_softmax": Question(
-        "log_softmax(z / 2), forward and backward",
-        5,
-        "Least traffic: read z, write the result; read z and the upstream gradient, write the gradient: 5·N·V·b",
-    ),
-    "row_statistics": Question("Row statistics (T = 2)", 1, "Least traffic: read z: N·V·b"),
-    "memory": Question(
-        "Peak memory above the resident inputs, forward and backward, a process each, default allocator",
-        1,
-        "One gradient: N·V·b",
-        unit="MiB",
-    ),
-}
 
 _SHAPES = ((1024, 50257), (256, 50257), (256, 128256))
 _FP32_BARS = (
@@ -142,17 +63,18 @@ _MEMORY_BARS = (
 )
 
 
-def _cases(float32: tuple[Bar, ...], bfloat16: tuple[Bar, ...]) -> tuple[Case, ...]:
+def _cases(question: str, float32: tuple[Bar, ...], bfloat16: tuple[Bar, ...]) -> tuple[Case, ...]:
     return tuple(
-        Case(rows, vocab, dtype, bars, in_quick=(rows, vocab) == (256, 50257))
+        Case(question, rows, vocab, dtype, bars, in_quick=(rows, vocab) == (256, 50257))
         for dtype, bars in ((torch.float32, float32), (torch.bfloat16, bfloat16))
         for rows, vocab in _SHAPES
     )
 
 
-LOGITS = _cases(_FP32_BARS, _BF16_BARS)
+LOGITS = _cases("logits", _FP32_BARS, _BF16_BARS)
 DIVERGENCES = tuple(
     Case(
+        "divergences",
         1024,
         50257,
         torch.float32,
@@ -168,13 +90,70 @@ DIVERGENCES = tuple(
     for name in TABLE
     if name != "forward_kl"
 )
-LOG_SOFTMAX = _cases(_LOG_SOFTMAX_BARS, _LOG_SOFTMAX_BARS)
-ROW_STATISTICS = _cases(_ROW_STATISTICS_BARS, _ROW_STATISTICS_BARS)
+LOG_SOFTMAX = _cases("log_softmax", _LOG_SOFTMAX_BARS, _LOG_SOFTMAX_BARS)
+ROW_STATISTICS = _cases("row_statistics", _ROW_STATISTICS_BARS, _ROW_STATISTICS_BARS)
 MEMORY = (
-    Case(1024, 50257, torch.float32, _MEMORY_BARS, in_quick=True),
-    Case(1024, 50257, torch.bfloat16, _MEMORY_BARS),
-    Case(256, 128256, torch.float32, _MEMORY_BARS),
-    Case(1024, 50257, torch.float32, _MEMORY_BARS, "jsd"),
+    Case("memory", 1024, 50257, torch.float32, _MEMORY_BARS, in_quick=True),
+    Case("memory", 1024, 50257, torch.bfloat16, _MEMORY_BARS),
+    Case("memory", 256, 128256, torch.float32, _MEMORY_BARS),
+    Case("memory", 1024, 50257, torch.float32, _MEMORY_BARS, "jsd"),
+)
+
+
+def _projection_bars(over_products: float) -> tuple[Bar, ...]:
+    return (
+        within(FRESH, PRODUCTS, over_products),
+        faster(FRESH, "eager", 1.4),
+        faster(FRESH, "compile", 1.0),
+        faster(FRESH, CHUNKED, 1.5),
+    )
+
+
+#: (rows, vocab, H of student and teacher) and how near fastkd must come to the bare products
+_FROM_HIDDEN = (
+    (1024, 50257, (256, 768), 1.15),
+    (1024, 50257, (768, 1024), 1.15),
+    (1024, 128256, (256, 768), 1.3),
+)
+_PROJECTION_BF16 = (512, 50257, torch.bfloat16)
+PROJECTIONS = (
+    *(
+        Case("projections", rows, vocab, torch.float32, _projection_bars(over), hidden=hidden, in_quick=number == 0)
+        for number, (rows, vocab, hidden, over) in enumerate(_FROM_HIDDEN)
+    ),
+    Case(
+        "projections",
+        *_PROJECTION_BF16,
+        (within(FRESH, WIDENED, 1.2), faster(FRESH, "eager", 20)),
+        hidden=(256, 768),
+    ),
+)
+
+
+def _budgeted(contender: str, budget: str) -> tuple[Bar, ...]:
+    return within(contender, beyond_gradients(budget), 1.0), near(contender, predicted(contender))
+
+
+_PROJECTION_MEMORY_BARS = (
+    *_budgeted(FRESH, "256 MiB"),
+    *_budgeted(SMALL, "32 MiB"),
+    *(within(name, "gradients") for name in ("eager", "compile", CHUNKED)),
+)
+PROJECTION_MEMORY = (
+    *(
+        Case(
+            "projection_memory",
+            rows,
+            vocab,
+            torch.float32,
+            _PROJECTION_MEMORY_BARS,
+            hidden=hidden,
+            in_quick=number == 0,
+        )
+        for number, (rows, vocab, hidden, _) in enumerate(_FROM_HIDDEN)
+    ),
+    Case("projection_memory", *_PROJECTION_BF16, (near(FRESH, predicted(FRESH)),), hidden=(256, 768)),
+    Case("projection_memory", 8192, 128256, torch.float32, _budgeted(LARGE, "1 GiB"), hidden=(256, 768)),
 )
 
 

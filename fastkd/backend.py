@@ -84,8 +84,8 @@ class Backend(Protocol):
     def log_softmax(self, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
         """Write log softmax(logits / temperature) to `out`; return the normaliser `[rows, 2]` for the backward.
 
-        The normaliser is (M, log2 Z) with softmax = 2^(logits·log2(e)/T − M − log2 Z) and M the row's maximum in that
-        unit: the sum of the two would lose the fraction beside a large offset.
+        The normaliser is the row's maximum and log2 of the sum of exponentials relative to it, in the units of the
+        backend whose backward will read it: the sum of the two would lose the fraction beside a large offset.
         """
         ...
 

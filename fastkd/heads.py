@@ -14,13 +14,10 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.plan import CAST_COLUMNS, Side, Wants
+from fastkd.plan import PRODUCT_COLUMNS, Side, Wants
 from fastkd.sources import Projection
 
 __all__ = ["Head", "side_of"]
-
-#: Columns per product where no cast asks for fewer: the operands' tiles and the result stay in the CPU's caches.
-_PRODUCT_COLUMNS = 8192
 
 
 @functools.cache
@@ -93,7 +90,7 @@ class Head:
         self._slope: Tensor | None = None
         self._weight_met = 0  # columns of the weight gradient that hold something
         if wants.hidden:
-            self._hidden_grad = torch.zeros_like(self.hidden)
+            self._hidden_grad = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=self.hidden.device)
         if wants.weight:
             self._weight_grad = torch.empty(self.weight.shape, dtype=self.result, device=self.weight.device)
             _native.advise_huge_pages(self._weight_grad)
@@ -105,10 +102,11 @@ class Head:
         self._rows = rows
         self._x = self.hidden[rows].to(self.operand)
         self._slope = slope
-        whole = isinstance(rows, slice) and self.hidden.dtype == self.result
         if self.wants.hidden:
-            # In the end one rounding of fp32 sums.
-            self._dx = self._hidden_grad[rows] if whole else torch.empty_like(self._x, dtype=self.result)
+            # The gradient itself where it is in reach and sums may be kept in it, else rounded once in the end.
+            direct = isinstance(rows, slice) and self.hidden.dtype == self.result
+            self._dx = self._hidden_grad[rows] if direct else torch.empty_like(self._x, dtype=self.result)
+            self._direct = direct
 
     def logits(self, columns: slice, out: Tensor | None) -> Tensor:
         """The tokens' logits of these columns, into `out`."""
@@ -154,7 +152,7 @@ class Head:
         if self.wants.hidden:
             if self.scale != 1:
                 self._dx.mul_(self.scale)
-            if self._dx.data_ptr() != self._hidden_grad[self._rows].data_ptr():
+            if not self._direct:
                 self._hidden_grad[self._rows] = self._dx.to(self._hidden_grad.dtype)
 
     def gradients(self, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
@@ -182,7 +180,8 @@ class Head:
         return padded
 
     def _parts(self, columns: slice) -> Iterator[slice]:
-        step = CAST_COLUMNS if self.weight.dtype != self.operand else _PRODUCT_COLUMNS
+        """On the CPU parts of the head's rows that stay in its caches; on a GPU only where they have to be cast."""
+        step = PRODUCT_COLUMNS
         if self.weight.device.type != "cpu" and self.weight.dtype == self.operand:
             step = columns.stop - columns.start
         for start in range(columns.start, columns.stop, step):

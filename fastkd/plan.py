@@ -24,8 +24,8 @@ _DEFAULT_BUDGET = {"cpu": 224 << 20, "cuda": 1 << 30}
 _LEAST_CHUNK = {"cpu": 16, "cuda": 256}
 #: Rows of logits begin at multiples of this many columns: matrix products into odd strides are slower.
 _ALIGNMENT = 16
-#: Columns of a head that are met at a time where its weights must be cast for the product.
-CAST_COLUMNS = 4096
+#: Columns of a head per product: a part of its weights that caches hold, and all that is cast at a time.
+PRODUCT_COLUMNS = 4096
 
 
 class Side(NamedTuple):
@@ -207,7 +207,7 @@ class _Request(NamedTuple):
             hidden += 4 * student.hidden
         state = 128 if tile < self.vocab_size else 0
         casts = [
-            min(CAST_COLUMNS, tile) * side.hidden * side.operand_bytes
+            min(PRODUCT_COLUMNS, tile) * side.hidden * side.operand_bytes
             for side in self.sides
             if side.weight_bytes != side.operand_bytes
         ]

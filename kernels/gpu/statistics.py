@@ -148,7 +148,7 @@ def _write_step(out, logits, at, top, log_total, inverse):
 
 @triton.jit
 def _log_softmax_kernel(
-    rows, out_rows, log_sum_exps, inverse, scale, vocab_size, OUT_ALIGNED: tl.constexpr, BLOCK: tl.constexpr
+    rows, out_rows, normalisers, inverse, scale, vocab_size, OUT_ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     index = tl.program_id(0)
     offset = row_offset(rows, index)
@@ -156,7 +156,8 @@ def _log_softmax_kernel(
     logits = first_vector(rows.pointer, offset, span, True, BLOCK)
     top, total, _, _ = _sweep(logits, span, scale, vocab_size, BLOCK)
     log_total = tl.log(total)
-    tl.store(log_sum_exps + index, top * inverse + log_total)
+    tl.store(normalisers + 2 * index, top)
+    tl.store(normalisers + 2 * index + 1, log_total * LOG2E)
 
     out = first_vector(out_rows.pointer, row_offset(out_rows, index), span, OUT_ALIGNED, BLOCK)
     steps = steps_of(span, BLOCK)
@@ -167,16 +168,19 @@ def _log_softmax_kernel(
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """Write logits/temperature − log-sum-exp to `out`, in its dtype; return the log-sum-exps, fp32 `[rows]`."""
+    """Write logits/temperature − log-sum-exp to `out`, in its dtype; return the normaliser, fp32 `[rows, 2]`.
+
+    That is the row's largest logit and log2 of the sum of exponentials relative to it.
+    """
     count = logits[..., 0].numel()
-    log_sum_exp = torch.empty(count, dtype=torch.float32, device=logits.device)
+    normaliser = torch.empty(count, 2, dtype=torch.float32, device=logits.device)
     if count > 0:
         block = block_for([logits, out], logits.shape[-1])
         with device_of(logits):
             _log_softmax_kernel[(count,)](
                 rows_of(logits),
                 rows_of(out),
-                log_sum_exp,
+                normaliser,
                 1 / temperature,
                 LOG2E.value / temperature,
                 logits.shape[-1],
@@ -184,29 +188,30 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
                 block,
                 **launch_options(block),
             )
-    return log_sum_exp
+    return normaliser
 
 
 @triton.jit
-def _load_pair(upstream, logits, at, log_sum_exp, inverse, POLICY: tl.constexpr):
-    """Upstream gradient and probability, the latter up to a factor, the error of the row's log-sum-exp."""
+def _load_pair(upstream, logits, at, normaliser, scale, POLICY: tl.constexpr):
+    """Upstream gradient and probability."""
+    top, log_total = normaliser
     columns, present = at
     above = tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32)
     x = load_logits(logits, columns, present, POLICY)
-    return above, tl.exp2((x * inverse - log_sum_exp) * LOG2E)
+    return above, tl.exp2((x - finite(top)) * scale - log_total)
 
 
 @triton.jit
-def _sum_step(upstream, logits, at, log_sum_exp, inverse):
-    above, q = _load_pair(upstream, logits, at, log_sum_exp, inverse, "evict_last")
-    return lane_sum(above), lane_sum(q)
-
-
-@triton.jit
-def _backward_step(grad, upstream, logits, at, log_sum_exp, share, inverse):
-    above, q = _load_pair(upstream, logits, at, log_sum_exp, inverse, "evict_first")
+def _sum_step(upstream, at, POLICY: tl.constexpr):
     columns, present = at
-    tl.store(grad + columns, (above - q * share) * inverse, present)
+    return lane_sum(tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32))
+
+
+@triton.jit
+def _backward_step(grad, upstream, logits, at, normaliser, total, inverse, scale):
+    above, q = _load_pair(upstream, logits, at, normaliser, scale, "evict_first")
+    columns, present = at
+    tl.store(grad + columns, (above - q * total) * inverse, present)
 
 
 @triton.jit
@@ -214,15 +219,16 @@ def _log_softmax_backward_kernel(
     upstream_rows,
     rows,
     grad_rows,
-    log_sum_exps,
+    normalisers,
     inverse,
+    scale,
     vocab_size,
     UPSTREAM_ALIGNED: tl.constexpr,
     GRAD_ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
-    log_sum_exp = tl.load(log_sum_exps + index)
+    normaliser = (tl.load(normalisers + 2 * index), tl.load(normalisers + 2 * index + 1))
     offset = row_offset(rows, index)
     span = span_of(rows.pointer, offset, vocab_size, BLOCK)
     logits = first_vector(rows.pointer, offset, span, True, BLOCK)
@@ -230,25 +236,22 @@ def _log_softmax_backward_kernel(
     grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, BLOCK)
 
     above = tl.zeros([BLOCK.threads], tl.float32)
-    total = tl.zeros([BLOCK.threads], tl.float32)
     if BLOCK.edges:
-        above, total = _sum_step(upstream, logits, edge_columns(span, BLOCK), log_sum_exp, inverse)
+        above = _sum_step(upstream, edge_columns(span, BLOCK), "evict_last")
     steps = steps_of(span, BLOCK)
     for step in range(steps):
-        more, heavier = _sum_step(upstream, logits, vector_columns(step, span, BLOCK), log_sum_exp, inverse)
-        above += more
-        total += heavier
-    share = tl.sum(above, 0) / tl.sum(total, 0)
+        above += _sum_step(upstream, vector_columns(step, span, BLOCK), "evict_last")
+    total = tl.sum(above, 0)
 
     for step in range(steps):
         at = vector_columns(steps - 1 - step, span, BLOCK)
-        _backward_step(grad, upstream, logits, at, log_sum_exp, share, inverse)
+        _backward_step(grad, upstream, logits, at, normaliser, total, inverse, scale)
     if BLOCK.edges:
-        _backward_step(grad, upstream, logits, edge_columns(span, BLOCK), log_sum_exp, share, inverse)
+        _backward_step(grad, upstream, logits, edge_columns(span, BLOCK), normaliser, total, inverse, scale)
 
 
 def log_softmax_backward(
-    upstream: Tensor, logits: Tensor, log_sum_exp: Tensor, temperature: float, grad: Tensor
+    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
     """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`; `upstream` `[..., V]` like `logits`."""
     count = logits[..., 0].numel()
@@ -259,8 +262,9 @@ def log_softmax_backward(
                 rows_of(upstream),
                 rows_of(logits),
                 rows_of(grad),
-                log_sum_exp,
+                normaliser,
                 1 / temperature,
+                LOG2E.value / temperature,
                 logits.shape[-1],
                 co_aligned(upstream, logits, block),
                 co_aligned(grad, logits, block),
