@@ -9,9 +9,10 @@ Every case is timed twice, because the first touch of fresh memory dominates eag
 comes, and in a second pytest with `THP_MEM_ALLOC_ENABLE=1` (huge pages for torch's own tensors). Set the
 variable yourself, to 0 or 1, to get that pass alone.
 
-Results land in `results/<machine>/`: the JSON of pytest-benchmark per allocator, `report.md`, and
-`speedups.png` where matplotlib is installed. Part of a run (`-k`, one file) replaces the stored JSON all
-the same; name another with `--benchmark-json=PATH` (one pass, no report) to keep what is there.
+Results land in `results/<machine>/`: the JSON of pytest-benchmark per question and allocator, `report.md`,
+and `speedups.png` where matplotlib is installed. A run of some questions (`-k projections`, one file) replaces
+theirs and keeps the others'; a run of some cases of a question replaces all of it. Name another place with
+`--benchmark-json=PATH` (one pass, no report) to keep what is there.
 
 A contender that computes something wrong fails its test. A bar that is missed does not: the report says
 MISSED.

@@ -6,6 +6,7 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import shapes
+from bench.cases import Case
 from bench.check import Batch
 from bench.contenders import kd_contenders
 from bench.race import race

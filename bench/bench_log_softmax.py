@@ -10,9 +10,9 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals, shapes
+from bench.cases import FRESH, Case
 from bench.contenders import TEMPERATURE, Contender, add_floors
 from bench.race import race
-from bench.cases import FRESH
 
 CASES = shapes.LOG_SOFTMAX
 

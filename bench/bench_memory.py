@@ -8,29 +8,49 @@ import sys
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
+import fastkd
 from bench import machine, rivals, shapes
+from bench.cases import BUDGETS, MIB, ONE_GRADIENT, Case, beyond_gradients, predicted
 from bench.race import describe
-from bench.cases import FRESH, IN_PLACE, LOSS_ONLY, ONE_GRADIENT
 
-CASES = shapes.MEMORY
+CASES = shapes.MEMORY + shapes.PROJECTION_MEMORY
+_ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # beside the gradients
 
 
 def bench_memory(benchmark: BenchmarkFixture, case: Case) -> None:
-    names = [FRESH, IN_PLACE, LOSS_ONLY, "eager", *(["compile"] if rivals.can_compile() else [])]
-    peaks = {ONE_GRADIENT: case.matrix_bytes / shapes.MIB}
+    judged = dict.fromkeys(bar.ours for bar in case.bars)  # every contender has a bar, if only one without a limit
+    names = [name for name in judged if rivals.can_compile() or name != "compile"]
+    peaks = _yardsticks(case, names)
 
     def measure() -> None:
         for name in names:
-            peaks[name] = _peak(name, case) / shapes.MIB
+            peaks[name] = _peak(name, case) / MIB
 
-    describe(benchmark, "memory", case)
+    describe(benchmark, case)
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["peaks"] = peaks
 
 
+def _yardsticks(case: Case, names: list[str]) -> dict[str, float]:
+    """What peaks are compared with, in MiB."""
+    if case.hidden is None:
+        return {ONE_GRADIENT: case.matrix_bytes / MIB}
+    gradients = case.gradient_bytes / MIB
+    found = {"gradients": gradients}
+    for size, mib in _ALLOWANCES.items():
+        if any(bar.other == beyond_gradients(size) for bar in case.bars):
+            found[beyond_gradients(size)] = gradients + mib
+    for name in names:
+        if name in BUDGETS:
+            plan = fastkd.plan(case.rows, case.vocab, *case.hidden, dtype=case.dtype, memory_budget=BUDGETS[name])
+            found[predicted(name)] = plan.peak_bytes / MIB
+    return found
+
+
 def _peak(contender: str, case: Case) -> int:
     """Bytes, from `peak.py`."""
-    arguments = (contender, case.rows, case.vocab, str(case.dtype).removeprefix("torch."), case.divergence)
+    dtype = str(case.dtype).removeprefix("torch.")
+    arguments = (contender, case.rows, case.vocab, dtype, case.divergence, case.hidden)
     child = subprocess.run(
         [sys.executable, "-m", "bench.peak", json.dumps(arguments)],
         cwd=machine.ROOT,

@@ -12,9 +12,9 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals, shapes
+from bench.cases import FRESH, Case
 from bench.contenders import TEMPERATURE, Contender
 from bench.race import race
-from bench.cases import FRESH
 from fastkd import reference
 
 CASES = shapes.ROW_STATISTICS

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pathlib
 import subprocess
 import sys
+import tempfile
 from collections.abc import Generator
 from typing import Any
 
 import pytest
 
-from bench import machine, report, shapes
+from bench import machine, report, shapes, store
 
 #: Peak memory is measured once: it hardly depends on the allocator.
 collect_ignore = [] if machine.allocator() == "default" else ["bench_memory.py"]
 
-_failed: list[str] = []
+_asked: dict[str, str] = {}  # test → its question
+_failed: dict[str, list[str]] = {}  # question → tests
 _STORED = pytest.StashKey[pathlib.Path | None]()  # the folder of this run's results
 _SECOND_PASS = "FASTKD_BENCH_SECOND_PASS"  # set for the pytest that this one starts
 
@@ -34,11 +37,11 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     folder = machine.results() / "quick" if options.quick else machine.results()
     folder.mkdir(parents=True, exist_ok=True)
-    options.benchmark_json = str(folder / f"{machine.allocator()}.json")
+    # One document for the whole pass, cut into questions at its end.
+    scratch = tempfile.TemporaryDirectory(prefix="fastkd-bench-")
+    config.add_cleanup(scratch.cleanup)
+    options.benchmark_json = pathlib.Path(scratch.name) / "pass.json"
     config.stash[_STORED] = folder
-    # A pass in which everything fails stores nothing: what an earlier run left must not stand in for it.
-    for name in report.ALLOCATORS if _both_passes() else (machine.allocator(),):
-        (folder / f"{name}.json").unlink(missing_ok=True)
 
 
 def _both_passes() -> bool:
@@ -56,9 +59,20 @@ def quick(request: pytest.FixtureRequest) -> bool:
     return bool(request.config.option.quick)
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Function) -> None:
+    """A question's first case drops what is stored on it, for every pass that will follow."""
+    question = item.callspec.params["case"].question
+    folder = item.config.stash[_STORED]
+    if folder is not None and question not in _asked.values():
+        for name in store.ALLOCATORS if _both_passes() else (machine.allocator(),):
+            store.drop(folder, question, name)
+    _asked[item.nodeid] = question
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if report.failed:
-        _failed.append(report.nodeid)
+    if report.failed and report.nodeid in _asked:
+        _failed.setdefault(_asked[report.nodeid], []).append(report.nodeid)
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -68,16 +82,16 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
     machine_info["bench"] = machine.facts()
 
 
-def pytest_benchmark_update_json(config: pytest.Config, benchmarks: object, output_json: dict[str, Any]) -> None:
-    output_json["failed"] = list(_failed)
-
-
 @pytest.hookimpl(wrapper=True, tryfirst=True)
 def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     """After pytest's own summary: the pass with huge pages, then the report on both."""
     yield
     folder = session.config.stash[_STORED]
-    if folder is None or session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
+    if folder is None:
+        return
+    if (document := session.config.option.benchmark_json).exists():
+        store.split(json.loads(document.read_text()), _failed, folder, machine.allocator())
+    if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return
     if _both_passes():
         print("\n\nAgain, with huge pages for torch's tensors:", flush=True)
@@ -90,5 +104,5 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
         )
         if second.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if _SECOND_PASS not in os.environ and any(folder.glob("*.json")):
+    if _SECOND_PASS not in os.environ and store.load(folder):
         print(f"\n\n{report.write(folder)}\n\nStored in {folder.relative_to(machine.ROOT)}")

@@ -4,6 +4,8 @@ The peak is Linux's high-water mark of resident memory (VmHWM, reset through /pr
 what was resident before the run: the inputs, torch, and whatever a warm-up left. The warm-up is on a small
 batch, so that a buffer the contender keeps for large ones counts; only compiled code has to be made at the
 real shape. What the warm-up freed is given back to the system first, or a contender could hide in it.
+The matrix library's packing buffers, which it makes at its first large product and keeps, are nobody's: bare
+products come before.
 """
 
 from __future__ import annotations
@@ -18,21 +20,29 @@ import sys
 import torch
 
 from bench.check import Batch
-from bench.contenders import kd_contender
+from bench.contenders import Contender, kd_contender
+from bench.projections import Hidden, products, projection_contender
 from fastkd.divergences import resolve
 
 _PROC = pathlib.Path("/proc/self")
 
 
-def peak_bytes(name: str, rows: int, vocab: int, dtype: torch.dtype, divergence: str) -> int:
+def peak_bytes(
+    name: str, rows: int, vocab: int, dtype: torch.dtype, divergence: str, hidden: tuple[int, int] | None
+) -> int:
     """Of one forward and backward pass of the contender (its forward alone, for the loss-only one)."""
+
+    def contending(rows: int, vocab: int) -> Contender:
+        if hidden is not None:
+            return projection_contender(name, Hidden.random(rows, vocab, hidden, dtype))
+        return kd_contender(name, Batch.random(rows, vocab, dtype), resolve(divergence))
+
     if not (_PROC / "clear_refs").exists():
         raise SystemExit("peak memory is measured through /proc/self/clear_refs, which this system lacks")
-    batch = Batch.random(rows, vocab, dtype)
-    contender = kd_contender(name, batch, resolve(divergence))
-    warm_up = contender
-    if not name.startswith("compile"):
-        warm_up = kd_contender(name, Batch.random(128, 1024, dtype), resolve(divergence))
+    contender = contending(rows, vocab)
+    if hidden is not None:
+        products(Hidden.random(min(rows, 512), vocab, hidden, torch.float32)).run()
+    warm_up = contender if name.startswith("compile") else contending(128, 1024)
     for _ in range(2):
         warm_up.prepare()
         warm_up.run()
@@ -56,5 +66,5 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
-    name, rows, vocab, dtype, divergence = json.loads(sys.argv[1])
-    print(peak_bytes(name, rows, vocab, getattr(torch, dtype), divergence))
+    name, rows, vocab, dtype, divergence, hidden = json.loads(sys.argv[1])
+    print(peak_bytes(name, rows, vocab, getattr(torch, dtype), divergence, hidden and tuple(hidden)))

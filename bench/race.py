@@ -14,8 +14,8 @@ from collections.abc import Sequence
 
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.contenders import Contender
 from bench.cases import QUESTIONS, Case
+from bench.contenders import Contender
 
 __all__ = ["describe", "race"]
 

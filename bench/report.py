@@ -1,12 +1,11 @@
 """From the stored JSON to `report.md` and `speedups.png`: `python -m bench.report [FOLDER]`.
 
-FOLDER holds `default.json` and `huge_pages.json`, one per allocator; by default it is this machine's. Every
+FOLDER holds a JSON file per question and allocator (see `store.py`); by default it is this machine's. Every
 number is a median over rounds, every ratio a ratio of medians; the noise column says how far to trust them.
 """
 
 from __future__ import annotations
 
-import json
 import pathlib
 import statistics
 import sys
@@ -16,19 +15,22 @@ from typing import Any
 
 from tabulate import tabulate
 
-from bench import machine
-from bench.cases import QUESTIONS, Bar
+from bench import machine, store
+from bench.cases import QUESTIONS, Bar, Question
 
 __all__ = ["write"]
 
-ALLOCATORS = ("default", "huge_pages")
 _LEGEND = """\
 Medians over rounds in which the contenders take turns. `fastkd` writes a fresh gradient, `fastkd in place`
 over the logits; `add` is torch.add of student and teacher into fresh memory, `add out=` into memory touched
-before. A ratio `× faster` is the other's time ÷ ours; `÷` is ours ÷ the other's. GB/s: traffic ÷ time of
+before; `products` is the four matrix products alone, `chunked` a loop over 128 tokens at a time. A ratio
+`× faster` is the other's time ÷ ours; `÷` is ours ÷ the other's. GB/s and GFLOP/s: least work ÷ time of
 `fastkd`. Noise: the widest interquartile range of a contender ÷ its median. Error: relative L2 of the
 gradient (row statistics: largest relative) against float64, of `fastkd` and of the first rival. fastkd asks
 for huge pages for its own results under either allocator."""
+
+
+_RATES = {"bytes": "GB/s", "flops": "GFLOP/s"}
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class Result:
     allocator: str
     values: dict[str, float]
     bars: tuple[Bar, ...]
-    bytes: int
+    work: int  # bytes or FLOPs
     errors: dict[str, float]
     noise: float  # the widest interquartile range of a contender ÷ its median
 
@@ -54,10 +56,10 @@ class Result:
 def write(folder: str | pathlib.Path) -> str:
     """Make the report of a folder of results; return its text."""
     folder = pathlib.Path(folder)
-    runs = {name: json.loads(path.read_text()) for name in ALLOCATORS if (path := folder / f"{name}.json").exists()}
+    runs = store.load(folder)
     if not runs:
-        raise SystemExit(f"no default.json or huge_pages.json in {folder}: run pytest bench/ --benchmark-only first")
-    results = [result for name, run in runs.items() for result in _results(name, run)]
+        raise SystemExit(f"no results in {folder}: run pytest bench/ --benchmark-only first")
+    results = [result for (_, allocator), run in runs.items() for result in _results(allocator, run)]
     text = "\n".join(_lines(runs, results))
     (folder / "report.md").write_text(text + "\n")
     _plot(results, folder / "speedups.png")
@@ -75,7 +77,8 @@ def _results(allocator: str, run: dict[str, Any]) -> Iterator[Result]:
             values = {name: 1e3 * statistics.median(samples) for name, samples in times.items()}
             noise = max(map(_spread, times.values()))
         errors = {name: error for name, error in extra.get("errors", {}).items() if error is not None}
-        yield Result(extra["question"], extra["case"], allocator, values, bars, extra["bytes"], errors, noise)
+        work = extra[QUESTIONS[extra["question"]].measure]
+        yield Result(extra["question"], extra["case"], allocator, values, bars, work, errors, noise)
 
 
 def _spread(samples: list[float]) -> float:
@@ -83,10 +86,12 @@ def _spread(samples: list[float]) -> float:
     return (high - low) / middle
 
 
-def _lines(runs: dict[str, Any], results: list[Result]) -> Iterator[str]:
+def _lines(runs: dict[tuple[str, str], Any], results: list[Result]) -> Iterator[str]:
     yield "# Benchmark results\n"
-    for name, run in runs.items():
-        yield f"- {_machine_line(name, run)}"
+    covered: dict[str, list[str]] = {}
+    for (question, allocator), run in runs.items():
+        covered.setdefault(_machine_line(allocator, run), []).append(question)
+    yield from (f"- {', '.join(questions)}: {line}" for line, questions in covered.items())
     judged = [
         (met, f"{_title(result)}: {_head(bar)}: {_verdict(bar, measured, met, QUESTIONS[result.question].unit)}")
         for result in results
@@ -96,7 +101,7 @@ def _lines(runs: dict[str, Any], results: list[Result]) -> Iterator[str]:
     missed = [line for met, line in judged if not met]
     yield f"\n{len(judged) - len(missed)} of {len(judged)} bars met." + (" MISSED:" if missed else "")
     yield from (f"- {line}" for line in missed)
-    failed = [f"{test} ({name})" for name, run in runs.items() for test in run["failed"]]
+    failed = [f"{test} ({allocator})" for (_, allocator), run in runs.items() for test in run["failed"]]
     if failed:
         yield f"\n{len(failed)} FAILED, a contender being wrong or not running; they are in no table:"
         yield from (f"- {line}" for line in failed)
@@ -104,8 +109,8 @@ def _lines(runs: dict[str, Any], results: list[Result]) -> Iterator[str]:
     for name, question in QUESTIONS.items():
         mine = [result for result in results if result.question == name]
         if mine:
-            yield f"\n## {question.title}\n\n{question.traffic} bytes. Unit: {question.unit}.\n"
-            yield _table(mine, question.unit)
+            yield f"\n## {question.title}\n\n{question.least}. Unit: {question.unit}.\n"
+            yield _table(mine, question)
 
 
 def _machine_line(name: str, run: dict[str, Any]) -> str:
@@ -123,7 +128,8 @@ def _title(result: Result) -> str:
     return f"{result.question}, {result.case}, {result.allocator}"
 
 
-def _table(results: list[Result], unit: str) -> str:
+def _table(results: list[Result], question: Question) -> str:
+    unit = question.unit
     contenders = _in_order(name for result in results for name in result.values)
     heads = _in_order(_head(bar) for result in results for bar in result.bars)
     timed = unit == "ms"
@@ -137,12 +143,13 @@ def _table(results: list[Result], unit: str) -> str:
             ours = contenders[0]
             rival = next((name for name in result.errors if not name.startswith("fastkd")), "")
             row += [
-                f"{result.bytes / result.values[ours] / 1e6:.1f}",
+                f"{result.work / result.values[ours] / 1e6:.1f}",
                 f"{result.noise:.0%}",
                 " / ".join(f"{result.errors[name]:.0e}" for name in (ours, rival) if name in result.errors),
             ]
         rows.append(row)
-    columns = ["case", "allocator", *contenders, *heads, *(["GB/s", "noise", "error"] if timed else [])]
+    last = [_RATES[question.measure], "noise", "error"] if timed else []
+    columns = ["case", "allocator", *contenders, *heads, *last]
     return str(tabulate(rows, columns, tablefmt="github", disable_numparse=True))
 
 
@@ -164,7 +171,10 @@ def _verdict(bar: Bar, measured: float, met: bool | None, unit: str) -> str:
     mark = f" {unit}" if bar.other is None else "×"
     if met is None:
         return f"{measured:.2f}{mark}"
-    limit = f"≥ {bar.at_least:g}" if bar.at_least is not None else f"≤ {bar.at_most:g}"
+    if bar.at_least is None:
+        limit = f"≤ {bar.at_most:g}"
+    else:
+        limit = f"≥ {bar.at_least:g}" if bar.at_most is None else f"{bar.at_least:g} … {bar.at_most:g}"
     return f"{measured:.2f}{mark} ({limit}) {'met' if met else 'MISSED'}"
 
 
@@ -196,7 +206,7 @@ def _plot(results: list[Result], path: pathlib.Path) -> None:
                 if bar.inverse and bar.other == rival
             ]
             times, places = [x for x, _ in points], [y for _, y in points]
-            panel.scatter(times, places, color=f"C{number}", marker="osD^v"[number % 5], label=rival)
+            panel.scatter(times, places, color=f"C{number}", marker="osD^vP"[number % 6], label=rival)
         panel.axvline(1, color="black", linewidth=1)
         panel.set(xscale="log", title=f"allocator: {allocator}", xlabel="times faster than (left of 1: slower)")
         panel.grid(alpha=0.3)

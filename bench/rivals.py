@@ -19,9 +19,21 @@ from torch import Tensor
 
 from fastkd.divergences import Divergence
 
-__all__ = ["RECIPES", "can_compile", "compiled", "kd_loss", "kd_loss_fp32", "log_softmax", "row_statistics"]
+__all__ = [
+    "RECIPES",
+    "can_compile",
+    "chunked",
+    "compiled",
+    "from_hidden",
+    "kd_loss",
+    "kd_loss_fp32",
+    "log_softmax",
+    "row_statistics",
+]
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+#: `(student hidden [N, H], student weight [V, H], teacher's two, labels [N])` → mean over rows
+HiddenLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 _kl = functools.partial(F.kl_div, reduction="batchmean", log_target=True)  # _kl(log q, log p) = KL(p ‖ q)
 
 
@@ -96,6 +108,35 @@ def kd_loss_fp32(divergence: Divergence, temperature: float) -> Loss:
     """The same with low-precision logits widened first: slower, and right."""
     loss = kd_loss(divergence, temperature)
     return lambda student, teacher, labels: loss(student.float(), teacher.float(), labels)
+
+
+def from_hidden(loss: Loss) -> HiddenLoss:
+    """Both logits as a whole, then the loss."""
+
+    def projected(hidden: Tensor, weight: Tensor, above: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        return loss(hidden @ weight.T, above @ head.T, labels)
+
+    return projected
+
+
+def chunked(loss: Loss, tokens: int = 128) -> HiddenLoss:
+    """A loop over tokens that keeps the logits of one chunk at a time; sets the gradients itself, needs no backward."""
+    projected = from_hidden(loss)
+
+    def loop(hidden: Tensor, weight: Tensor, above: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+        total = torch.zeros(())
+        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
+        for start in range(0, len(hidden), tokens):
+            rows = slice(start, start + tokens)
+            chunk = hidden[rows].detach().requires_grad_()
+            share = projected(chunk, weight, above[rows], head, labels[rows]) * (len(chunk) / len(hidden))
+            d_hidden[rows], part = torch.autograd.grad(share, (chunk, weight))
+            d_weight += part
+            total += share.detach()
+        hidden.grad, weight.grad = d_hidden, d_weight
+        return total
+
+    return loop
 
 
 def log_softmax(logits: Tensor, temperature: float) -> Tensor:

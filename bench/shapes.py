@@ -1,4 +1,4 @@
-"""The cases of every question: shape, dtype, divergence, and the bars fastkd must reach there, set for two CPU cores."""
+"""The cases of every question: shape, dtype, divergence, and the bars fastkd must reach, set for two CPU cores."""
 
 from __future__ import annotations
 

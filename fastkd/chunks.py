@@ -116,7 +116,6 @@ class _Loop:
             self.teacher = Head(teacher, call.vocab_size, call.autocast, Wants(False, False, False))
         elif teacher is not None:
             self.teacher = _Logits(teacher, None)
-        self.divisor = self._keep_in_range()
         self._allocate()
 
     def _live_rows(self, count: int) -> Rows:
@@ -143,22 +142,6 @@ class _Loop:
             own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
             tiles_allowed=hasattr(self.backend, "tile_state"),
         )
-
-    def _keep_in_range(self) -> Tensor | None:
-        """A power of two that makes the largest scale about 1, and the gradients' divisor for it.
-
-        fp16 ends at 6e-8, and a mean over many tokens would put the gradients of the logits below it.
-        """
-        if not (isinstance(self.student, Head) and self.student.operand == torch.float16):
-            return None
-        scales = [scale.abs().max() for scale in (self.soft_scale, self.hard_scale) if scale is not None]
-        if not scales or scales[0].numel() == 0:
-            return None
-        _, exponent = torch.frexp(torch.stack(scales).max())
-        factor = torch.ldexp(torch.ones_like(scales[0]), -exponent)
-        self.soft_scale = None if self.soft_scale is None else self.soft_scale * factor
-        self.hard_scale = None if self.hard_scale is None else self.hard_scale * factor
-        return factor
 
     def _allocate(self) -> None:
         def buffer(side: Head | _Logits | None, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
@@ -226,7 +209,7 @@ class _Loop:
 
     def gradients(self) -> Gradients:
         if isinstance(self.student, Head):
-            return Gradients(*self.student.gradients(self.divisor))
+            return Gradients(*self.student.gradients())
         return Gradients()
 
 

@@ -155,24 +155,21 @@ class Head:
             if not self._direct:
                 self._hidden_grad[self._rows] = self._dx.to(self._hidden_grad.dtype)
 
-    def gradients(self, divisor: Tensor | None) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden states, weight and bias, shaped and rounded like them, divided by `divisor`."""
+    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Of hidden states, weight and bias, shaped and rounded like them."""
         source = self._projection
-        hidden = self._hidden_grad.view(source.hidden.shape) if self.wants.hidden else None
         return (
-            hidden if hidden is None or divisor is None else hidden.div_(divisor),
-            self._completed(self._weight_grad, source.weight, divisor) if self.wants.weight else None,
-            self._completed(self._bias_grad, source.bias, divisor) if self.wants.bias else None,
+            self._hidden_grad.view(source.hidden.shape) if self.wants.hidden else None,
+            self._completed(self._weight_grad, source.weight) if self.wants.weight else None,
+            self._completed(self._bias_grad, source.bias) if self.wants.bias else None,
         )
 
-    def _completed(self, grad: Tensor, parameter: Tensor | None, divisor: Tensor | None) -> Tensor:
+    def _completed(self, grad: Tensor, parameter: Tensor | None) -> Tensor:
         assert parameter is not None
-        if self.wants.weight and self._weight_met == 0 and grad.dim() == 2:
+        if grad.dim() == 2 and self._weight_met == 0:
             grad.zero_()  # no token was met
         if self.scale != 1:
             grad.mul_(self.scale)
-        if divisor is not None:
-            grad.div_(divisor)
         if len(grad) == len(parameter):
             return grad.to(parameter.dtype)
         padded = torch.zeros_like(parameter)

@@ -295,10 +295,10 @@ class _InPlace(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        loss, soft, hard = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
+        loss, soft, hard, factor = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
         torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student)
+        ctx.save_for_backward(student, factor)
         ctx.mark_non_differentiable(soft, hard)
         ctx.set_materialize_grads(False)
         return loss, soft, hard
@@ -306,9 +306,9 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, None]:
         ops.refuse_double_backward()
-        (student,) = ctx.saved_tensors
+        student, factor = ctx.saved_tensors
         upstream = upstreams[0]
-        return (None if upstream is None else ops.scale_saved(student.detach(), upstream)), None
+        return (None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)), None
 
 
 def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None) -> tuple[float, float]:

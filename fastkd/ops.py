@@ -34,9 +34,9 @@ __all__ = ["RowLayout", "row_layout"]
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
     f"kd_loss(Tensor student, {SCHEMA}, bool[] wants) "
-    "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias)"
+    "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias, Tensor factor)"
 )
-_library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard)")
+_library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
 _library.define(f"kd_rows(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
 _library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
 _library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
@@ -128,28 +128,50 @@ def _weighted_rows(call: Call, soft: Tensor, hard: Tensor) -> Tensor:
     return rows
 
 
-def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _in_range(call: Call) -> tuple[Call, Tensor]:
+    """The call with gradients that many times as large, a power of two; absent where no gradient is rounded to fp16.
+
+    fp16 ends at 6e-8, and a mean over many tokens puts the gradients of logits below it. Loss scaling is no help: it
+    comes with the upstream gradient, after the rounding. The backward divides by the factor and multiplies by that.
+    """
+    scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
+    if not _rounds_to_fp16(call) or not scales or scales[0].numel() == 0:
+        return call, call.student.new_empty(0, dtype=torch.float32)
+    _, exponent = torch.frexp(torch.stack(scales).abs().max())
+    factor = torch.ldexp(torch.ones_like(scales[0][0]), -exponent)
+    soft_scale, hard_scale = (None if x is None else x * factor for x in (call.soft_scale, call.hard_scale))
+    return call._replace(soft_scale=soft_scale, hard_scale=hard_scale), factor
+
+
+def _rounds_to_fp16(call: Call) -> bool:
+    tensors = call.student, call.student_weight, call.student_bias
+    return call.autocast == torch.float16 or any(x is not None and x.dtype == torch.float16 for x in tensors)
+
+
+def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     *fields, wants_ = arguments
     call, wants = Call(*fields), Wants(*wants_)
     grad = None
     if call.student_weight is None and wants.hidden:
         grad = _empty_like_rows(call.student) if call.on_logits else torch.zeros_like(call.student)
-    soft, hard, gradients = _compute(call, grad, wants)
+    scaled, factor = _in_range(call)
+    soft, hard, gradients = _compute(scaled, grad, wants)
     loss = _weighted_rows(call, soft, hard).sum()
     grads = [grad if grad is not None else gradients.student, gradients.weight, gradients.bias]
     student, weight, bias = (call.student.new_empty(0) if x is None else x for x in grads)
-    return loss, soft, hard, student, weight, bias
+    return loss, soft, hard, student, weight, bias, factor
 
 
-def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     call = Call(*arguments)
-    soft, hard, _ = _compute(call, call.student, Wants(True, False, False))
+    scaled, factor = _in_range(call)
+    soft, hard, _ = _compute(scaled, call.student, Wants(True, False, False))
     if not call.on_logits:  # the kernels saw neither masked rows nor padding
         scales = [scale != 0 for scale in (call.soft_scale, call.hard_scale) if scale is not None]
         live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
         call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
         call.student[..., call.vocab_size :] = 0
-    return _weighted_rows(call, soft, hard).sum(), soft, hard
+    return _weighted_rows(call, soft, hard).sum(), soft, hard, factor
 
 
 def _kd_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,20 +191,27 @@ def _fake_rows(tensor: Tensor) -> Tensor:
     return tensor.new_empty((rows,), dtype=_row_dtype(tensor))
 
 
-def _fake_kd_loss(
-    student: Tensor, weight: Tensor | None, bias: Tensor | None, *arguments: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    wants = arguments[-1]
+def _fake_factor(call: Call) -> Tensor:
+    absent = not _rounds_to_fp16(call) or (call.soft_scale is None and call.hard_scale is None)
+    return _fake_rows(call.student).new_empty((0,) if absent else (), dtype=torch.float32)
+
+
+def _fake_kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *fields, wants = arguments
+    call = Call(*fields)
+    student = call.student
     grad, grad_weight, grad_bias = (
         student.new_empty(0) if not wanted or tensor is None else tensor.new_empty(tensor.shape)
-        for tensor, wanted in zip((student, weight, bias), wants, strict=True)
+        for tensor, wanted in zip((student, call.student_weight, call.student_bias), wants, strict=True)
     )
-    scalar = _fake_rows(student).new_empty(())
-    return scalar, _fake_rows(student), _fake_rows(student), grad, grad_weight, grad_bias
+    loss, soft, hard, factor = _fake_kd_loss_in_place(*fields)
+    return loss, soft, hard, grad, grad_weight, grad_bias, factor
 
 
-def _fake_kd_loss_in_place(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_rows(student).new_empty(()), _fake_rows(student), _fake_rows(student)
+def _fake_kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    call = Call(*arguments)
+    rows = _fake_rows(call.student)
+    return rows.new_empty(()), rows, _fake_rows(call.student), _fake_factor(call)
 
 
 def _fake_kd_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,14 +229,16 @@ def refuse_double_backward() -> None:
         raise RuntimeError("fastkd losses have no double backward: call backward without create_graph=True")
 
 
-def scale_saved(grad: Tensor, upstream: Tensor) -> Tensor:
-    """The gradient saved in the forward pass times the scalar upstream gradient.
+def scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
+    """The gradient saved in the forward pass, less the factor that kept it in range, times the upstream scalar.
 
     A tensor of its own whenever the graph is kept: scaling the saved one would make a second backward silently wrong,
     handing it out would let that backward change it. If the graph is about to be freed nobody else can see it, and no
     second tensor of its size is allocated.
     """
     traced = type(upstream) is not Tensor
+    if factor.numel() > 0:
+        upstream = upstream / factor
     if traced or _keeps_graph():
         return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else grad * upstream
     if upstream.device.type == "cpu" and upstream.item() == 1:
@@ -230,9 +261,10 @@ def _setup_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _backward_kd_loss(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     refuse_double_backward()
+    *saved, factor = ctx.saved_tensors
     grads = [
-        scale_saved(grad, upstream) if wanted and upstream is not None else None
-        for grad, wanted in zip(ctx.saved_tensors, ctx.wants, strict=True)
+        scale_saved(grad, upstream, factor) if wanted and upstream is not None else None
+        for grad, wanted in zip(saved, ctx.wants, strict=True)
     ]
     return (*grads, *[None] * (_INPUTS + 1 - len(grads)))
 
@@ -254,8 +286,10 @@ def _backward_kd_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
         hard_scale=None if call.hard_scale is None else call.hard_scale * upstream,
     )
     wants = list(ctx.needs_input_grad[:3])
-    grads = torch.ops.fastkd.kd_loss(*call, wants)[3:]
-    return (*(grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)), *[None] * (_INPUTS - 3))
+    *saved, factor = torch.ops.fastkd.kd_loss(*call, wants)[3:]
+    one = upstream.new_ones(())
+    grads = [scale_saved(grad, one, factor) if wanted else None for grad, wanted in zip(saved, wants, strict=True)]
+    return (*grads, *[None] * (_INPUTS - len(grads)))
 
 
 # --- log-softmax and statistics ---------------------------------------------------------------------------------

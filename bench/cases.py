@@ -1,0 +1,165 @@
+"""What is asked, on which inputs, and what is to be reached: `Question`, `Case`, `Bar`.
+
+A bar compares two contenders of a race by name; one without a limit is reported and not judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+__all__ = ["BUDGETS", "MIB", "QUESTIONS", "Bar", "Case", "Question", "faster", "near", "within"]
+
+FRESH, IN_PLACE, LOSS_ONLY = "fastkd", "fastkd in place", "fastkd loss only"
+ONE_GRADIENT = "one gradient"
+CHUNKED, PRODUCTS, WIDENED = "chunked", "products", "fastkd fp32"
+SMALL, LARGE = "fastkd 32 MiB", "fastkd 1 GiB"
+MIB = 2**20
+#: Contenders given hidden states → their `memory_budget`; None is the default one.
+BUDGETS: dict[str, int | None] = {FRESH: None, WIDENED: None, SMALL: 32 * MIB, LARGE: 1024 * MIB}
+
+
+def beyond_gradients(budget: str) -> str:
+    """What a contender with this much working memory may need."""
+    return f"gradients + {budget}"
+
+
+def predicted(contender: str) -> str:
+    """What `fastkd.plan` says it will need."""
+    return contender.replace(FRESH, "predicted", 1)
+
+
+@dataclass(frozen=True)
+class Bar:
+    """What `ours` must reach against `other`, or on its own where `other` is None."""
+
+    ours: str
+    other: str | None
+    at_least: float | None = None
+    at_most: float | None = None
+    inverse: bool = False  # about other ÷ ours, how many times faster, rather than ours ÷ other or ours itself
+
+    def measured(self, values: Mapping[str, float]) -> float | None:
+        """The ratio this bar is about, or None where a contender did not run."""
+        if self.ours not in values or (self.other is not None and self.other not in values):
+            return None
+        if self.other is None:
+            return values[self.ours]
+        return values[self.other] / values[self.ours] if self.inverse else values[self.ours] / values[self.other]
+
+    def met(self, measured: float) -> bool | None:
+        """None where there is nothing to meet."""
+        if self.at_least is None and self.at_most is None:
+            return None
+        return (self.at_least is None or measured >= self.at_least) and (
+            self.at_most is None or measured <= self.at_most
+        )
+
+
+def faster(ours: str, other: str, times: float | None = None) -> Bar:
+    return Bar(ours, other, at_least=times, inverse=True)
+
+
+def within(ours: str, other: str | None, limit: float | None = None) -> Bar:
+    return Bar(ours, other, at_most=limit)
+
+
+def near(ours: str, other: str) -> Bar:
+    return Bar(ours, other, at_least=0.9, at_most=1.1)
+
+
+@dataclass(frozen=True)
+class Case:
+    question: str
+    rows: int
+    vocab: int
+    dtype: torch.dtype
+    bars: tuple[Bar, ...]
+    divergence: str = "forward_kl"
+    hidden: tuple[int, int] | None = None  # H of student and teacher, where logits come from hidden states
+    in_quick: bool = False  # part of `--quick`, with at most 256 rows
+
+    def __str__(self) -> str:
+        name = f"{self.rows}x{self.vocab} {str(self.dtype).removeprefix('torch.')}"
+        if self.hidden is not None:
+            name += f" hidden {self.hidden[0]}/{self.hidden[1]}"
+        return name if self.divergence == "forward_kl" else f"{self.divergence} {name}"
+
+    @property
+    def matrix_bytes(self) -> int:
+        """Of one [rows, vocab] tensor."""
+        return self.rows * self.vocab * self.dtype.itemsize
+
+    @property
+    def gradient_bytes(self) -> int:
+        """Of d hidden and d weight together."""
+        assert self.hidden is not None
+        return (self.rows + self.vocab) * self.hidden[0] * self.dtype.itemsize
+
+    @property
+    def flops(self) -> int:
+        """Of the four matrix products: both logits, d hidden, d weight."""
+        assert self.hidden is not None
+        student, teacher = self.hidden
+        return 2 * self.rows * self.vocab * (3 * student + teacher)
+
+    @property
+    def work(self) -> int:
+        """The least this case takes, in the measure of its question."""
+        question = QUESTIONS[self.question]
+        return self.flops if question.measure == "flops" else question.passes * self.matrix_bytes
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a benchmark file asks, and the least work it takes.
+
+    That is `passes` × rows × vocab × bytes per element, or a case's FLOPs.
+    """
+
+    title: str
+    passes: int
+    least: str
+    unit: str = "ms"
+    measure: Literal["bytes", "flops"] = "bytes"
+
+
+QUESTIONS: dict[str, Question] = {
+    "logits": Question(
+        "Forward KL (T = 2) and cross-entropy on logits, forward and backward",
+        3,
+        "Least traffic: read student and teacher, write the gradient: 3·N·V·b bytes",
+    ),
+    "divergences": Question(
+        "The other divergences (T = 2) with cross-entropy, forward and backward",
+        3,
+        "Least traffic: read student and teacher, write the gradient: 3·N·V·b bytes",
+    ),
+    "log_softmax": Question(
+        "log_softmax(z / 2), forward and backward",
+        5,
+        "Least traffic: read z, write the result; read z and the upstream gradient, write the gradient: 5·N·V·b bytes",
+    ),
+    "row_statistics": Question("Row statistics (T = 2)", 1, "Least traffic: read z: N·V·b bytes"),
+    "memory": Question(
+        "Peak memory above the resident inputs, forward and backward, a process each, default allocator",
+        1,
+        "One gradient: N·V·b bytes",
+        unit="MiB",
+    ),
+    "projections": Question(
+        "From hidden states to forward KL (T = 2) and cross-entropy, d hidden and d weight included",
+        0,
+        "Matrix products: 2·N·V·(3·H of the student + H of the teacher) FLOPs",
+        measure="flops",
+    ),
+    "projection_memory": Question(
+        "Peak memory above the resident inputs, from hidden states to loss and gradients, default allocator",
+        1,
+        "Gradients: (N + V)·H·b bytes. Predicted: `fastkd.plan(...).peak_bytes`",
+        unit="MiB",
+    ),
+}
