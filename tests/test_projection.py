@@ -14,11 +14,18 @@ from torch import Tensor
 import fastkd
 from fastkd import heads
 from fastkd.divergences import TABLE, Divergence
+from fastkd.plan import _LEAST_CHUNK
 from fastkd.sources import Source
 from tests import cases, compare
 
 N, V, H, H_TEACHER = 23, 1100, 16, 24
 WHOLE, FEW, TILES = None, 250_000, 200_000  # budgets, as the plans below confirm
+
+
+@pytest.fixture(autouse=True)
+def _few_tokens_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of as few tokens as are tested here would be too slow to be planned."""
+    monkeypatch.setitem(_LEAST_CHUNK, "cpu", 16)
 
 
 def test_the_budgets_here_select_what_they_are_for() -> None:

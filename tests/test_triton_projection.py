@@ -14,6 +14,7 @@ from torch import Tensor
 import fastkd
 from fastkd import chunks, heads
 from fastkd.kernels import gpu
+from fastkd.plan import _LEAST_CHUNK
 from tests import cases, compare
 from tests.test_projection import FEW, TILES, H, from_projections, judge, operands, truth_and_eager
 from tests.triton_interpreter import interpreted
@@ -32,6 +33,7 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
         exact = a.float() @ b.float()
         out.copy_(out + exact if accumulate else exact)
 
+    monkeypatch.setitem(_LEAST_CHUNK, "cpu", 16)
     monkeypatch.setattr(heads, "operand_dtype", lambda projection, autocast: operand)
     monkeypatch.setattr(heads, "_product", product)
     monkeypatch.setattr(chunks, "select", lambda tensor: gpu)
