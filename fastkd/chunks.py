@@ -20,9 +20,9 @@ from fastkd import _native
 from fastkd.backend import Tile, select
 from fastkd.call import Call
 from fastkd.divergences import TABLE
-from fastkd.heads import Head, side_of
-from fastkd.plan import Plan, Wants, padded, plan_for
-from fastkd.sources import Projection, Source
+from fastkd.heads import Head
+from fastkd.plan import NOTHING, Plan, Wants, padded, plan_for
+from fastkd.sources import Projection
 
 __all__ = ["Gradients", "kd_rows"]
 
@@ -105,7 +105,6 @@ class _Loop:
         dtype = torch.float64 if call.student.dtype == torch.float64 else torch.float32
         self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=self.device) for _ in range(2))
         self.live = self._live_rows(count)
-        self.plan = self._plan(student, teacher, call)
         self.student: Head | _Logits
         self.teacher: Head | _Logits | None = None
         if isinstance(student, Projection):
@@ -113,9 +112,10 @@ class _Loop:
         else:
             self.student = _Logits(student, grad)
         if isinstance(teacher, Projection):
-            self.teacher = Head(teacher, call.vocab_size, call.autocast, Wants(False, False, False))
+            self.teacher = Head(teacher, call.vocab_size, call.autocast, NOTHING)
         elif teacher is not None:
             self.teacher = _Logits(teacher, None)
+        self.plan = self._plan(call)
         self._allocate()
 
     def _live_rows(self, count: int) -> Rows:
@@ -126,15 +126,13 @@ class _Loop:
         live = torch.stack([scale != 0 for scale in scales]).any(0).nonzero()[:, 0]
         return slice(0, count) if len(live) == count else live
 
-    def _plan(self, student: Source, teacher: Source | None, call: Call) -> Plan:
-        student_side, teacher_side = (
-            side_of(side, call.autocast) if isinstance(side, Projection) else None for side in (student, teacher)
-        )
+    def _plan(self, call: Call) -> Plan:
+        student, teacher = (side.side if isinstance(side, Head) else None for side in (self.student, self.teacher))
         return plan_for(
             max(_count(self.live), 1),
             call.vocab_size,
-            student_side,
-            teacher_side,
+            student,
+            teacher,
             self.wants,
             TABLE[call.divergence](*call.parameters),
             self.device,

@@ -17,7 +17,7 @@ from fastkd import _native
 from fastkd.plan import PRODUCT_COLUMNS, Side, Wants
 from fastkd.sources import Projection
 
-__all__ = ["Head", "side_of"]
+__all__ = ["Head", "autocast_dtype", "kept_dtype"]
 
 
 @functools.cache
@@ -47,15 +47,17 @@ def operand_dtype(projection: Projection, autocast: torch.dtype | None) -> torch
     return narrow
 
 
-def side_of(projection: Projection, autocast: torch.dtype | None) -> Side:
-    """What the planner needs to know of a projection."""
-    return Side(
-        hidden=projection.hidden.shape[-1],
-        hidden_bytes=projection.hidden.dtype.itemsize,
-        weight_bytes=projection.weight.dtype.itemsize,
-        operand_bytes=operand_dtype(projection, autocast).itemsize,
-        softcap=projection.softcap is not None,
-    )
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How a parameter's gradient is kept between forward and backward: as the parameter, but fp16 in fp32.
+
+    Sums over tokens may leave the range of fp16 on either side until the upstream gradient has scaled them.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype products are asked for in here, or None."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
@@ -85,12 +87,20 @@ class Head:
         self.operand = operand_dtype(projection, autocast)
         self.result = torch.float64 if self.operand == torch.float64 else torch.float32
         self.wants = wants
+        self.side = Side(
+            hidden=self.hidden.shape[1],
+            hidden_bytes=self.hidden.dtype.itemsize,
+            weight_bytes=self.weight.dtype.itemsize,
+            operand_bytes=self.operand.itemsize,
+            softcap=self.softcap is not None,
+        )
         self._projection = projection
         self._x = self.hidden[:0]
         self._slope: Tensor | None = None
         self._weight_met = 0  # columns of the weight gradient that hold something
         if wants.hidden:
-            self._hidden_grad = torch.zeros(self.hidden.shape, dtype=self.hidden.dtype, device=self.hidden.device)
+            kept = kept_dtype(self.hidden.dtype)
+            self._hidden_grad = torch.zeros(self.hidden.shape, dtype=kept, device=self.hidden.device)
         if wants.weight:
             self._weight_grad = torch.empty(self.weight.shape, dtype=self.result, device=self.weight.device)
             _native.advise_huge_pages(self._weight_grad)
@@ -104,7 +114,7 @@ class Head:
         self._slope = slope
         if self.wants.hidden:
             # The gradient itself where it is in reach and sums may be kept in it, else rounded once in the end.
-            direct = isinstance(rows, slice) and self.hidden.dtype == self.result
+            direct = isinstance(rows, slice) and self._hidden_grad.dtype == self.result
             self._dx = self._hidden_grad[rows] if direct else torch.empty_like(self._x, dtype=self.result)
             self._direct = direct
 
@@ -156,7 +166,7 @@ class Head:
                 self._hidden_grad[self._rows] = self._dx.to(self._hidden_grad.dtype)
 
     def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Of hidden states, weight and bias, shaped and rounded like them."""
+        """Of hidden states, weight and bias, shaped like them, in the dtype they are kept in."""
         source = self._projection
         return (
             self._hidden_grad.view(source.hidden.shape) if self.wants.hidden else None,
@@ -170,9 +180,10 @@ class Head:
             grad.zero_()  # no token was met
         if self.scale != 1:
             grad.mul_(self.scale)
+        kept = kept_dtype(parameter.dtype)
         if len(grad) == len(parameter):
-            return grad.to(parameter.dtype)
-        padded = torch.zeros_like(parameter)
+            return grad.to(kept)
+        padded = torch.zeros_like(parameter, dtype=kept)
         padded[: len(grad)] = grad
         return padded
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from fastkd import ops, sources
 from fastkd.call import source_arguments
 from fastkd.divergences import Divergence, resolve
+from fastkd.heads import autocast_dtype
 from fastkd.sources import Source
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -143,7 +144,6 @@ class KDLoss(nn.Module):
         student_tensors, student_head = source_arguments(student)
         frozen = teacher.detach() if want_soft and teacher is not None else None
         teacher_tensors, teacher_head = source_arguments(frozen)
-        device = student.device.type
         arguments = (
             *student_tensors[1:],
             *teacher_tensors,
@@ -159,7 +159,7 @@ class KDLoss(nn.Module):
             float(self.soft_weight * t2),
             float(self.hard_weight),
             vocab_size,
-            torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
+            autocast_dtype(student.device),
             None if self.memory_budget is None else int(self.memory_budget),
         )
         loss, soft, hard = self._run(student_tensors, arguments)

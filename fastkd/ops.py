@@ -27,7 +27,8 @@ from torch import Tensor
 from fastkd import _native, chunks
 from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
-from fastkd.plan import Wants
+from fastkd.heads import kept_dtype
+from fastkd.plan import NOTHING, Wants
 
 __all__ = ["RowLayout", "row_layout"]
 
@@ -176,7 +177,7 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 def _kd_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*arguments)
-    soft, hard, _ = _compute(call, None, Wants(False, False, False))
+    soft, hard, _ = _compute(call, None, NOTHING)
     return _weighted_rows(call, soft, hard), soft, hard
 
 
@@ -201,7 +202,11 @@ def _fake_kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tens
     call = Call(*fields)
     student = call.student
     grad, grad_weight, grad_bias = (
-        student.new_empty(0) if not wanted or tensor is None else tensor.new_empty(tensor.shape)
+        student.new_empty(0)
+        if not wanted or tensor is None
+        else tensor.new_empty(
+            tensor.shape, dtype=tensor.dtype if call.student_weight is None else kept_dtype(tensor.dtype)
+        )
         for tensor, wanted in zip((student, call.student_weight, call.student_bias), wants, strict=True)
     )
     loss, soft, hard, factor = _fake_kd_loss_in_place(*fields)

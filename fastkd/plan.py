@@ -52,6 +52,9 @@ class Wants(NamedTuple):
         return self.hidden or self.weight or self.bias
 
 
+NOTHING = Wants(False, False, False)
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a loss from hidden states will do. `print` it; `fastkd.plan` makes it."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Projection", "Source", "check"]
+__all__ = ["Projection", "Source", "check", "check_logits"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -151,9 +151,15 @@ def _check_source(name: str, source: object) -> None:
         return  # checked itself
     if not isinstance(source, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of logits or a fastkd.Projection, got {type(source).__name__}")
-    _check_floating(f"{name} logits", source)
-    if source.dim() == 0 or source.shape[-1] == 0:
-        raise ValueError(f"{name} logits must have shape [..., vocab] with vocab > 0, got {tuple(source.shape)}")
+    check_logits(source, f"{name} logits")
+
+
+def check_logits(logits: object, name: str = "logits") -> None:
+    """Raise TypeError or ValueError for anything but a floating tensor `[..., vocab]`."""
+    _check_floating(name, logits)
+    assert isinstance(logits, Tensor)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
 
 
 def _check_beside(name: str, value: Source, student: Source, leading: torch.Size) -> None:

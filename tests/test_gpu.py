@@ -77,6 +77,63 @@ def test_cuda_graph() -> None:
     assert torch.equal(leaf.grad, expected.grad)
 
 
+def projections(dtype: torch.dtype, rows: int = 512) -> tuple[list[torch.Tensor], fastkd.Projection, torch.Tensor]:
+    """Hidden states and weight of a student, a teacher, labels."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = (rows, 256), (50257, 256), (rows, 384), (50257, 384)
+    hidden, weight, hidden_t, weight_t = (torch.randn(*shape, generator=generator) for shape in shapes)
+    student = [x.to("cuda", dtype).requires_grad_() for x in (hidden, weight * 3 / 16)]
+    teacher = fastkd.Projection(hidden_t.to("cuda", dtype), (weight_t * 3 / 384**0.5).to("cuda", dtype))
+    return student, teacher, cases.labels(rows, 50257, ignored=(0, 7)).cuda()
+
+
+@pytest.mark.parametrize("mib", [2048, 64, 16])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+def test_projections(divergence: str, dtype: torch.dtype, mib: int) -> None:
+    student, teacher, labels = projections(dtype)
+    loss = fastkd.kd_loss(fastkd.Projection(*student), teacher, labels, divergence=divergence, memory_budget=mib << 20)
+    ours = torch.autograd.grad(loss, student)
+    leaves = [x.detach().double().requires_grad_() for x in student]
+    logits = (teacher.hidden.double() @ teacher.weight.double().T).detach()
+    truth = fastkd.kd_loss(leaves[0] @ leaves[1].T, logits, labels, divergence=divergence)
+    torch.testing.assert_close(loss.double(), truth, rtol=1e-5, atol=0)
+    for a, b in zip(ours, torch.autograd.grad(truth, leaves), strict=True):
+        assert compare.relative_error(a, b) < (1e-2 if dtype != torch.float32 else 5e-6)
+
+
+def test_projections_do_not_synchronise_and_can_be_captured() -> None:
+    student, teacher, labels = projections(torch.bfloat16)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss = fastkd.kd_loss(fastkd.Projection(*student), teacher, labels, memory_budget=64 << 20)
+        return torch.autograd.grad(loss, student)
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    for a, b, c in zip(expected, again, captured, strict=True):
+        assert torch.equal(a, b)
+        assert torch.equal(a, c)
+
+
+def test_projections_under_autocast() -> None:
+    student, teacher, labels = projections(torch.float32)
+    exact = torch.autograd.grad(fastkd.kd_loss(fastkd.Projection(*student), teacher, labels), student)
+    with torch.autocast("cuda", torch.bfloat16):
+        loss = fastkd.kd_loss(fastkd.Projection(*student), teacher, labels)
+    for a, b in zip(torch.autograd.grad(loss, student), exact, strict=True):
+        assert a.dtype == torch.float32
+        assert 1e-5 < compare.relative_error(a, b) < 5e-2
+
+
 def test_statistics() -> None:
     logits = cases.logits("peaked", 16, 50257)[0]
     labels = cases.labels(16, 50257)

@@ -164,6 +164,20 @@ def test_low_precision_operands(dtype: torch.dtype, budget: int | None) -> None:
     assert [g.dtype for g in ours.gradients] == [dtype] * 3
 
 
+def test_fp16_gradients_leave_the_range_of_fp16_only_after_scaling() -> None:
+    """Sums over tokens too large for fp16 before the upstream gradient, and too small."""
+    student, teacher = operands("far", dtype=torch.float16)
+    labels = torch.full((N,), 7)
+    large = {"reduction": "sum", "hard_weight": 5e4, "upstream": torch.tensor(1e-3)}
+    small = {"call": {"num_items": 1e7}, "upstream": torch.tensor(1e7)}
+    for options in (large, small):
+        ours = from_projections(student, teacher, labels, **options)
+        truth, _ = truth_and_eager(student, teacher, labels, **options)
+        for a, c in zip(ours.gradients, truth.gradients, strict=True):
+            assert a.dtype == torch.float16
+            assert compare.relative_error(a, c) < 1e-3
+
+
 def test_rounded_logits_ruin_the_gradient_near_a_match_and_ours_are_not_rounded() -> None:
     student, teacher = operands("near_equal", dtype=torch.bfloat16)
     student = (

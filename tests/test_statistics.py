@@ -42,6 +42,24 @@ def test_row_statistics_dtypes_shapes_and_ties(backend: str, dtype: torch.dtype)
     torch.testing.assert_close(statistics.entropy, exact.entropy, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("rows", [0, 5, 300])
+def test_row_statistics_of_a_projection(backend: str, rows: int) -> None:
+    """Chunk by chunk what the logits give, for several chunks too."""
+    hidden, weight, bias = torch.randn(2, rows, 8), torch.randn(150_001, 8), torch.randn(150_001)
+    if backend == "reference":
+        weight, bias = weight[:3001], bias[:3001]
+    labels = cases.labels(2 * rows, 3001).view(2, rows)
+    source = fastkd.Projection(hidden, weight, bias, softcap=4.0)
+    ours = fastkd.row_statistics(source, labels, 1.5)
+    for name, part, whole in zip(ours._fields, ours, fastkd.row_statistics(source.logits(), labels, 1.5), strict=True):
+        assert part.shape == (2, rows)
+        assert part.dtype == whole.dtype
+        if name != "argmax":
+            torch.testing.assert_close(part, whole, rtol=1e-5, atol=1e-5)
+    picked = source.logits().gather(-1, ours.argmax[..., None])[..., 0]
+    torch.testing.assert_close(picked, source.logits().amax(-1), rtol=1e-5, atol=1e-5)
+
+
 def test_row_statistics_of_masked_and_broken_rows(backend: str) -> None:
     logits, _ = cases.logits("far", 3, 2100)
     logits[0, 5:2000] = -torch.inf

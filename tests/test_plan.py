@@ -1,0 +1,118 @@
+"""The planner: what it promises is what a loss does."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import fastkd
+
+MIB = 1 << 20
+
+
+def test_the_default_keeps_to_its_budget_and_prints() -> None:
+    plan = fastkd.plan(1024, 50257, 256, 768)
+    assert plan.strategy == "chunks"
+    assert plan.tile == 50257
+    assert plan.flops == 1024 * 50257 * (6 * 256 + 2 * 768)
+    assert plan.gradient_bytes == 4 * (1024 * 256 + 50257 * 256)
+    assert plan.working_bytes <= 224 * MIB
+    assert plan.peak_bytes == plan.working_bytes + plan.gradient_bytes
+    text = str(plan)
+    assert f"{plan.chunk} tokens × 50,257 columns" in text
+    assert "158.1 GFLOP" in text
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("student", "teacher"), [(256, 768), (None, 768), (256, None)])
+def test_a_larger_budget_is_used_and_never_exceeded(
+    student: int | None, teacher: int | None, dtype: torch.dtype
+) -> None:
+    previous = 0
+    for budget in (8 * MIB, 32 * MIB, 64 * MIB, 256 * MIB, 1024 * MIB):
+        plan = fastkd.plan(2048, 128256, student, teacher, dtype=dtype, memory_budget=budget)
+        assert plan.working_bytes <= budget
+        held = plan.chunk * plan.tile
+        assert held >= previous
+        previous = held
+    assert plan.strategy == "chunks"
+    assert fastkd.plan(2048, 128256, student, teacher, dtype=dtype, memory_budget=16 * MIB).strategy == "tiles"
+
+
+def test_recomputation_is_counted() -> None:
+    chunks, tiles, jsd = (
+        fastkd.plan(1024, 50257, 256, 768, memory_budget=budget, divergence=divergence)
+        for budget, divergence in ((None, "forward_kl"), (8 * MIB, "forward_kl"), (8 * MIB, "jsd"))
+    )
+    unit = 1024 * 50257
+    assert chunks.flops == unit * (6 * 256 + 2 * 768)
+    assert tiles.flops == unit * (8 * 256 + 4 * 768)
+    assert jsd.flops == unit * (10 * 256 + 6 * 768)
+
+
+def test_bf16_on_a_gpu_keeps_a_rounded_gradient_and_casts_nothing() -> None:
+    plan = fastkd.plan(8192, 128256, 2048, 4096, dtype=torch.bfloat16, device="cuda")
+    per_token = 128256 * (4 + 4 + 2) + 4 * 2048
+    assert plan.working_bytes == plan.chunk * per_token
+    assert plan.gradient_bytes == 8192 * 2048 * 2 + 128256 * 2048 * (4 + 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((0, 100, 8, 8), "tokens must be an int > 0, got 0"),
+        ((10, 100.0, 8, 8), "vocab_size must be an int > 0, got 100.0"),
+        ((10, 100, -1, 8), "student_hidden must be an int > 0 or None, got -1"),
+        ((10, 100, None, None), "both None"),
+    ],
+)
+def test_bad_input(arguments: tuple[int, int, int, int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        fastkd.plan(*arguments)
+
+
+def test_the_least_budget_is_named() -> None:
+    with pytest.raises(
+        ValueError, match=r"memory_budget=1048576 bytes \(1\.0 MiB\) is too small: 16 tokens × 512"
+    ) as e:
+        fastkd.plan(1024, 50257, 256, 768, dtype=torch.bfloat16, memory_budget=MIB)
+    least = int(str(e.value).split(" need ")[1].split()[0])
+    assert fastkd.plan(1024, 50257, 256, 768, dtype=torch.bfloat16, memory_budget=least).strategy == "tiles"
+
+
+MEMORY = """
+import ctypes, sys, torch, fastkd
+N, V, H, H_TEACHER = 768, 50257, 64, 96
+dtype, budget = getattr(torch, sys.argv[1]), int(sys.argv[2])
+hidden, weight = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype).requires_grad_()
+teacher = fastkd.Projection(torch.randn(N, H_TEACHER).to(dtype), torch.randn(V, H_TEACHER).to(dtype))
+labels = torch.randint(V, (N,))
+def run(rows, columns):
+    student = fastkd.Projection(hidden[:rows], weight[:columns])
+    other = fastkd.Projection(teacher.hidden[:rows], teacher.weight[:columns])
+    fastkd.kd_loss(student, other, labels[:rows] % columns, memory_budget=budget).backward()
+def status(field):
+    line = next(line for line in open("/proc/self/status") if line.startswith(field))
+    return int(line.split()[1]) * 1024
+for _ in range(2):
+    run(N, 4500)  # the products' own buffers, threads and autograd are set up
+hidden.grad = weight.grad = None
+ctypes.CDLL(None).malloc_trim(0)
+open("/proc/self/clear_refs", "w").write("5")
+before = status("VmRSS")
+run(N, V)
+plan = fastkd.plan(N, V, H, H_TEACHER, dtype=dtype, memory_budget=budget)
+print((status("VmHWM") - before) / plan.peak_bytes)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
+@pytest.mark.parametrize(("dtype", "mib"), [("float32", 200), ("float32", 48), ("float32", 16), ("bfloat16", 100)])
+def test_predicted_memory_is_measured_memory(dtype: str, mib: int) -> None:
+    arguments = [sys.executable, "-c", MEMORY, dtype, str(mib * MIB)]
+    child = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert child.returncode == 0, child.stderr
+    assert 0.9 <= float(child.stdout) <= 1.1
