@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.plan import PRODUCT_COLUMNS, Side, Wants
+from fastkd.plan import CAST_COLUMNS, Side, Wants
 from fastkd.sources import Projection
 
 __all__ = ["Head", "autocast_dtype", "kept_dtype"]
@@ -188,9 +188,7 @@ class Head:
         return padded
 
     def _parts(self, columns: slice) -> Iterator[slice]:
-        """On the CPU parts of the head's rows that stay in its caches; on a GPU only where they have to be cast."""
-        step = PRODUCT_COLUMNS
-        if self.weight.device.type != "cpu" and self.weight.dtype == self.operand:
-            step = columns.stop - columns.start
+        """All columns at once, or the parts in which the head's rows are cast."""
+        step = columns.stop - columns.start if self.weight.dtype == self.operand else CAST_COLUMNS
         for start in range(columns.start, columns.stop, step):
             yield slice(start, min(start + step, columns.stop))

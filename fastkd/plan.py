@@ -22,12 +22,12 @@ _DEFAULT_BUDGET = {"cpu": 224 << 20, "cuda": 1 << 30}
 #: With fewer tokens' whole rows than this, tiles with recomputation are faster, since every chunk of tokens reads the
 #: head and reads and writes its gradient. On 2 CPU cores, tiles ÷ chunks: 0.72 at 30 tokens, 0.90 at 50, 1.06 at 79.
 _LEAST_CHUNK = {"cpu": 64, "cuda": 256}
-#: Tiles narrow down to `_NARROWEST` columns to hold `_ENOUGH` tokens; below `_LEAST_TILED` of them the loss gives up.
-_ENOUGH, _NARROWEST, _LEAST_TILED = 512, 512, 16
+#: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
+_ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 #: Rows of logits begin at multiples of this many columns: matrix products into odd strides are slower.
 _ALIGNMENT = 16
-#: Columns of a head per product: a part of its weights that caches hold, and all that is cast at a time.
-PRODUCT_COLUMNS = 4096
+#: Rows of a head that are cast at a time where products need another dtype than its weights have.
+CAST_COLUMNS = 4096
 
 
 class Side(NamedTuple):
@@ -156,13 +156,15 @@ def plan_for(
     if whole >= min(tokens, _LEAST_CHUNK[kind]) or not tiles_allowed:
         return request.planned("chunks", max(whole, 1), vocab_size)
     # As many tokens as possible, since each chunk of them meets the whole head; tiles narrow only to allow that.
-    tile = min(PRODUCT_COLUMNS, vocab_size)
+    tile = min(_WIDEST, vocab_size)
     while tile > _NARROWEST and request.largest_chunk(tile, budget) < min(tokens, _ENOUGH):
         tile = max(tile // 2, _NARROWEST)
     chunk, least = request.largest_chunk(tile, budget), min(tokens, _LEAST_TILED)
     if chunk >= least:
         return request.planned("tiles" if tile < vocab_size else "chunks", chunk, tile)
     smallest = request.planned("tiles", least, tile).working_bytes
+    while _countable(smallest) < request.working_bytes(least, tile):
+        smallest += 1
     raise ValueError(
         f"memory_budget={budget} bytes ({_mib(budget)}) is too small: {least} tokens × {tile} columns at a time, the "
         f"least this loss works with, need {smallest} bytes ({_mib(smallest)}) beside the gradients"
@@ -201,7 +203,7 @@ class _Request(NamedTuple):
             hidden += 4 * student.hidden
         state = 128 if tile < self.vocab_size else 0
         casts = [
-            min(PRODUCT_COLUMNS, tile) * side.hidden * side.operand_bytes
+            min(CAST_COLUMNS, tile) * side.hidden * side.operand_bytes
             for side in self.sides
             if side.weight_bytes != side.operand_bytes
         ]
@@ -220,7 +222,7 @@ class _Request(NamedTuple):
     def largest_chunk(self, tile: int, budget: int) -> int:
         fixed = self.working_bytes(0, tile)
         per_token = self.working_bytes(1, tile) - fixed
-        chunk = min(self.tokens, max(0, budget - fixed) // per_token)
+        chunk = min(self.tokens, max(0, _countable(budget) - fixed) // per_token)
         if chunk < self.tokens and chunk > 64:  # equal chunks rather than a small last one
             count = -(-self.tokens // chunk)
             chunk = -(-self.tokens // count)
@@ -252,6 +254,11 @@ class _Request(NamedTuple):
             gradient,
             flops,
         )
+
+
+def _countable(budget: int) -> int:
+    """What of a budget is planned: the rest is for scalars of rows, objects and what allocators round up."""
+    return budget - budget // 32
 
 
 def padded(columns: int) -> int:
