@@ -24,7 +24,8 @@ _DEFAULT_BUDGET = {"cpu": 224 << 20, "cuda": 1 << 30}
 _LEAST_CHUNK = {"cpu": 64, "cuda": 256}
 #: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
 _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
-#: Rows of logits begin at multiples of this many columns: matrix products into odd strides are slower.
+#: Rows of logits begin at multiples of this many columns, and chunks have a multiple of it of tokens: matrix products
+#: with odd strides or lengths are slower.
 _ALIGNMENT = 16
 #: Rows of a head that are cast at a time where products need another dtype than its weights have.
 CAST_COLUMNS = 4096
@@ -223,10 +224,12 @@ class _Request(NamedTuple):
         fixed = self.working_bytes(0, tile)
         per_token = self.working_bytes(1, tile) - fixed
         chunk = min(self.tokens, max(0, _countable(budget) - fixed) // per_token)
-        if chunk < self.tokens and chunk > 64:  # equal chunks rather than a small last one
-            count = -(-self.tokens // chunk)
-            chunk = -(-self.tokens // count)
-        return chunk
+        if not _ALIGNMENT <= chunk < self.tokens:
+            return chunk
+        # Equal chunks rather than a small last one, of a length that products like: 205 tokens take longer than 208.
+        most = chunk // _ALIGNMENT * _ALIGNMENT
+        count = -(-self.tokens // most)
+        return min(padded(-(-self.tokens // count)), most)
 
     def planned(self, strategy: Literal["chunks", "tiles"], chunk: int, tile: int) -> Plan:
         student, wants = self.student, self.wants
@@ -262,7 +265,7 @@ def _countable(budget: int) -> int:
 
 
 def padded(columns: int) -> int:
-    """Elements between rows of a buffer for so many columns."""
+    """Elements between rows of a buffer for so many columns; likewise, tokens in a chunk."""
     return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 

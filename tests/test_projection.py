@@ -288,7 +288,7 @@ def test_the_budget_changes_nothing_but_the_order_of_sums(divergence: str) -> No
         torch.testing.assert_close(ours.loss.double(), truth.loss, rtol=2e-6, atol=0)
         for a, b in zip(ours.gradients, truth.gradients, strict=True):
             assert compare.relative_error(a, b) < 1e-6
-    assert len(strategies) >= 4
+    assert len(strategies) >= 3
 
 
 def test_twice_the_same_bits() -> None:
