@@ -30,6 +30,7 @@ __all__ = [
     "kd_truth",
     "recipe_is_right",
     "slabs",
+    "verified",
 ]
 
 #: Relative L2 errors a contender may have: fp32 arithmetic on fp32 inputs (measured: 4e-8 … 8e-6),
@@ -118,3 +119,22 @@ def recipe_is_right(divergence: Divergence, temperature: float) -> None:
     off = error(small.student.grad, truth.gradient)
     assert off < 1e-6, f"the eager recipe of {divergence} has a wrong gradient: relative error {off:.1e}"
     assert abs(loss.item() - truth.loss) < 1e-9 * abs(truth.loss), f"the eager recipe of {divergence} has a wrong value"
+
+
+def verified(name: str, value: object, loss: float, gradients: list[tuple[Tensor | None, Tensor]], low: bool) -> float:
+    """The largest relative gradient error of a contender; AssertionError where that or its loss is off by too much.
+
+    `gradients` are (actual, truth); `low`: the inputs are of low precision.
+    """
+    assert isinstance(value, Tensor)
+    limit = FP32
+    if low:
+        limit = ARITHMETIC_BF16 if name == "eager" else ROUNDED
+    off = abs(value.item() - loss) / abs(loss)
+    assert off <= limit, f"{name}: loss {value.item():.9g}, but the float64 reference says {loss:.9g}"
+    errors = []
+    for actual, truth in gradients:
+        assert actual is not None, f"{name}: a gradient is missing"
+        errors.append(error(actual, truth))
+    assert max(errors) <= limit, f"{name}: relative gradient error {max(errors):.1e} > {limit:.0e}"
+    return max(errors)

@@ -66,16 +66,7 @@ def kd_contender(name: str, batch: Batch, divergence: Divergence, truth: Truth |
 
     def verify(value: object) -> float:
         assert truth is not None
-        assert isinstance(value, Tensor)
-        limit = check.FP32
-        if low:
-            limit = check.ARITHMETIC_BF16 if name == "eager" else check.ROUNDED
-        off = abs(value.item() - truth.loss) / abs(truth.loss)
-        assert off <= limit, f"{name}: loss {value.item():.9g}, but the float64 reference says {truth.loss:.9g}"
-        assert student.grad is not None
-        off = check.error(student.grad, truth.gradient)
-        assert off <= limit, f"{name}: relative gradient error {off:.1e} > {limit:.0e}"
-        return off
+        return check.verified(name, value, truth.loss, [(student.grad, truth.gradient)], low)
 
     return Contender(name, run, prepare, verify)
 

@@ -109,17 +109,7 @@ def projection_contender(name: str, batch: Hidden, truth: HiddenTruth | None = N
 
     def verify(value: object) -> float:
         assert truth is not None
-        assert isinstance(value, Tensor)
-        limit = check.FP32
-        if low:
-            limit = check.ARITHMETIC_BF16 if name == "eager" else check.ROUNDED
-        off = abs(value.item() - truth.loss) / abs(truth.loss)
-        assert off <= limit, f"{name}: loss {value.item():.9g}, but the float64 reference says {truth.loss:.9g}"
-        assert hidden.grad is not None
-        assert weight.grad is not None
-        off = max(check.error(hidden.grad, truth.hidden), check.error(weight.grad, truth.weight))
-        assert off <= limit, f"{name}: relative gradient error {off:.1e} > {limit:.0e}"
-        return off
+        return check.verified(name, value, truth.loss, [(hidden.grad, truth.hidden), (weight.grad, truth.weight)], low)
 
     return Contender(name, run, prepare, verify)
 

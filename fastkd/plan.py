@@ -20,7 +20,7 @@ __all__ = ["Plan", "plan"]
 #: Working memory of a loss that is given no budget.
 _DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 1 << 30}
 #: With fewer tokens' whole rows than this, tiles with recomputation are faster, since every chunk of tokens reads the
-#: head and reads and writes its gradient. On 2 CPU cores, tiles ÷ chunks: 0.72 at 30 tokens, 0.90 at 50, 1.06 at 79.
+#: head and reads and writes its gradient. The two cross near here on 2 CPU cores; on GPUs it is a guess.
 _LEAST_CHUNK = {"cpu": 64, "cuda": 256}
 #: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
 _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
