@@ -15,7 +15,7 @@ from fastkd.divergences import (
 from fastkd.losses import KDLoss, KDParts, kd_loss
 from fastkd.models import project
 from fastkd.plan import Plan, plan
-from fastkd.sources import Projection
+from fastkd.sources import Projection, SparseTargets
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 
 __version__ = "0.1.0"
@@ -34,6 +34,7 @@ __all__ = [
     "RowStatistics",
     "SkewKL",
     "SkewReverseKL",
+    "SparseTargets",
     "SymmetricKL",
     "backends",
     "kd_loss",

@@ -1,18 +1,21 @@
 """Where a row of logits comes from, and whether the sources of one call fit together.
 
 A source is a tensor of logits `[..., V]` or a `Projection`, whose logits are computed a chunk at a time and never
-formed as a whole. `check` raises before any work, quoting the offending value.
+formed as a whole; a teacher may also be `SparseTargets`, what a cache kept of each of its rows. `check` raises before
+any work, quoting the offending value.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-__all__ = ["Projection", "Source", "check", "check_logits"]
+__all__ = ["Projection", "Source", "SparseKind", "SparseTargets", "Teacher", "check", "check_logits"]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -100,7 +103,109 @@ class Projection:
         return Projection(self.hidden.detach(), self.weight.detach(), bias, self.softcap, self.logit_scale)
 
 
+SparseKind = Literal["ghost", "renormalize", "sampled"]
+
+
+@dataclass(frozen=True, eq=False)
+class SparseTargets:
+    """A teacher of which each row keeps K tokens and how likely they are: what a cache stores, or a top-k.
+
+    Pass one wherever a loss takes a teacher. The student's logits, or its projection, stay whole; the loss costs what
+    cross-entropy costs.
+
+    Args:
+        ids: token ids `[..., K]`, integers, in any order, none twice in a row.
+        logprobs: `[..., K]`, fp32 / bf16 / fp16 (float64 on the reference backend): natural logarithms of the tokens'
+            probabilities at `temperature` (of the whole row's softmax) or, for `"sampled"`, of their weights. −inf
+            marks an entry that is not there, whatever its id: rows may keep fewer than K.
+        kind: what is made of the tokens that were not kept.
+            `"ghost"`: they are one more token, on both sides; its mass is what the others leave of 1. Any divergence
+            with a softmax.
+            `"renormalize"`: they have probability 0 and the K others are scaled to sum to 1. Forward KL. Biased: the
+            student learns to give them nothing.
+            `"sampled"`: the K were drawn at random so that their weights (counts ÷ draws, or importance weights) are
+            unbiased estimates of all probabilities, and the loss and its gradient of those of the whole row
+            (random-sampling distillation, Anshumann et al. 2025). Forward KL.
+        temperature: of the softmax that `logprobs` come from; a loss at another one refuses them.
+        rest: `[...]`, `"ghost"` only: log of the mass not kept. None: log(1 − Σ exp(logprobs)), which a rounding of
+            `logprobs` makes wrong where nearly everything was kept.
+        entropy: `[...]`, `"sampled"` only: the row's entropy in nats, which makes values comparable with those of
+            dense forward KL. None: values are cross-entropies, larger by it. Gradients do not depend on it.
+
+    Raises TypeError or ValueError for parts that do not fit together. Ids outside the vocabulary, duplicates, NaN and
+    probabilities that sum to more than 1 are found when a loss is computed, on GPUs only with `FASTKD_DEBUG=1`, since
+    the check would synchronise; an id outside the vocabulary then gives a NaN loss.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    kind: SparseKind
+    temperature: float
+    rest: Tensor | None = None
+    entropy: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        _check_integers("SparseTargets ids", self.ids)
+        _check_floating("SparseTargets logprobs", self.logprobs)
+        if self.kind not in get_args(SparseKind):
+            raise ValueError(f"SparseTargets kind must be one of {get_args(SparseKind)}, got {self.kind!r}")
+        if not _is_positive(self.temperature):
+            raise ValueError(f"SparseTargets temperature must be a finite number > 0, got {self.temperature!r}")
+        if self.ids.dim() == 0 or self.ids.shape[-1] == 0 or self.ids.shape != self.logprobs.shape:
+            raise ValueError(
+                f"SparseTargets ids and logprobs must have the same shape [..., K] with K > 0, got "
+                f"{tuple(self.ids.shape)} and {tuple(self.logprobs.shape)}"
+            )
+        for name, value, kind in (("rest", self.rest, "ghost"), ("entropy", self.entropy, "sampled")):
+            if value is None:
+                continue
+            _check_floating(f"SparseTargets {name}", value)
+            if self.kind != kind:
+                raise ValueError(f"SparseTargets {name} belongs to kind={kind!r}, but kind is {self.kind!r}")
+            if value.shape != self.ids.shape[:-1]:
+                raise ValueError(
+                    f"SparseTargets {name} must have the shape {tuple(self.ids.shape[:-1])} beside ids "
+                    f"{tuple(self.ids.shape)}, got {tuple(value.shape)}"
+                )
+        for name, value in (("logprobs", self.logprobs), ("rest", self.rest), ("entropy", self.entropy)):
+            if value is not None and value.device != self.ids.device:
+                raise ValueError(f"SparseTargets {name} is on {value.device}, but ids is on {self.ids.device}")
+
+    @property
+    def shape(self) -> torch.Size:
+        """`[..., K]`."""
+        return self.ids.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.ids.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.logprobs.dtype
+
+    def dim(self) -> int:
+        return self.ids.dim()
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
+        """The same on another device."""
+        return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> SparseTargets:
+        """The same in page-locked memory; a DataLoader with `pin_memory=True` calls it."""
+        return self._mapped(Tensor.pin_memory)
+
+    def detach(self) -> SparseTargets:
+        """The same without gradient; no loss gives a teacher one."""
+        return self._mapped(Tensor.detach)
+
+    def _mapped(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
+        parts = {name: getattr(self, name) for name in ("ids", "logprobs", "rest", "entropy")}
+        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
+
+
 Source = Tensor | Projection
+Teacher = Tensor | Projection | SparseTargets
 
 
 def check(
@@ -119,9 +224,7 @@ def check(
         _check_source("teacher", teacher)
         _check_beside("teacher", teacher, student, teacher.shape[:-1])
     if labels is not None:
-        _check_tensor("labels", labels)
-        if labels.dtype == torch.bool or labels.is_floating_point() or labels.is_complex():
-            raise TypeError(f"labels must be integers (token ids), got {labels.dtype}")
+        _check_integers("labels", labels)
         _check_beside("labels", labels, student, labels.shape)
     if weights is not None:
         _check_tensor("weights", weights)
@@ -138,6 +241,13 @@ def _is_positive(value: object) -> bool:
 def _check_tensor(name: str, value: object) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+
+
+def _check_integers(name: str, value: object) -> None:
+    _check_tensor(name, value)
+    assert isinstance(value, Tensor)
+    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
+        raise TypeError(f"{name} must be integers (token ids), got {value.dtype}")
 
 
 def _check_floating(name: str, value: object) -> None:
