@@ -70,8 +70,11 @@ def judge(
     compare.assert_gradient(ours[2], eager[2].to(student.dtype), truth[2])
 
 
-@pytest.mark.parametrize("entries", [1, 12, 64])
-@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "entries"),
+    [*((torch.float32, entries) for entries in (1, 12, 64)), (torch.bfloat16, 12), (torch.float16, 12)],
+    ids=str,
+)
 @pytest.mark.parametrize("family", cases.FAMILIES)
 @pytest.mark.parametrize("divergence", TEMPERED, ids=str)
 def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, entries: int) -> None:
