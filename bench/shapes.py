@@ -8,6 +8,7 @@ import torch
 
 from bench.cases import (
     CHUNKED,
+    CROSS_ENTROPY,
     FRESH,
     IN_PLACE,
     LARGE,
@@ -34,6 +35,7 @@ __all__ = [
     "PROJECTIONS",
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
+    "SPARSE",
     "selected",
 ]
 
@@ -154,6 +156,22 @@ PROJECTION_MEMORY = (
     ),
     Case("projection_memory", *_PROJECTION_BF16, (near(FRESH, predicted(FRESH)),), hidden=(256, 768)),
     Case("projection_memory", 8192, 128256, torch.float32, _budgeted(LARGE, "1 GiB"), hidden=(256, 768)),
+)
+
+
+_SPARSE_BARS = (
+    within(FRESH, CROSS_ENTROPY, 1.15),
+    faster(FRESH, "eager", 8),
+    faster(FRESH, "compile"),
+)
+SPARSE = tuple(
+    Case("sparse", rows, vocab, dtype, _SPARSE_BARS, entries=entries, in_quick=(entries, dtype) == (64, torch.float32))
+    for rows, vocab, dtype, entries in (
+        (1024, 50257, torch.float32, 64),
+        (1024, 50257, torch.float32, 12),
+        (256, 128256, torch.float32, 64),
+        (1024, 50257, torch.bfloat16, 64),
+    )
 )
 
 
