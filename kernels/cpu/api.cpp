@@ -48,7 +48,7 @@ const Choice& chosen() {
 
 }  // namespace
 
-FASTKD_API int fastkd_abi() { return 2; }
+FASTKD_API int fastkd_abi() { return 3; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
@@ -61,6 +61,8 @@ FASTKD_API int fastkd_log_softmax(const LogSoftmax* call) { return chosen().kern
 FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
   return chosen().kernels.log_softmax_backward(*call);
 }
+
+FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
 
 // Ask for huge pages under the whole pages of a fresh buffer: touching it first is the largest cost of a fresh gradient.
 FASTKD_API void fastkd_advise_huge_pages(char* data, int64_t bytes) {
