@@ -216,6 +216,7 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
         tiles_allowed=False,
     ).chunk
     buffer = torch.empty(min(chunk, count), padded(vocab_size), dtype=head.result, device=device)
+    _native.advise_huge_pages(buffer)
     for start in range(0, count, chunk):
         rows = slice(start, min(start + chunk, count))
         with torch.autocast(device.type, enabled=False):
