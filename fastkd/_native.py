@@ -16,7 +16,7 @@ import site
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec, Tile
+from fastkd.backend import RowSpec, SparseRows, Tile
 from fastkd.divergences import TABLE
 
 __all__ = [
@@ -52,6 +52,17 @@ class _Matrix(ctypes.Structure):
     )
 
 
+class _SparseTeacher(ctypes.Structure):
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("logprobs", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("picked", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+    )
+
+
 class _KDRows(ctypes.Structure):
     _fields_ = (
         ("student", _Matrix),
@@ -74,6 +85,7 @@ class _KDRows(ctypes.Structure):
         ("stage", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("state", ctypes.c_void_p),
+        ("sparse", _SparseTeacher),
     )
 
 
@@ -185,7 +197,7 @@ def _row_count(tensor: Tensor) -> int:
 
 def kd_rows(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SparseRows | None,
     labels: Tensor | None,
     soft_scale: Tensor | None,
     hard_scale: Tensor | None,
@@ -199,11 +211,14 @@ def kd_rows(
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
     )
+    sparse = _SparseTeacher()
+    if isinstance(teacher, SparseRows):
+        sparse = _SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
     _call(
         "fastkd_kd_rows",
         _KDRows(
             _matrix(student),
-            _matrix(teacher),
+            _matrix(teacher if isinstance(teacher, Tensor) else None),
             _matrix(grad),
             _pointer(labels),
             _pointer(soft_scale),
@@ -220,6 +235,7 @@ def kd_rows(
             spec.soft_weight,
             spec.hard_weight,
             *((0, 0, None) if tile is None else (_STAGES[tile.stage], tile.first, tile.state.data_ptr())),
+            sparse,
         ),
     )
     return soft, hard
