@@ -130,8 +130,9 @@ def test_interrupted_command_goes_on(flags, tmp_path):
 
 
 BAD_OPTIONS = [
-    ({"context": 0}, "context is 0; it must be at least 1"),
+    ({"context": 1}, "context is 1; it must be at least 2"),
     ({"batch_size": 0}, "batch_size is 0"),
+    ({"shard_tokens": 0}, "shard_tokens is 0"),
     ({"format": "logits"}, "format is 'logits'; it must be one of sampled, topk, dense"),
     ({"documents": "some"}, "documents is 'some'; it must be one of train, all"),
     ({"context": 4000}, "4000 is more than the teacher's 32 positions"),

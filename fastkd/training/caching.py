@@ -58,6 +58,7 @@ def write_cache(options: CacheOptions) -> Cache:
             k=options.k or None,
             packed=not options.plain,
             seed=options.seed,
+            shard_tokens=options.shard_tokens,
             tokenizer=tokenizer,
             teacher_name=options.teacher,
             progress=_Shown(bar),

@@ -85,11 +85,12 @@ class CacheOptions:
     k: int = _option(0, "tokens kept of a row; 0 is 12 of a sample, 64 of a top-k")
     plain: bool = _option(False, "store exact numbers: 8 bytes per kept token rather than 3 or 4")
     batch_size: int = _option(8, "windows per forward of the teacher")
+    shard_tokens: int = _option(1 << 17, "tokens per file: a stopped write computes the last, unfinished one again")
     seed: int = _option(0, "seed of the documents' order and of the samples")
     device: str = _option("auto", "torch device, such as cpu or cuda:0; auto prefers an accelerator")
 
     def __post_init__(self) -> None:
-        for name, least in (("context", 1), ("windows", 0), ("k", 0), ("batch_size", 1)):
+        for name, least in (("context", 2), ("windows", 0), ("k", 0), ("batch_size", 1), ("shard_tokens", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         for name, choices in (("documents", ("train", "all")), ("format", ("sampled", "topk", "dense"))):
