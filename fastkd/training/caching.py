@@ -1,8 +1,8 @@
 """Run a teacher over text and keep what it says in a cache.
 
-fastkd cache write                                                  # packaged teacher and reviews
-fastkd cache write --teacher gpt2 --data reviews.txt --output gpt2  # your own
-fastkd cache info gpt2
+    fastkd cache write                                                  # packaged teacher and reviews
+    fastkd cache write --teacher gpt2 --data reviews.txt --output gpt2  # your own
+    fastkd cache info gpt2
 """
 
 from __future__ import annotations
