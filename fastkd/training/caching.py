@@ -3,6 +3,8 @@
     fastkd cache write                                                  # packaged teacher and reviews
     fastkd cache write --teacher gpt2 --data reviews.txt --output gpt2  # your own
     fastkd cache info gpt2
+
+The windows of tokens are those that `fastkd distill` trains on with the same data, seed and context.
 """
 
 from __future__ import annotations
