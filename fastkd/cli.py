@@ -1,75 +1,54 @@
-"""The command `fastkd`. Try `fastkd --help` and `fastkd distill --help`: they load no transformers."""
+"""The command `fastkd`. Try `fastkd --help` and `fastkd distill --help`: they load no models."""
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
-from dataclasses import fields
+from collections.abc import Callable, Sequence
 
 import fastkd
-from fastkd.training.options import DistillOptions, InputError
+from fastkd.training.options import InputError
 
-_DISTILL = """\
-Train a small causal language model from scratch on a frozen teacher's live logits.
-
-With no flags, the packaged SmolLM2-135M teaches a GPT-2 of 16 M parameters on the packaged IMDB reviews.
-The student, its tokenizer and metrics.json are saved under --output once the run has succeeded.
-"""
-_EXAMPLES = """\
-examples:
-  fastkd distill
-  fastkd distill --teacher gpt2-medium --data reviews.jsonl --steps 2000 --output runs/reviews
-  fastkd distill --teacher ./teacher --student-config ./student.json --data text.txt --temperature 1
-"""
-_METAVARS = {str: "NAME", int: "N", float: "X"}
-
-
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    pass
+_EXTRAS = ("transformers", "accelerate", "yaml", "matplotlib", "tqdm")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns the exit status: 0, or 2 when asked for what cannot be done."""
-    asked = vars(_parser().parse_args(arguments))
-    del asked["command"]
+    """Run a command; returns the exit status: 0, 2 when asked for what cannot be done, 130 when interrupted."""
+    parser = argparse.ArgumentParser(
+        prog="fastkd",
+        description="Knowledge distillation of language models.",
+        epilog="commands:\n" + "\n".join(f"  {name:<16} {help}" for name, (help, _) in _COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"fastkd {fastkd.__version__}")
+    parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see fastkd COMMAND --help")
+    asked = parser.parse_args(arguments)
     try:
-        options = DistillOptions(**asked)
-        from fastkd.training.distill import distill
-
-        distill(options)
+        _COMMANDS[asked.command][1](asked.arguments)
     except InputError as error:
-        return _refuse(str(error))
+        print(f"fastkd: error: {error}", file=sys.stderr)
+        return 2
     except ModuleNotFoundError as error:
-        if error.name not in ("transformers", "tqdm"):
+        if error.name not in _EXTRAS:
             raise
-        return _refuse(f"{error.name} is not installed: pip install 'fastkd[demo]'")
+        print(f"fastkd: error: {error.name} is not installed: pip install 'fastkd[train]'", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as error:
+        print(f"fastkd: {error or 'interrupted'}", file=sys.stderr)
+        return 130
     return 0
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="fastkd", description="Knowledge distillation of language models.")
-    parser.add_argument("--version", action="version", version=f"fastkd {fastkd.__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    distill = commands.add_parser(
-        "distill",
-        help="train a small model on a teacher's live logits",
-        description=_DISTILL,
-        epilog=_EXAMPLES,
-        formatter_class=_HelpFormatter,
-    )
-    for option in fields(DistillOptions):
-        flag, kind, text = "--" + option.name.replace("_", "-"), type(option.default), option.metadata["help"]
-        if kind is bool:
-            distill.add_argument(flag, action="store_true", help=text)
-        else:
-            distill.add_argument(flag, type=kind, default=option.default, metavar=_METAVARS[kind], help=text)
-    return parser
+def _distill(arguments: Sequence[str]) -> None:
+    from fastkd.training.commands import distill
+
+    distill(arguments)
 
 
-def _refuse(reason: str) -> int:
-    print(f"fastkd: error: {reason}", file=sys.stderr)
-    return 2
+_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
+    "distill": ("train a small model on a teacher's predictions, and report what it learnt", _distill),
+}
 
 
 if __name__ == "__main__":

