@@ -10,7 +10,6 @@ its predictions into a cache, if there is to be one; train; train without a teac
 
 from __future__ import annotations
 
-import gc
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,16 +20,16 @@ import transformers
 
 import fastkd
 from fastkd.training import checks, loading, report
-from fastkd.training.configuration import dump
-from fastkd.training.data import Corpus, Windows, collate, load_corpus
+from fastkd.training.data import Windows, collate
 from fastkd.training.evaluation import flops
-from fastkd.training.fit import Fitted, Lessons, arguments, distillation_loss, fit
-from fastkd.training.judge import CE_ONLY, STUDENT, Contender, Judge, verdict
-from fastkd.training.lessons import cached, close_enough
-from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options
+from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
+from fastkd.training.judge import CE_ONLY, STUDENT, Contender, verdict
+from fastkd.training.lessons import lessons
+from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, Options
 from fastkd.training.run import CHECKPOINTS, check_output, results, working
+from fastkd.training.setup import Materials, Setup, gather, with_teacher
 
-__all__ = ["distill"]
+__all__ = ["LABELS_ALONE", "distill"]
 
 LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
 
@@ -43,97 +42,44 @@ def distill(options: Options) -> dict[str, Any]:
     """
     started = time.perf_counter()
     check_output(options)
-    device = training_device(options)
-    transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
-    distillation_loss(options.distillation)  # refuses what it cannot mean
-    tokenizer = loading.load_tokenizer(options.models.teacher)
-    checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
-    if options.models.teacher != TRAINED_TEACHER:  # whose configuration is ours
-        _check_configurations(options, tokenizer)
-    corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
-    if len(corpus.train) < options.training.batch_size:
-        raise InputError(
-            f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
-            f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
-        )
-    print(f"data: {corpus.description()}")
-
+    materials = gather(options)
     with working(options) as output:
         if options.models.teacher == TRAINED_TEACHER:
-            options = _train_teacher(options, tokenizer, corpus, output)
-        vocab_size, config = _check_configurations(options, tokenizer)
-        teacher = loading.load_teacher(options.models, device)
-        checks.check_frozen(teacher)
-        judge = Judge(teacher, tokenizer, corpus, options, vocab_size)
-        transformers.set_seed(options.training.seed)
-        student = loading.load_student(options.models, config, device)
-        before = judge.judge("student before", student)
+            options = _train_teacher(options, materials, output)
+        setup = with_teacher(options, materials)
+        student = setup.student()
+        before = setup.judge.judge("student before", student)
         if options.distillation.needs_teacher:
-            checks.check_better(judge.teacher.held_out.loss, before.held_out.loss)
-        sizes = {"teacher": judge.teacher.parameters, "student": student.num_parameters()}
-        print(
-            f"student: {sizes['student']:,} parameters on {device}, {sizes['student'] / sizes['teacher']:.2%} of the "
-            f"teacher's {sizes['teacher']:,}; the teacher's perplexity on held-out text is "
-            f"{judge.teacher.held_out.perplexity:,.1f}"
-        )
-        close_enough(sizes)
-        cache_started = time.perf_counter()
-        if options.distillation.cache_dir and options.distillation.needs_teacher:
-            lessons = cached(teacher, tokenizer, corpus, options)
-            del teacher  # what is left of it is in the cache, and its head in the judge
-            gc.collect()
-        else:
-            lessons = Lessons(Windows(corpus.train), collate, teacher)
-        seconds = {"cache": time.perf_counter() - cache_started}
+            checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
+        _introduce(setup, before)
 
-        fitted = {
-            STUDENT: _fit(student, tokenizer, corpus, lessons, options, vocab_size, output / CHECKPOINTS / "student")
-        }
-        contenders = [judge.teacher, judge.judge(STUDENT, whole(student))]
+        clock = time.perf_counter()
+        given = lessons(setup)
+        seconds = {"cache": time.perf_counter() - clock}
+        fitted = {STUDENT: _fit(setup, student, given, options, output / CHECKPOINTS / "student")}
+        students = {STUDENT: whole(student)}
         if options.evaluation.ce_baseline:
-            transformers.set_seed(options.training.seed)
-            alone = loading.load_student(options.models, config, device)
+            alone = setup.student()
             without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[STUDENT]))
-            lessons = Lessons(Windows(corpus.train), collate)
-            fitted[CE_ONLY] = _fit(
-                alone, tokenizer, corpus, lessons, without, vocab_size, output / CHECKPOINTS / "ce-only"
-            )
-            contenders.append(judge.judge(CE_ONLY, whole(alone)))
+            given = Lessons(Windows(materials.corpus.train), collate)
+            fitted[CE_ONLY] = _fit(setup, alone, given, without, output / CHECKPOINTS / "ce-only")
+            students[CE_ONLY] = whole(alone)
 
+        contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
         lines = verdict(contenders)
-        record = _record(options, before, contenders, fitted, lines, corpus, device)
-        record["seconds"] = seconds | {name: one.seconds for name, one in fitted.items()}
-        record["seconds"]["total"] = time.perf_counter() - started
+        seconds |= {name: one.seconds for name, one in fitted.items()}
+        record = _record(setup, before, contenders, fitted, lines)
+        record["seconds"] = seconds | {"total": time.perf_counter() - started}
         with results(output) as staging:
-            whole(student).save_pretrained(staging)
-            tokenizer.save_pretrained(staging)
-            if options.evaluation.ce_baseline:
-                whole(alone).save_pretrained(staging / "ce-only")
-                tokenizer.save_pretrained(staging / "ce-only")
-            rows = [{"model": one.name, "parameters": one.parameters, **one.row()} for one in contenders]
-            report.write_csv(staging / "results.csv", rows)
-            report.write_samples(staging / "samples.md", contenders, fitted[STUDENT], options.evaluation)
+            for name, model in students.items():
+                folder = staging if name == STUDENT else staging / "ce-only"
+                model.save_pretrained(folder)
+                materials.tokenizer.save_pretrained(folder)
             title = f"{options.models.teacher} → {options.models.student}: {output.name}"
-            decode = lambda token: str(tokenizer.decode([token]))  # noqa: E731
-            report.write_html(
-                staging / "report.html", title, contenders, fitted, lines, options.evaluation, decode, dump(options)
-            )
-            report.write_metrics(staging / report.METRICS_FILE, record)
-    print_results(contenders, lines, options)
+            report.write(staging, title, contenders, fitted, lines, options, materials.tokenizer, record)
+    report.print_results(contenders, lines, options.evaluation.metrics)
     print(f"saved to {output} after {time.perf_counter() - started:.0f} s; open {output / 'report.html'}")
     return record
-
-
-def training_device(options: Options) -> torch.device:
-    """Where Trainer will put the student. Raises InputError for what it cannot do in one process."""
-    chosen = arguments(options, Path(options.training.output))
-    if chosen.world_size > 1 or chosen.n_gpu > 1:
-        raise InputError(
-            f"fastkd distill trains in one process on one device, but there are {chosen.world_size} processes and "
-            f"{max(chosen.n_gpu, 1)} devices: set CUDA_VISIBLE_DEVICES=0, or start your own script with torchrun, in "
-            "which fastkd.training.trainer.KDTrainer trains on all of them"
-        )
-    return chosen.device
 
 
 def whole(student: Any) -> Any:
@@ -141,60 +87,40 @@ def whole(student: Any) -> Any:
     return student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
 
 
-def print_results(contenders: list[Contender], lines: list[str], options: Options) -> None:
-    """The result table, turned so that it fits a terminal, and the verdict."""
-    columns = list(zip(*report.result_table(contenders, options.evaluation.metrics), strict=True))
-    widths = [max(len(row[place]) for row in columns) for place in range(len(contenders) + 1)]
-    print()
-    for row in columns:
+def _introduce(setup: Setup, before: Contender) -> None:
+    teacher, student = setup.judge.teacher, before
+    print(
+        f"student: {student.parameters:,} parameters on {setup.materials.device}, "
+        f"{student.parameters / teacher.parameters:.2%} of the teacher's {teacher.parameters:,}; perplexity on "
+        f"held-out text {student.held_out.perplexity:,.1f} against the teacher's {teacher.held_out.perplexity:,.1f}"
+    )
+    if teacher.parameters < 2 * student.parameters:
         print(
-            "  ".join(
-                cell.rjust(width) if place else cell.ljust(width)
-                for place, (cell, width) in enumerate(zip(row, widths, strict=True))
-            )
+            f"note: the teacher has {teacher.parameters / student.parameters:.1f} times the student's parameters; "
+            "teachers at least 2 to 3 times as large are usual"
         )
-    print()
-    for line in lines:
-        print(f"- {line}")
-    print()
 
 
-def _check_configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any]:
-    """(number of ids that count, or None for all; the student's configuration)."""
-    teacher = loading.teacher_config(options.models.teacher)
-    student = loading.student_config(options.models, loading.vocabulary_size(teacher), tokenizer)
-    checks.check_context(options.data.max_length, student=student, teacher=teacher)
-    return checks.common_vocabulary(teacher, student, tokenizer), student
-
-
-def _train_teacher(options: Options, tokenizer: Any, corpus: Corpus, output: Path) -> Options:
+def _train_teacher(options: Options, materials: Materials, output: Path) -> Options:
     """Train a GPT-2 on the labels of the corpus and save it; the options with its directory as the teacher."""
     directory = output / "teacher"
     if not (directory / "config.json").exists():
         transformers.set_seed(options.training.seed)
-        teacher = loading.teacher_to_train(tokenizer).to(training_device(options))
+        teacher = loading.teacher_to_train(materials.tokenizer).to(materials.device)
         print(f"teacher: {teacher.num_parameters():,} parameters, trained on the labels first")
+        given = Lessons(Windows(materials.corpus.train), collate)
         alone = options._replace(distillation=LABELS_ALONE)
-        _fit(
-            teacher,
-            tokenizer,
-            corpus,
-            Lessons(Windows(corpus.train), collate),
-            alone,
-            None,
-            output / CHECKPOINTS / "teacher",
-        )
+        kd = distillation_loss(LABELS_ALONE)
+        fit(teacher, materials.tokenizer, materials.corpus, given, kd, alone, output / CHECKPOINTS / "teacher")
         with results(output) as staging:
             teacher.save_pretrained(staging / "teacher")
-            tokenizer.save_pretrained(staging / "teacher")
+            materials.tokenizer.save_pretrained(staging / "teacher")
     return options._replace(models=replace(options.models, teacher=str(directory)))
 
 
-def _fit(
-    model: Any, tokenizer: Any, corpus: Corpus, lessons: Lessons, options: Options, vocab_size: int | None, path: Path
-) -> Fitted:
-    kd = distillation_loss(options.distillation, vocab_size)
-    return fit(model, tokenizer, corpus, lessons, kd, options, path)
+def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory: Path) -> Fitted:
+    kd = distillation_loss(options.distillation, setup.vocab_size)
+    return fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
 
 
 def _as_long(options: Options, fitted: Fitted) -> Any:
@@ -203,17 +129,12 @@ def _as_long(options: Options, fitted: Fitted) -> Any:
 
 
 def _record(
-    options: Options,
-    before: Contender,
-    contenders: list[Contender],
-    fitted: dict[str, Fitted],
-    lines: list[str],
-    corpus: Corpus,
-    device: torch.device,
+    setup: Setup, before: Contender, contenders: list[Contender], fitted: dict[str, Fitted], lines: list[str]
 ) -> dict[str, Any]:
-    student, teacher = fitted[STUDENT], contenders[0]
-    once = corpus.train.numel() if options.distillation.cache_dir else None
-    work = flops(student.tokens, teacher.parameters, contenders[1].parameters, once)
+    """What metrics.json says."""
+    student, teacher, options = fitted[STUDENT], contenders[0], setup.options
+    read = setup.materials.corpus.train.numel() if options.distillation.cache_dir else student.tokens
+    taught = flops(student.tokens, teacher.parameters, before.parameters, read)
     return {
         "models": {one.name: one.record() for one in (before, *contenders)},
         "verdict": lines,
@@ -221,15 +142,13 @@ def _record(
             name: {
                 "steps": one.steps,
                 "tokens": one.tokens,
-                "seconds": one.seconds,
                 "tokens_per_second": one.tokens / one.seconds,
                 "history": one.history,
             }
             for name, one in fitted.items()
         },
-        "flops": work,
-        "flops_of_labels_alone": flops(student.tokens, 0, contenders[1].parameters),
-        "device": str(device),
+        "flops": {"distillation": taught, "labels alone": flops(student.tokens, 0, before.parameters)},
+        "device": str(setup.materials.device),
         "options": {name: asdict(group) for name, group in options._asdict().items()},
         "versions": {module.__name__: module.__version__ for module in (fastkd, torch, transformers)},
     }

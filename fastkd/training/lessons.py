@@ -1,22 +1,20 @@
-"""What a student learns from when the teacher is in a cache."""
+"""What a student learns from: the teacher itself, or a cache of its predictions, which is written first."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from fastkd.training.data import Corpus
+from fastkd.training.data import Windows, collate
 from fastkd.training.fit import Lessons
-from fastkd.training.options import InputError, Options
+from fastkd.training.options import InputError
+from fastkd.training.setup import Setup
+
+__all__ = ["lessons"]
 
 
-def cached(teacher: Any, tokenizer: Any, corpus: Corpus, options: Options) -> Lessons:
-    raise InputError(f"cache_dir {options.distillation.cache_dir!r}: caches are not there yet")
-
-
-def close_enough(sizes: dict[str, int]) -> None:
-    """Say so where the teacher is hardly larger than the student."""
-    if sizes["teacher"] < 2 * sizes["student"]:
-        print(
-            f"note: the teacher has {sizes['teacher'] / sizes['student']:.1f} times the student's parameters; "
-            "teachers at least 2 to 3 times as large are usual"
-        )
+def lessons(setup: Setup) -> Lessons:
+    """Lessons of `setup`'s teacher. With a cache the teacher is freed: what is left of it is its head in the judge."""
+    options, train = setup.options.distillation, setup.materials.corpus.train
+    if not options.needs_teacher:
+        return Lessons(Windows(train), collate)
+    if not options.cache_dir:
+        return Lessons(Windows(train), collate, setup.teacher)
+    raise InputError(f"cache_dir {options.cache_dir!r}: caches are not there yet")

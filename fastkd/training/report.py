@@ -14,13 +14,13 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from fastkd.training import plots
+from fastkd.training.configuration import dump
 from fastkd.training.fit import Fitted
 from fastkd.training.judge import CE_ONLY, STUDENT, Contender
-from fastkd.training.options import EvaluationOptions
+from fastkd.training.options import EvaluationOptions, Options
 
-__all__ = ["METRICS_FILE", "result_table", "write_csv", "write_html", "write_metrics", "write_samples"]
+__all__ = ["print_results", "result_table", "table", "write", "write_csv"]
 
-METRICS_FILE = "metrics.json"
 _TITLES: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", "{:,.1f}".format),
     "out_of_domain_perplexity": ("out-of-domain perplexity", "{:,.1f}".format),
@@ -48,8 +48,40 @@ def result_table(contenders: Sequence[Contender], metrics: Sequence[str]) -> lis
     return rows
 
 
-def write_metrics(path: Path, record: dict[str, Any]) -> None:
-    path.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def print_results(contenders: Sequence[Contender], lines: Sequence[str], metrics: Sequence[str]) -> None:
+    """The result table, turned so that it fits a terminal, and the verdict."""
+    print("\n" + table(list(zip(*result_table(contenders, metrics), strict=True))) + "\n")
+    print("".join(f"- {line}\n" for line in lines))
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Texts in columns: the first to the left, the others to the right."""
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+
+
+def write(
+    directory: Path,
+    title: str,
+    contenders: Sequence[Contender],
+    fitted: dict[str, Fitted],
+    lines: Sequence[str],
+    options: Options,
+    tokenizer: Any,
+    record: dict[str, Any],
+) -> None:
+    """All files of the report. `fitted` is by contender's name; `lines` are the verdict; `record` is metrics.json."""
+    rows = [{"model": one.name, "parameters": one.parameters, **one.row()} for one in contenders]
+    write_csv(directory / "results.csv", rows)
+    _write_samples(directory / "samples.md", contenders, fitted.get(STUDENT), options.evaluation)
+    page = _page(title, contenders, fitted, lines, options, lambda token: str(tokenizer.decode([token])))
+    (directory / "report.html").write_text(page, encoding="utf-8")
+    (directory / "metrics.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -60,7 +92,7 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def write_samples(
+def _write_samples(
     path: Path, contenders: Sequence[Contender], fitted: Fitted | None, evaluation: EvaluationOptions
 ) -> None:
     """Continuations of each prompt: by each contender, and by the student in the course of its training."""
@@ -73,17 +105,16 @@ def write_samples(
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
-def write_html(
-    path: Path,
+def _page(
     title: str,
     contenders: Sequence[Contender],
     fitted: dict[str, Fitted],
     lines: Sequence[str],
-    evaluation: EvaluationOptions,
+    options: Options,
     decode: Callable[[int], str],
-    config: str,
-) -> None:
-    """One file without outside references. `fitted` is by contender's name; `lines` are the verdict."""
+) -> str:
+    """HTML without outside references."""
+    evaluation = options.evaluation
     student = next(contender for contender in contenders if contender.name == STUDENT)
     parts = [f"<h1>{html.escape(title)}</h1>", _table(result_table(contenders, evaluation.metrics))]
     parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
@@ -102,10 +133,10 @@ def write_html(
             for number, prompt in enumerate(evaluation.prompts)
         ]
         parts += ["<h2>Samples</h2>", _table(rows, "text")]
-    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(config)}</pre>"]
+    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(dump(options))}</pre>"]
     head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(parts)
-    path.write_text(f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n", encoding="utf-8")
+    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
 def _table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
