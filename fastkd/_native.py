@@ -16,7 +16,7 @@ import site
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec, Tile
+from fastkd.backend import RowSpec, SparseRows, Tile
 from fastkd.divergences import TABLE
 
 __all__ = [
@@ -29,7 +29,7 @@ __all__ = [
     "tile_state",
 ]
 
-_ABI = 2
+_ABI = 3
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _CODES = {name: code for code, name in enumerate(TABLE)}
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
@@ -47,6 +47,17 @@ class _Matrix(ctypes.Structure):
         ("inner", ctypes.c_int64),
         ("outer_stride", ctypes.c_int64),
         ("inner_stride", ctypes.c_int64),
+    )
+
+
+class _SparseTeacher(ctypes.Structure):
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("logprobs", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+        ("offset", ctypes.c_void_p),
+        ("picked", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
     )
 
 
@@ -72,6 +83,7 @@ class _KDRows(ctypes.Structure):
         ("stage", ctypes.c_int64),
         ("first", ctypes.c_int64),
         ("state", ctypes.c_void_p),
+        ("sparse", _SparseTeacher),
     )
 
 
@@ -169,7 +181,7 @@ def _row_count(tensor: Tensor) -> int:
 
 def kd_rows(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SparseRows | None,
     labels: Tensor | None,
     soft_scale: Tensor | None,
     hard_scale: Tensor | None,
@@ -183,11 +195,14 @@ def kd_rows(
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
     )
+    sparse = _SparseTeacher()
+    if isinstance(teacher, SparseRows):
+        sparse = _SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
     _call(
         "fastkd_kd_rows",
         _KDRows(
             _matrix(student),
-            _matrix(teacher),
+            _matrix(teacher if isinstance(teacher, Tensor) else None),
             _matrix(grad),
             _pointer(labels),
             _pointer(soft_scale),
@@ -204,6 +219,7 @@ def kd_rows(
             spec.soft_weight,
             spec.hard_weight,
             *((0, 0, None) if tile is None else (_STAGES[tile.stage], tile.first, tile.state.data_ptr())),
+            sparse,
         ),
     )
     return soft, hard

@@ -16,7 +16,7 @@ from typing import Literal, NamedTuple, Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "BackendStatus", "RowSpec", "Tile", "backends", "select", "use_backend"]
+__all__ = ["Backend", "BackendStatus", "RowSpec", "SparseRows", "Tile", "backends", "select", "use_backend"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,24 @@ class RowSpec:
     soft_weight: float  # T² included where the caller wants it
     hard_weight: float
     vocab_size: int  # columns that count; a wider (padded) row has probability 0 beyond
+
+
+class SparseRows(NamedTuple):
+    """A teacher of which each row keeps K tokens; all other columns are one more token, the rest, on both sides.
+
+    The value of a row is the divergence between these K + 1 probabilities, plus `offset`. The student's rest is summed
+    from its columns, never as 1 less the others, so that nothing cancels where the K tokens hold nearly all mass.
+    `sparse.sparse_rows` makes one.
+    """
+
+    ids: Tensor  # int64 [rows, K], ascending; `vocab_size` or more where there is no entry
+    logprobs: Tensor  # fp32 [rows, K] (float64 for the reference), -inf where there is no entry
+    rest: Tensor  # [rows], likewise
+    offset: Tensor  # [rows]
+    picked: Tensor  # [rows, K], memory for the student's logits at `ids`: statistics fill it
+
+    def part(self, rows: slice | Tensor) -> SparseRows:
+        return SparseRows(*(field[rows] for field in self))
 
 
 @dataclass(frozen=True)
@@ -52,7 +70,7 @@ class Backend(Protocol):
     def kd_rows(
         self,
         student: Tensor,
-        teacher: Tensor | None,
+        teacher: Tensor | SparseRows | None,
         labels: Tensor | None,
         soft_scale: Tensor | None,
         hard_scale: Tensor | None,
@@ -63,11 +81,13 @@ class Backend(Protocol):
         """Divergence and cross-entropy of each row; the student's gradient into `grad` (may be `student` itself).
 
         A term is absent where its scale is None. In a row where a scale is 0 that term is not computed and reads 0.
+        Beside `SparseRows` any divergence with a softmax (`Divergence.tempered`) can be computed.
         grad = soft_weight·soft_scale·∂soft/∂z + hard_weight·hard_scale·∂hard/∂z, and 0 beyond `vocab_size`.
 
-        With a `tile`, student, teacher and grad hold its columns only, all of which count; labels and `vocab_size`
-        are the row's. `grad` is given in the gradient stage only. The values returned are final after the last tile
-        of the statistics or, where there are terms, of the terms. The reference takes no tiles.
+        With a `tile`, student, teacher and grad hold its columns only, all of which count; labels, `vocab_size` and
+        `SparseRows` are the row's, and beside the last there are no terms. `grad` is given in the gradient stage only.
+        The values returned are final after the last tile of the statistics or, where there are terms, of the terms.
+        The reference takes no tiles.
         """
         ...
 

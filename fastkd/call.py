@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from fastkd.backend import RowSpec
-from fastkd.sources import Projection, Source
+from fastkd.sources import Projection, Source, SparseKind, SparseTargets, Teacher
 
-__all__ = ["SCHEMA", "Call", "source_arguments"]
+__all__ = ["SCHEMA", "Call", "call_for"]
 
 #: What follows `Tensor student`: the other fields of `Call`, in their order.
 SCHEMA = (
     "Tensor? student_weight, Tensor? student_bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? labels, Tensor? soft_scale, Tensor? hard_scale, float[] student_head, float[] teacher_head, "
+    "Tensor? sparse_ids, Tensor? sparse_logprobs, Tensor? sparse_rest, Tensor? sparse_entropy, "
+    "Tensor? labels, Tensor? soft_scale, Tensor? hard_scale, "
+    "float[] student_head, float[] teacher_head, str sparse_kind, "
     "str divergence, float[] parameters, float temperature, float teacher_temperature, float soft_weight, "
     "float hard_weight, int vocab_size, ScalarType? autocast, int? memory_budget"
 )
@@ -25,7 +27,8 @@ SCHEMA = (
 class Call(NamedTuple):
     """The arguments of the loss operators, in the order of the schema.
 
-    A source is logits, or hidden states with a weight; `*_head` then holds its softcap (0: none) and logit scale.
+    A source is logits, or hidden states with a weight; `*_head` then holds its softcap (0: none) and logit scale. A
+    teacher may be the parts of `SparseTargets` instead.
     """
 
     student: Tensor
@@ -34,11 +37,16 @@ class Call(NamedTuple):
     teacher: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
+    sparse_ids: Tensor | None
+    sparse_logprobs: Tensor | None
+    sparse_rest: Tensor | None
+    sparse_entropy: Tensor | None
     labels: Tensor | None
     soft_scale: Tensor | None
     hard_scale: Tensor | None
     student_head: Sequence[float]
     teacher_head: Sequence[float]
+    sparse_kind: str
     divergence: str
     parameters: Sequence[float]
     temperature: float
@@ -48,6 +56,11 @@ class Call(NamedTuple):
     vocab_size: int
     autocast: torch.dtype | None
     memory_budget: int | None
+
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """The arguments that are tensors, which come first."""
+        return self[: self._fields.index("student_head")]  # type: ignore[return-value]
 
     @property
     def spec(self) -> RowSpec:
@@ -69,7 +82,11 @@ class Call(NamedTuple):
     def student_source(self) -> Source:
         return _source(self.student, self.student_weight, self.student_bias, self.student_head)
 
-    def teacher_source(self) -> Source | None:
+    def teacher_source(self) -> Teacher | None:
+        if self.sparse_ids is not None and self.sparse_logprobs is not None:
+            kind = cast(SparseKind, self.sparse_kind)
+            parts = self.sparse_ids, self.sparse_logprobs, kind, self.teacher_temperature
+            return SparseTargets(*parts, self.sparse_rest, self.sparse_entropy)
         if self.teacher is None:
             return None
         return _source(self.teacher, self.teacher_weight, self.teacher_bias, self.teacher_head)
@@ -82,8 +99,49 @@ def _source(tensor: Tensor, weight: Tensor | None, bias: Tensor | None, head: Se
     return Projection(tensor, weight, bias, softcap or None, logit_scale)
 
 
-def source_arguments(source: Source | None) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], list[float]]:
-    """(tensor, weight, bias) and head numbers of a source, as the operators take them."""
+def call_for(
+    student: Source,
+    teacher: Teacher | None,
+    labels: Tensor | None,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    spec: RowSpec,
+    autocast: torch.dtype | None = None,
+    memory_budget: int | None = None,
+) -> Call:
+    """The arguments for these sources; labels and scales are `[rows]`."""
+    sparse = teacher if isinstance(teacher, SparseTargets) else None
+    student_tensors, student_head = _arguments(student)
+    teacher_tensors, teacher_head = _arguments(None if isinstance(teacher, SparseTargets) else teacher)
+    assert student_tensors[0] is not None
+    return Call(
+        student_tensors[0],
+        *student_tensors[1:],
+        *teacher_tensors,
+        None if sparse is None else sparse.ids,
+        None if sparse is None else sparse.logprobs,
+        None if sparse is None else sparse.rest,
+        None if sparse is None else sparse.entropy,
+        labels,
+        soft_scale,
+        hard_scale,
+        student_head,
+        teacher_head,
+        "" if sparse is None else sparse.kind,
+        spec.divergence,
+        spec.parameters,
+        spec.temperature,
+        spec.teacher_temperature,
+        spec.soft_weight,
+        spec.hard_weight,
+        spec.vocab_size,
+        autocast,
+        memory_budget,
+    )
+
+
+def _arguments(source: Source | None) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], list[float]]:
+    """(tensor, weight, bias) and head numbers of a source."""
     if not isinstance(source, Projection):
         return (source, None, None), []
     return (source.hidden, source.weight, source.bias), [float(source.softcap or 0), float(source.logit_scale)]

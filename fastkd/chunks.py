@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.backend import Tile, select
+from fastkd.backend import SparseRows, Tile, select
 from fastkd.call import Call
 from fastkd.divergences import TABLE
 from fastkd.heads import Head
 from fastkd.plan import NOTHING, Plan, Wants, padded, plan_for
-from fastkd.sources import Projection
+from fastkd.sources import Projection, SparseTargets
+from fastkd.sparse import sparse_rows
 
 __all__ = ["Gradients", "kd_rows"]
 
@@ -74,6 +75,19 @@ class _Logits:
         return (*torch.unravel_index(rows, tensor.shape[:-1]), columns)
 
 
+class _Sparse:
+    """A teacher of which K tokens are known, likewise: no logits, but the rows of a chunk."""
+
+    def __init__(self, rows: SparseRows) -> None:
+        self._all = rows
+
+    def start(self, rows: Rows, slope: Tensor | None) -> None:
+        self._chunk = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
+
+    def logits(self, columns: slice, out: Tensor | None) -> SparseRows:
+        return self._chunk
+
+
 def _as_matrix(tensor: Tensor) -> Tensor:
     """`[rows, V]` without a copy; as it is where its strides do not allow that."""
     try:
@@ -106,13 +120,15 @@ class _Loop:
         self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=self.device) for _ in range(2))
         self.live = self._live_rows(count)
         self.student: Head | _Logits
-        self.teacher: Head | _Logits | None = None
+        self.teacher: Head | _Logits | _Sparse | None = None
         if isinstance(student, Projection):
             self.student = Head(student, call.vocab_size, call.autocast, wants)
         else:
             self.student = _Logits(student, grad)
         if isinstance(teacher, Projection):
             self.teacher = Head(teacher, call.vocab_size, call.autocast, NOTHING)
+        elif isinstance(teacher, SparseTargets):
+            self.teacher = _Sparse(sparse_rows(teacher, self.soft_scale, call.vocab_size, dtype))
         elif teacher is not None:
             self.teacher = _Logits(teacher, None)
         self.plan = self._plan(call)
@@ -137,12 +153,13 @@ class _Loop:
             TABLE[call.divergence](*call.parameters),
             self.device,
             call.memory_budget,
+            whole_teacher=not isinstance(self.teacher, _Sparse),
             own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
             tiles_allowed=hasattr(self.backend, "tile_state"),
         )
 
     def _allocate(self) -> None:
-        def buffer(side: Head | _Logits | None, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
+        def buffer(side: Head | _Logits | _Sparse | None, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
             if not isinstance(side, Head) or not wanted:
                 return None
             memory = torch.empty(self.plan.chunk, padded(self.plan.tile), dtype=dtype, device=self.device)
@@ -177,7 +194,7 @@ class _Loop:
         for stage in self._stages():
             for columns in self._tiles():
                 student = self.student.logits(columns, _part(self.student_buffer, count, columns))
-                teacher = None
+                teacher: Tensor | SparseRows | None = None
                 if self.teacher is not None:
                     teacher = self.teacher.logits(columns, _part(self.teacher_buffer, count, columns))
                 place = None
@@ -196,7 +213,7 @@ class _Loop:
             yield "whole"
             return
         yield "statistics"
-        if self.teacher is not None and TABLE[self.spec.divergence].normalised:
+        if isinstance(self.teacher, Head | _Logits) and TABLE[self.spec.divergence].normalised:
             yield "terms"
         if self.wants.any:
             yield "gradient"

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import ops, sources
-from fastkd.call import source_arguments
+from fastkd.backend import RowSpec
+from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.heads import autocast_dtype
-from fastkd.sources import Source
+from fastkd.sources import Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
 
@@ -107,7 +108,7 @@ class KDLoss(nn.Module):
     def forward(
         self,
         student: Source,
-        teacher: Source | None,
+        teacher: Teacher | None,
         labels: Tensor | None = None,
         *,
         weights: Tensor | None = None,
@@ -118,8 +119,8 @@ class KDLoss(nn.Module):
         Args:
             student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
                 `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
-            teacher: the same, of the same leading shape. Never gets a gradient. May be None where the soft term is
-                not wanted (`soft_weight=0`).
+            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it. Never
+                gets a gradient. May be None where the soft term is not wanted (`soft_weight=0`).
             labels: token ids `[...]`. May be None where `hard_weight=0`; positions equal to `ignore_index` are masked.
             weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor.
             num_items: replaces the mean's divisor: the number of unmasked tokens of the whole optimiser step under
@@ -141,28 +142,26 @@ class KDLoss(nn.Module):
             labels = _shift_left(labels, self.ignore_index)
         soft_scale, hard_scale = self._row_scales(student, labels, weights, num_items)
         t2 = self.temperature**2 if self.scale_t2 and self.divergence.tempered else 1.0
-        student_tensors, student_head = source_arguments(student)
-        frozen = teacher.detach() if want_soft and teacher is not None else None
-        teacher_tensors, teacher_head = source_arguments(frozen)
-        arguments = (
-            *student_tensors[1:],
-            *teacher_tensors,
-            labels.reshape(-1) if want_hard and labels is not None else None,
-            soft_scale if want_soft else None,
-            hard_scale if want_hard else None,
-            student_head,
-            teacher_head,
+        spec = RowSpec(
             self.divergence.name,
             self.divergence.parameters,
             float(self.temperature),
-            float(self.temperature if self.teacher_temperature is None else self.teacher_temperature),
+            float(self._teacher_temperature()),
             float(self.soft_weight * t2),
             float(self.hard_weight),
             vocab_size,
+        )
+        call = call_for(
+            student,
+            teacher.detach() if want_soft and teacher is not None else None,
+            labels.reshape(-1) if want_hard and labels is not None else None,
+            soft_scale if want_soft else None,
+            hard_scale if want_hard else None,
+            spec,
             autocast_dtype(student.device),
             None if self.memory_budget is None else int(self.memory_budget),
         )
-        loss, soft, hard = self._run(student_tensors, arguments)
+        loss, soft, hard = self._run(call)
 
         if self.reduction == "none":
             loss = self._per_token(loss, student)
@@ -173,14 +172,14 @@ class KDLoss(nn.Module):
             return KDParts(loss, self._per_token(soft, student), self._per_token(hard, student))
         return KDParts(loss, soft.sum(), hard.sum())
 
-    def _run(self, student: tuple[Tensor | None, ...], arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
-        tensor = student[0]
-        wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in student]
+    def _run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
         if self.reduction == "none":
-            return torch.ops.fastkd.kd_rows(tensor, *arguments)  # type: ignore[no-any-return]
-        if self.inplace and wants[0] and student[1] is None and not torch.compiler.is_compiling():
-            return _InPlace.apply(tensor, arguments)  # type: ignore[no-any-return, no-untyped-call]
-        loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(tensor, *arguments, wants)
+            return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
+        parameters = call.student, call.student_weight, call.student_bias
+        wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in parameters]
+        if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
+            return _InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
+        loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(*call, wants)
         return loss, soft, hard
 
     def _per_token(self, rows: Tensor, student: Source) -> Tensor:
@@ -238,13 +237,18 @@ class KDLoss(nn.Module):
         if self.memory_budget is not None and not (_is_number(self.memory_budget) and self.memory_budget > 0):
             raise ValueError(f"memory_budget must be a number of bytes > 0, got {self.memory_budget!r}")
 
+    def _teacher_temperature(self) -> float:
+        return self.temperature if self.teacher_temperature is None else self.teacher_temperature
+
     def _check_call(
-        self, student: Source, teacher: Source | None, labels: Tensor | None, num_items: float | Tensor | None
+        self, student: Source, teacher: Teacher | None, labels: Tensor | None, num_items: float | Tensor | None
     ) -> None:
         if labels is None and self.hard_weight > 0:
             raise ValueError(f"labels are needed for hard_weight={self.hard_weight}; pass them or set hard_weight=0")
         if teacher is None and self.soft_weight > 0:
             raise ValueError(f"a teacher is needed for soft_weight={self.soft_weight}; pass one or set soft_weight=0")
+        if isinstance(teacher, SparseTargets):
+            self._check_sparse(teacher)
         if self.shift and student.dim() < 2:
             raise ValueError(f"shift=True needs logits [..., sequence, vocab], got shape {tuple(student.shape)}")
         if self.reduction == "batchmean" and student.dim() < 2:
@@ -269,6 +273,21 @@ class KDLoss(nn.Module):
                     f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
                 )
 
+    def _check_sparse(self, teacher: SparseTargets) -> None:
+        if not self.divergence.tempered:
+            raise ValueError(f"{self.divergence} compares raw logits, which SparseTargets do not keep")
+        if teacher.kind != "ghost" and self.divergence.name != "forward_kl":
+            raise ValueError(
+                f"SparseTargets of kind {teacher.kind!r} say nothing of the tokens they left out, which "
+                f"{self.divergence} needs; use divergence='forward_kl' or targets of kind 'ghost'"
+            )
+        temperature = self._teacher_temperature()
+        if not math.isclose(teacher.temperature, temperature, rel_tol=1e-6):
+            raise ValueError(
+                f"SparseTargets were made at temperature {teacher.temperature}, but this loss takes the teacher at "
+                f"{temperature}: use the same, or make them again (they cannot be converted)"
+            )
+
     def extra_repr(self) -> str:
         """Settings as printed by `print(module)`."""
         return (
@@ -279,7 +298,7 @@ class KDLoss(nn.Module):
 
 def kd_loss(
     student: Source,
-    teacher: Source | None,
+    teacher: Teacher | None,
     labels: Tensor | None = None,
     *,
     weights: Tensor | None = None,
@@ -294,7 +313,7 @@ class _InPlace(torch.autograd.Function):
     """A scalar loss whose gradient replaces the student's logits in memory."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, arguments: tuple[Any, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, soft, hard, factor = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
         torch.autograd.graph.increment_version(student)
@@ -304,11 +323,12 @@ class _InPlace(torch.autograd.Function):
         return loss, soft, hard
 
     @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
         ops.refuse_double_backward()
         student, factor = ctx.saved_tensors
         upstream = upstreams[0]
-        return (None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)), None
+        grad = None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)
+        return grad, *[None] * (len(Call._fields) - 1)
 
 
 def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None) -> tuple[float, float]:

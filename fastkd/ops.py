@@ -25,10 +25,12 @@ import torch
 from torch import Tensor
 
 from fastkd import _native, chunks
-from fastkd.backend import select
+from fastkd.backend import SparseRows, select
 from fastkd.call import SCHEMA, Call
 from fastkd.heads import kept_dtype
 from fastkd.plan import NOTHING, Wants
+from fastkd.sources import SparseTargets
+from fastkd.sparse import sparse_rows
 
 __all__ = ["RowLayout", "row_layout"]
 
@@ -113,7 +115,12 @@ def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Ten
     if not call.on_logits:
         return chunks.kd_rows(call, grad, wants)
     student = _addressable(call.student)
-    teacher = None if call.teacher is None else _addressable(call.teacher)
+    source = call.teacher_source()
+    teacher: Tensor | SparseRows | None = None
+    if isinstance(source, SparseTargets):
+        teacher = sparse_rows(source, call.soft_scale, call.vocab_size, _row_dtype(student))
+    elif isinstance(source, Tensor):
+        teacher = _addressable(source)
     soft, hard = select(student).kd_rows(
         student, teacher, call.labels, call.soft_scale, call.hard_scale, call.spec, grad
     )
@@ -275,10 +282,11 @@ def _backward_kd_loss(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
 
 
 def _setup_kd_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.numbers = inputs[9:]
+    tensors = Call(*inputs).tensors
+    ctx.numbers = inputs[len(tensors) :]
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*inputs[:9])
+    ctx.save_for_backward(*tensors)
 
 
 def _backward_kd_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:

@@ -146,13 +146,18 @@ def plan_for(
     divergence: Divergence,
     device: torch.device,
     memory_budget: float | None,
+    whole_teacher: bool = True,
     own_exponential: bool = False,
     tiles_allowed: bool = True,
 ) -> Plan:
-    """The plan of one call. `own_exponential`: the cross-entropy's e^z is no power of e^(z/T), and is stashed too."""
+    """The plan of one call.
+
+    `whole_teacher`: every column of it is known, so its exponentials are stashed. `own_exponential`: the
+    cross-entropy's e^z is no power of e^(z/T), and is stashed too.
+    """
     kind = "cpu" if device.type == "cpu" else "cuda"
     budget = _DEFAULT_BUDGET[kind] if memory_budget is None else int(memory_budget)
-    request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, own_exponential)
+    request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential)
     whole = request.largest_chunk(vocab_size, budget)
     if whole >= min(tokens, _LEAST_CHUNK[kind]) or not tiles_allowed:
         return request.planned("chunks", max(whole, 1), vocab_size)
@@ -180,6 +185,7 @@ class _Request(NamedTuple):
     wants: Wants
     divergence: Divergence
     device: torch.device
+    whole_teacher: bool
     own_exponential: bool
 
     @property
@@ -214,8 +220,9 @@ class _Request(NamedTuple):
         """What the CPU kernels stash, per thread: see ThreadMemory in kernels/cpu/loss.h."""
         if self.device.type != "cpu":
             return 0
-        tempered, closed = self.divergence.tempered, not self.divergence.normalised
-        rows = tempered * (1 if self.divergence.name == "forward_kl" else 2) + self.own_exponential
+        tempered, closed = self.divergence.tempered, not self.divergence.normalised or not self.whole_teacher
+        teacher_rows = self.whole_teacher * (1 if self.divergence.name == "forward_kl" else 2)
+        rows = tempered * teacher_rows + self.own_exponential
         if not self.wants.any and closed:
             rows = 0
         return torch.get_num_threads() * 4 * (rows * tile + 9 * 1024)
@@ -235,7 +242,8 @@ class _Request(NamedTuple):
         student, wants = self.student, self.wants
         gradient = 0
         flops = 0
-        passes = 1 if strategy == "chunks" else 1 + wants.any + self.divergence.normalised
+        terms = self.divergence.normalised and self.whole_teacher
+        passes = 1 if strategy == "chunks" else 1 + wants.any + terms
         for side in self.sides:
             flops += 2 * self.tokens * self.vocab_size * side.hidden * passes
         if student is not None:

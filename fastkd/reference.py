@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec
+from fastkd.backend import RowSpec, SparseRows
 
 __all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics"]
 
@@ -118,6 +118,28 @@ def _divergence_rows(student: Tensor, teacher: Tensor, spec: RowSpec) -> Pair:
     return term.sum(-1), (g - log_q.exp() * g.sum(-1, keepdim=True)) / spec.temperature
 
 
+def _sparse_rows(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Pair:
+    """The same beside a teacher of which K tokens are known: K + 1 categories, the last of which is all other columns.
+
+    The chain rule goes through the rest's logit, the log-sum-exp of its columns, to each of them.
+    """
+    z, columns = student / spec.temperature, student.shape[-1]
+    here = teacher.ids < columns
+    ids = torch.where(here, teacher.ids, 0)
+    kept = torch.zeros_like(z).scatter_add_(-1, ids, here.to(z.dtype)) > 0
+    others = z.masked_fill(kept, -math.inf)
+    rest = torch.logsumexp(others, -1, keepdim=True)
+    picked = torch.where(here, z.gather(-1, ids), -math.inf)
+    log_q = torch.log_softmax(torch.cat((picked, rest), -1), -1)
+    log_p = torch.cat((teacher.logprobs, teacher.rest[:, None]), -1)
+    term, g = DIVERGENCES[spec.divergence](log_p, log_q, spec.parameters)
+    slope = (g - log_q.exp() * g.sum(-1, keepdim=True)) / spec.temperature
+    share = torch.where(rest == -math.inf, 0.0, (others - rest).exp())
+    gradient = share * slope[:, -1:]
+    gradient.scatter_add_(-1, ids, torch.where(here, slope[:, :-1], 0.0))
+    return term.sum(-1) + teacher.offset, gradient
+
+
 def _label_log_probabilities(log_q: Tensor, labels: Tensor) -> Tensor:
     """`[rows]` log q[label]; NaN where the label is outside the vocabulary."""
     inside = (labels >= 0) & (labels < log_q.shape[-1])
@@ -136,7 +158,7 @@ def _cross_entropy_rows(student: Tensor, labels: Tensor) -> Pair:
 
 def kd_rows(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SparseRows | None,
     labels: Tensor | None,
     soft_scale: Tensor | None,
     hard_scale: Tensor | None,
@@ -148,7 +170,10 @@ def kd_rows(
     soft = hard = logits.new_zeros(logits.shape[0])
     gradient = torch.zeros_like(logits) if grad is not None else None
     if soft_scale is not None and teacher is not None:
-        value, slope = _divergence_rows(logits, _wide(teacher, spec.vocab_size), spec)
+        if isinstance(teacher, SparseRows):
+            value, slope = _sparse_rows(logits, teacher, spec)
+        else:
+            value, slope = _divergence_rows(logits, _wide(teacher, spec.vocab_size), spec)
         soft = torch.where(soft_scale == 0, 0.0, value)
         if gradient is not None:
             gradient += _scaled(slope, spec.soft_weight * soft_scale)

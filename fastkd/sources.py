@@ -200,8 +200,8 @@ class SparseTargets:
         return self._mapped(Tensor.detach)
 
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
-        parts = {name: getattr(self, name) for name in ("ids", "logprobs", "rest", "entropy")}
-        return replace(self, **{name: function(part) for name, part in parts.items() if part is not None})
+        rest, entropy = (None if part is None else function(part) for part in (self.rest, self.entropy))
+        return replace(self, ids=function(self.ids), logprobs=function(self.logprobs), rest=rest, entropy=entropy)
 
 
 Source = Tensor | Projection
@@ -210,7 +210,7 @@ Teacher = Tensor | Projection | SparseTargets
 
 def check(
     student: Source,
-    teacher: Source | None,
+    teacher: Teacher | None,
     labels: Tensor | None,
     weights: Tensor | None,
     vocab_size: int | None,
@@ -221,7 +221,8 @@ def check(
     """
     _check_source("student", student)
     if teacher is not None:
-        _check_source("teacher", teacher)
+        if not isinstance(teacher, SparseTargets):
+            _check_source("teacher", teacher)
         _check_beside("teacher", teacher, student, teacher.shape[:-1])
     if labels is not None:
         _check_integers("labels", labels)
@@ -260,7 +261,10 @@ def _check_source(name: str, source: object) -> None:
     if isinstance(source, Projection):
         return  # checked itself
     if not isinstance(source, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of logits or a fastkd.Projection, got {type(source).__name__}")
+        also = " or fastkd.SparseTargets" if name == "teacher" else ""
+        raise TypeError(
+            f"{name} must be a torch.Tensor of logits or a fastkd.Projection{also}, got {type(source).__name__}"
+        )
     check_logits(source, f"{name} logits")
 
 
@@ -272,7 +276,7 @@ def check_logits(logits: object, name: str = "logits") -> None:
         raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
 
 
-def _check_beside(name: str, value: Source, student: Source, leading: torch.Size) -> None:
+def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Size) -> None:
     if leading != student.shape[:-1]:
         raise ValueError(
             f"{name} has leading shape {tuple(leading)}, but the student logits {tuple(student.shape)} "
@@ -282,13 +286,14 @@ def _check_beside(name: str, value: Source, student: Source, leading: torch.Size
         raise ValueError(f"{name} is on {value.device}, but the student is on {student.device}")
 
 
-def _vocab_size(student: Source, teacher: Source | None, vocab_size: int | None) -> int:
+def _vocab_size(student: Source, teacher: Teacher | None, vocab_size: int | None) -> int:
     width = student.shape[-1]
-    narrowest = width if teacher is None else min(width, teacher.shape[-1])
+    teacher_width = width if teacher is None or isinstance(teacher, SparseTargets) else teacher.shape[-1]
+    narrowest = min(width, teacher_width)
     if vocab_size is None:
-        if teacher is not None and teacher.shape[-1] != width:
+        if teacher_width != width:
             raise ValueError(
-                f"student has {width} vocabulary columns and teacher {teacher.shape[-1]}; if one is padded, "
+                f"student has {width} vocabulary columns and teacher {teacher_width}; if one is padded, "
                 "pass vocab_size=<number of real tokens> so that only the first vocab_size columns count"
             )
         return width

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import fastkd
+from fastkd.call import call_for
 from tests import cases
 
 V = 1030
@@ -82,18 +83,13 @@ def test_autocast(backend: str) -> None:
     assert weight.grad.isfinite().all()
 
 
-def operator_arguments(student: torch.Tensor, teacher: torch.Tensor, labels: torch.Tensor) -> tuple[object, ...]:
-    scale = torch.rand(6)
-    sources = student, None, None, teacher, None, None
-    numbers = [], [], "forward_kl", [], 2.0, 2.0, 0.5, 0.5, V, None, None
-    return (*sources, labels.clamp(min=0), scale, scale, *numbers)
-
-
 @pytest.mark.parametrize("requires_grad", [True, False])
 def test_opcheck(backend: str, requires_grad: bool) -> None:
     student, teacher, labels = inputs()
     student = student.detach().requires_grad_(requires_grad)
-    arguments = operator_arguments(student, teacher, labels)
+    scale = torch.rand(6)
+    spec = cases.spec(fastkd.ForwardKL(), V)
+    arguments = call_for(student, teacher, labels.clamp(min=0), scale, scale, spec)
     ops = torch.ops.fastkd
     torch.library.opcheck(ops.kd_loss.default, (*arguments, [requires_grad, False, False]))
     torch.library.opcheck(ops.kd_rows.default, arguments)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import heads
+from fastkd.call import call_for
 from fastkd.divergences import TABLE, Divergence
 from fastkd.plan import _LEAST_CHUNK
 from fastkd.sources import Source
@@ -599,15 +600,14 @@ def test_compile_full_graph(reduction: str) -> None:
 @pytest.mark.parametrize("student_as", ["projection", "logits"])
 def test_opcheck(op: str, student_as: str) -> None:
     student, teacher = operands(rows=4, vocab=70)
-    leaves: tuple[Tensor | None, ...] = tuple(leaves_of(student))
-    head: list[float] = [6.0, 0.5]
+    source: Source = fastkd.Projection(*leaves_of(student), softcap=6.0, logit_scale=0.5)
     if student_as == "logits":
-        leaves, head = (fastkd.Projection(*student).logits().requires_grad_(), None, None), []
+        source = fastkd.Projection(*student).logits().requires_grad_()
     scale = torch.full((4,), 0.25)
-    arguments = (*leaves, *teacher, cases.labels(4, 70), scale, scale, head, [0.0, 1.0], "jsd", [0.5], 2.0, 2.0, 2.0)
-    arguments = (*arguments, 0.5, 70, None, None)
+    spec = cases.spec(fastkd.JSD(), 70)
+    arguments = call_for(source, fastkd.Projection(*teacher), cases.labels(4, 70), scale, scale, spec)
     if op == "kd_loss":
-        arguments = (*arguments, [x is not None for x in leaves])
+        arguments = (*arguments, [True, student_as != "logits", student_as != "logits"])
     torch.library.opcheck(getattr(torch.ops.fastkd, op).default, arguments)
 
 

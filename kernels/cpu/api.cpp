@@ -48,7 +48,7 @@ const Choice& chosen() {
 
 }  // namespace
 
-FASTKD_API int fastkd_abi() { return 2; }
+FASTKD_API int fastkd_abi() { return 3; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 

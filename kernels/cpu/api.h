@@ -18,6 +18,16 @@ enum Stage : int64_t { kWhole = 0, kStatistics = 1, kTerms = 2, kGradient = 3 };
 
 constexpr int64_t kStateBytes = 128;  // per row
 
+// See fastkd/backend.py, SparseRows: `count` entries a row.
+struct SparseTeacher {
+  const int64_t* ids;  // nullptr: absent
+  const float* logprobs;
+  const float* rest;
+  const float* offset;
+  float* picked;
+  int64_t count;
+};
+
 // See fastkd/backend.py, Backend.kd_rows. `grad` may be `student`.
 struct KDRows {
   Matrix student, teacher, grad;
@@ -36,6 +46,7 @@ struct KDRows {
   int64_t stage;
   int64_t first;  // column of the row that the matrices begin with, and
   void* state;    // kStateBytes per row: both for tiles only
+  SparseTeacher sparse;  // in place of `teacher`
 };
 
 struct Statistics {

@@ -57,11 +57,25 @@ inline void narrow_fp16(const float* from, uint16_t* to, int64_t n) {
 }
 #endif
 
+// How many of `count` ascending numbers are below `least`.
+inline int64_t lower_bound(const int64_t* numbers, int64_t count, int64_t least) {
+  int64_t low = 0;
+  while (low < count) {
+    const int64_t middle = (low + count) / 2;
+    if (numbers[middle] < least) low = middle + 1;
+    else count = middle;
+  }
+  return low;
+}
+
 // A row being read. `buffer` holds one block.
 struct Reader {
   const char* row;
   int64_t dtype;
   float* buffer;
+  // Columns fetched as -inf, ascending; `first` is what the row's first column is called there.
+  const int64_t* hidden = nullptr;
+  int64_t hidden_count = 0, first = 0;
 
   float at(int64_t column) const {
     if (dtype == kFloat32) return reinterpret_cast<const float*>(row)[column];
@@ -76,9 +90,11 @@ struct Reader {
 
   // Columns [start, start + n) as fp32, readable up to a whole number of vectors.
   const float* fetch(int64_t start, int64_t n) const {
+    int64_t hide = hidden_count ? lower_bound(hidden, hidden_count, first + start) : 0;
+    const bool hides = hide < hidden_count && hidden[hide] < first + start + n;
     if (dtype == kFloat32) {
       const float* from = reinterpret_cast<const float*>(row) + start;
-      if (n % lanes == 0) return from;
+      if (n % lanes == 0 && !hides) return from;
       memcpy(buffer, from, n * sizeof(float));
     } else {
       const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + start;
@@ -86,6 +102,7 @@ struct Reader {
       else for (int64_t i = 0; i < n; i++) buffer[i] = widen_bf16(from[i]);
     }
     for (int64_t i = n; i % lanes; i++) buffer[i] = -kInf;
+    for (; hide < hidden_count && hidden[hide] < first + start + n; hide++) buffer[hidden[hide] - first - start] = -kInf;
     return buffer;
   }
 };
@@ -110,6 +127,8 @@ struct Writer {
       else for (int64_t i = 0; i < n; i++) to[i] = narrow_bf16(from[i]);
     }
   }
+
+  void put(int64_t column, float value) const { flush(&value, column, 1); }
 
   void zero(int64_t start, int64_t end) const {
     const int64_t size = element_size(dtype);

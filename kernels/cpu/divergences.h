@@ -21,17 +21,28 @@ struct Pair {
   vec term, g;
 };
 
+// q - p where the two nearly cancel.
+inline vec probability_gap(const Cell& c) {
+  return select(c.d > 0.f, c.q, -c.p) * -expm1_nonpositive(-abs(c.d));
+}
+
 // The Kullback-Leibler family closes in one sweep: its value and gradient are linear in sums the statistics sweep takes.
+// The functors are for sparse.h, which has no such sums.
 struct ForwardKL {
   static constexpr bool forward = true, reverse = false;
   explicit ForwardKL(const double*) {}
   double weight() const { return 1; }
+  Pair operator()(const Cell& c) const { return {keep(c.p != 0.f, -c.p * c.d), probability_gap(c)}; }
 };
 
 struct ReverseKL {
   static constexpr bool forward = false, reverse = true;
   explicit ReverseKL(const double*) {}
   double weight() const { return 0; }
+  Pair operator()(const Cell& c) const {
+    const vec term = keep(c.q != 0.f, c.q * c.d);
+    return {term, term};
+  }
 };
 
 struct SymmetricKL {
@@ -39,6 +50,11 @@ struct SymmetricKL {
   double w;
   explicit SymmetricKL(const double* parameters) : w(parameters[0]) {}
   double weight() const { return w; }  // of the forward direction
+  Pair operator()(const Cell& c) const {
+    const Pair forward_pair = ForwardKL(nullptr)(c), reverse_pair = ReverseKL(nullptr)(c);
+    const float a = (float)w, b = (float)(1 - w);
+    return {a * forward_pair.term + b * reverse_pair.term, a * forward_pair.g + b * reverse_pair.g};
+  }
 };
 
 // With share = weight for d > 0 and 1 - weight otherwise: log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d).

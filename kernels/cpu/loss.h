@@ -1,6 +1,6 @@
 // From a call to its rows: which family a divergence belongs to, threads, per-thread memory, skipped rows.
 #pragma once
-#include "rows.h"
+#include "sparse.h"
 
 #include <stdlib.h>
 #include <type_traits>
@@ -112,9 +112,10 @@ inline void one_row(const Divergence& divergence, int hard, const Row& row, cons
 // One allocation per thread, carved into the arrays of Scratch. A stash that is not wanted whole has its tail only.
 class ThreadMemory {
  public:
-  ThreadMemory(int64_t columns, bool student, bool teacher, bool hard) {
+  ThreadMemory(int64_t columns, bool student, bool teacher, bool hard, int64_t kept_tokens = 0) {
     const int64_t row = columns / block * block, maxima = (columns / block + 16) / 16 * 16;
-    const int64_t floats = (student + teacher + hard) * row + 6 * block + 3 * maxima;
+    const int64_t categories = Categories::padded(kept_tokens);
+    const int64_t floats = (student + teacher + hard) * row + 6 * block + 3 * maxima + Categories::arrays * categories;
     memory_ = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
     float* next = memory_;
     const auto take = [&](int64_t n) { return next += n, next - n; };
@@ -122,6 +123,9 @@ class ThreadMemory {
     scratch.student = stash(student), scratch.teacher = stash(teacher), scratch.hard = stash(hard);
     scratch.student_max = take(maxima), scratch.teacher_max = take(maxima), scratch.hard_max = take(maxima);
     scratch.student_block = take(block), scratch.teacher_block = take(block), scratch.out_block = take(block);
+    categories_ = {take(categories), take(categories), take(categories), take(categories),
+                   take(categories), take(categories), take(categories)};
+    scratch.categories = &categories_;
   }
   ~ThreadMemory() { free(memory_); }
   ThreadMemory(const ThreadMemory&) = delete;
@@ -130,6 +134,7 @@ class ThreadMemory {
 
  private:
   float* memory_;
+  Categories categories_;
 };
 
 constexpr int64_t kSerialBelow = 32768;  // elements: waking the other threads costs about 15 us
@@ -156,6 +161,7 @@ inline int hard_term(const KDRows& call, double temperature) {
 template <class Divergence>
 int kd_rows(const Divergence& divergence, const KDRows& call) {
   constexpr bool probabilities = !std::is_same<Divergence, MSE>::value && !std::is_same<Divergence, NoSoft>::value;
+  constexpr bool sparse = std::is_same<Divergence, Sparse>::value;
   Settings settings;
   settings.temperature = probabilities ? call.temperature : 1;  // without a softmax at T, stash at T = 1
   settings.student_scale = (float)(1.4426950408889634 / settings.temperature);
@@ -173,16 +179,17 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   const int threads = team(call.rows, settings.columns, call.threads);
   const int64_t turn = rows_per_turn(call.rows, settings.columns, threads);
   // The student's exponentials may lie where the gradient will, unless the logits there are read again.
-  constexpr bool reads_logits_once = std::is_same<Divergence, ForwardKL>::value || std::is_same<Divergence, NoSoft>::value;
+  constexpr bool reads_logits_once =
+      sparse || std::is_same<Divergence, ForwardKL>::value || std::is_same<Divergence, NoSoft>::value;
   const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&
                              (reads_logits_once || call.grad.data != call.student.data);
-  constexpr bool functor = probabilities && !is_kl<Divergence>::value;
+  constexpr bool functor = probabilities && !sparse && !is_kl<Divergence>::value;
   const bool stash = settings.want_grad || (functor && call.stage != kStatistics);
   int failed = 0;
 #pragma omp parallel num_threads(threads)
   {
-    ThreadMemory memory(settings.columns, stash && !stash_in_grad, stash && probabilities,
-                        stash && settings.hard == kOwnExponential);
+    ThreadMemory memory(settings.columns, stash && !stash_in_grad, stash && probabilities && !sparse,
+                        stash && settings.hard == kOwnExponential, sparse ? call.sparse.count : 0);
     Scratch& scratch = memory.scratch;
     if (memory.failed()) {
 #pragma omp atomic write
@@ -197,6 +204,11 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
       row.label = row.hard_scale != 0 ? call.labels[i] - call.first : -1;
       row.student = {row_at(call.student, i), call.student.dtype, scratch.student_block};
       if (call.teacher.data) row.teacher = {row_at(call.teacher, i), call.teacher.dtype, scratch.teacher_block};
+      if constexpr (sparse) {
+        const SparseTeacher& all = call.sparse;
+        row.sparse = {all.ids + i * all.count, all.logprobs + i * all.count, all.picked + i * all.count,
+                      all.rest[i], all.offset[i], all.count, call.first};
+      }
       if (call.grad.data) row.grad = {row_at(call.grad, i), call.grad.dtype, scratch.out_block};
 
       if (stash_in_grad) scratch.student.row = reinterpret_cast<float*>(row.grad.row);
@@ -223,6 +235,7 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
 // Positions in fastkd.divergences.TABLE.
 inline int kd_rows(const KDRows& call) {
   const double* parameters = call.parameters;
+  if (call.sparse.ids && call.soft_scale) return kd_rows(Sparse(call), call);
   switch (call.soft_scale ? call.divergence : -1) {
     case 0: return kd_rows(ForwardKL(parameters), call);
     case 1: return kd_rows(ReverseKL(parameters), call);

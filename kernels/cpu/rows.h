@@ -44,11 +44,14 @@ struct Stash {
   float* at(int64_t start, int64_t n) const { return n == block ? row + start : tail; }
 };
 
+struct Categories;  // sparse.h
+
 // Per-thread memory for one row: the stashes, and the maxima each block was stashed with.
 struct Scratch {
   Stash student, teacher, hard;  // `teacher` later holds g
   float *student_max, *teacher_max, *hard_max;
   float *student_block, *teacher_block, *out_block;  // one block each, first-level cache
+  const Categories* categories;
 };
 
 // What a row's loss needs, fixed for the whole call.
@@ -91,8 +94,18 @@ struct State {
 };
 static_assert(sizeof(State) <= kStateBytes, "fastkd/_native.py allocates this much per row");
 
+// A row of a SparseTeacher; `first` is the column of the row that the tile begins with.
+struct SparseRow {
+  const int64_t* ids;
+  const float* logprobs;
+  float* picked;
+  double rest, offset;
+  int64_t count, first;
+};
+
 struct Row {
   Reader student, teacher;
+  SparseRow sparse;
   Writer grad;
   int64_t label;  // relative to the first column of the tile
   double soft_scale, hard_scale;
