@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Callable, Sequence
 
@@ -40,14 +41,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _distill(arguments: Sequence[str]) -> None:
-    from fastkd.training.commands import distill
+def _training(name: str) -> Callable[[Sequence[str]], None]:
+    """A command of fastkd.training, imported when it is called: it needs transformers."""
 
-    distill(arguments)
+    def run(arguments: Sequence[str]) -> None:
+        commands = importlib.import_module("fastkd.training.commands")
+        getattr(commands, name)(arguments)
+
+    return run
 
 
+#: Name → what it does, and the function of its arguments.
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "distill": ("train a small model on a teacher's predictions, and report what it learnt", _distill),
+    "distill": ("train a small model on a teacher's predictions, and report what it learnt", _training("distill")),
+    "eval": ("judge a student beside its teacher", _training("evaluate")),
+    "sweep": ("train students over a grid of weights and temperatures, and rank them", _training("sweep")),
+    "inspect-teacher": ("show what a teacher expects next", _training("inspect_teacher")),
 }
 
 

@@ -119,7 +119,7 @@ def _train_teacher(options: Options, materials: Materials, output: Path) -> Opti
 
 
 def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory: Path) -> Fitted:
-    kd = distillation_loss(options.distillation, setup.vocab_size)
+    kd = distillation_loss(options.distillation, setup.counted)
     return fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
 
 

@@ -152,7 +152,8 @@ def fit(
         soft_weight=_course(wanted.weights[0], wanted.final_soft_weight, wanted.weight_schedule) if courses else None,
         train_dataset=lessons.train,
         eval_dataset=Windows(corpus.validation),
-        data_collator=_Collators(lessons.collator),
+        data_collator=lessons.collator,
+        eval_collator=collate,
         callbacks=callbacks,
     )
     trainer.remove_callback(ProgressCallback)
@@ -179,16 +180,6 @@ def _windows_seen(steps: int, windows: int, options: Options) -> int:
 
 def _course(start: float, end: float | None, shape: Any) -> Course | None:
     return None if end is None else Course(start, end, shape)
-
-
-@dataclass(frozen=True)
-class _Collators:
-    """Trainer has one collator for training and validation, whose examples have no teacher."""
-
-    train: Any
-
-    def __call__(self, examples: Any) -> Any:
-        return collate(examples) if isinstance(examples[0], dict) and "labels" in examples[0] else self.train(examples)
 
 
 class _ValidateAtEnd(TrainerCallback):

@@ -52,9 +52,10 @@ class Judge:
     """Measures contenders on the same text against the same teacher, whose body it does not keep."""
 
     def __init__(self, teacher: Any, tokenizer: Any, corpus: Corpus, options: Options, vocab_size: int | None) -> None:
-        self.tokenizer, self.corpus, self.options, self.vocab_size = tokenizer, corpus, options, vocab_size
+        self.tokenizer, self.corpus, self.options, self._counted = tokenizer, corpus, options, vocab_size
         self._held_out, self._out_of_domain = self._predictions(teacher)
-        self._baseline = unigram_loss(corpus.train, corpus.held_out, self._held_out.vocab_size)
+        self.vocab_size = self._held_out.vocab_size  # ids that count
+        self._baseline = unigram_loss(corpus.train, corpus.held_out, self.vocab_size)
         self._teacher_loss: float | None = None
         self.teacher = self._contender(TEACHER, teacher, self._held_out, self._out_of_domain)
 
@@ -64,8 +65,8 @@ class Judge:
 
     def _predictions(self, model: Any) -> tuple[Predictions, Predictions | None]:
         size, other = self.options.evaluation.eval_batch_size, self.corpus.out_of_domain
-        elsewhere = None if other is None else predict(model, other, size, self.vocab_size)
-        return predict(model, self.corpus.held_out, size, self.vocab_size), elsewhere
+        elsewhere = None if other is None else predict(model, other, size, self._counted)
+        return predict(model, self.corpus.held_out, size, self._counted), elsewhere
 
     def _contender(self, name: str, model: Any, held_out: Predictions, other: Predictions | None) -> Contender:
         found = measure(held_out, self.corpus.held_out, self._held_out)

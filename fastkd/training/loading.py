@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAn
 from fastkd.training.options import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, InputError, ModelOptions
 
 __all__ = [
+    "device_of",
     "gpt2_tokenizer",
     "load_student",
     "load_teacher",
@@ -27,6 +28,12 @@ __all__ = [
 _NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}  # too few passes to overfit
 _SMALL = {"n_positions": 128, "n_embd": 256, "n_layer": 4, "n_head": 4}
 _TRAINED = {"n_positions": 128, "n_embd": 512, "n_layer": 6, "n_head": 8}
+
+
+def device_of(options: ModelOptions) -> torch.device:
+    """The device asked for."""
+    found = None if options.device == "cpu" else torch.accelerator.current_accelerator()
+    return found or torch.device("cpu")
 
 
 def load_tokenizer(name: str) -> Any:

@@ -22,9 +22,11 @@ __all__ = [
     "DistillationOptions",
     "EvaluationOptions",
     "InputError",
+    "InspectOptions",
     "ModelOptions",
     "Options",
     "Schedule",
+    "SweepOptions",
     "TrainingOptions",
 ]
 
@@ -165,8 +167,13 @@ class DistillationOptions:
     cache_dir: str = _option(
         "", "directory of a cache of the teacher's predictions: written first if it is not there, then trained from"
     )
-    cache_format: Literal["sampled", "topk", "dense"] = _option("sampled", "what a new cache keeps of each prediction")
-    cache_tokens: int | None = _option(None, "token ids that a new cache keeps of each prediction")
+    cache_format: Literal["sampled", "topk", "dense"] | None = _option(
+        None, "what a cache keeps of each prediction [sampled, or dense where cache_precision is given]"
+    )
+    cache_tokens: int | None = _option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
+    cache_precision: Literal["fp16", "bf16"] | None = _option(
+        None, "what a dense cache stores; the others have an encoding of their own"
+    )
 
     def __post_init__(self) -> None:
         self._resolve_weights()
@@ -191,10 +198,17 @@ class DistillationOptions:
                 f"final_soft_weight {self.final_soft_weight} is more than soft_weight + hard_weight, "
                 f"{self.total_weight}: hard_weight would be negative"
             )
-        if self.cache_dir and self.temperature_schedule != "constant":
+        if self.cache_format is None:
+            object.__setattr__(self, "cache_format", "dense" if self.cache_precision else "sampled")
+        if self.cache_precision and self.cache_format != "dense":
             raise InputError(
-                f"temperature_schedule is {self.temperature_schedule!r}, but a cache holds the teacher at one "
-                "temperature: take cache_dir away, or the schedule"
+                f"cache_precision is {self.cache_precision!r}, but cache_format is {self.cache_format!r}, which has an "
+                "encoding of its own: leave one of them away"
+            )
+        if self.cache_dir and self.cache_format != "dense" and self.temperature_schedule != "constant":
+            raise InputError(
+                f"temperature_schedule is {self.temperature_schedule!r}, but a {self.cache_format} cache holds the "
+                "teacher at one temperature: take cache_dir away, or the schedule"
             )
 
     def _resolve_weights(self) -> None:
@@ -234,6 +248,61 @@ class DistillationOptions:
     def needs_teacher(self) -> bool:
         """Whether any step learns from the teacher."""
         return self.weights[0] > 0 or bool(self.final_soft_weight)
+
+
+@dataclass(frozen=True)
+class SweepOptions:
+    """The grid of `fastkd sweep`, in the place of DistillationOptions; every cell trains one student."""
+
+    _argument_group_name: ClassVar[str] = "sweep"
+
+    alpha: list[float] = _option([0.0, 0.5, 1.0], "weights to try; alpha_on says of which loss, the other has the rest")
+    alpha_on: Literal["soft", "hard"] = _option("soft", "the loss that alpha multiplies")
+    temperature: list[float] = _option([1.0, 2.0, 4.0], "temperatures of the soft loss to try")
+    divergence: str = _option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
+    cache_dir: str = _option("", "directory of caches, one for each temperature")
+    cache_format: Literal["sampled", "topk"] = _option("sampled", "what a cache keeps of each prediction")
+    cache_tokens: int | None = _option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
+
+    def cells(self) -> list[DistillationOptions]:
+        """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
+        found = {}
+        for alpha in self.alpha:
+            for temperature in self.temperature:
+                cell = DistillationOptions(
+                    temperature=temperature,
+                    alpha=alpha,
+                    alpha_on=self.alpha_on,
+                    divergence=self.divergence,
+                    cache_dir=f"{self.cache_dir}/temperature-{temperature:g}" if self.cache_dir else "",
+                    cache_format=self.cache_format,
+                    cache_tokens=self.cache_tokens,
+                )
+                found.setdefault((cell.weights, temperature if cell.needs_teacher else None), cell)
+        return list(found.values())
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What `fastkd inspect-teacher` looks at."""
+
+    _argument_group_name: ClassVar[str] = "inspection"
+
+    prompts: list[str] = _option(
+        ["This movie was one of the best", "I would not recommend this film to anyone"],
+        "texts whose last token is to be predicted from the others",
+    )
+    top_k: int = _option(10, "tokens to show of each prediction")
+    temperatures: list[float] = _option([0.5, 1.0, 2.0, 5.0, 10.0], "temperatures to compare")
+    plot: str = _option("", "a .png file to draw the last prompt's distributions at these temperatures into")
+
+    def __post_init__(self) -> None:
+        _at_least(self, top_k=1)
+        for temperature in self.temperatures:
+            if not temperature > 0:
+                raise InputError(f"temperatures has {temperature}; they must be above 0")
+        if self.plot and not self.plot.endswith(".png"):
+            raise InputError(f"plot is {self.plot!r}; name a .png file")
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Setup:
 
     options: Options
     materials: Materials
-    vocab_size: int | None  # ids that count, where the output heads of teacher and student are padded differently
+    counted: int | None  # ids that count, where the output heads of teacher and student are padded differently
     student_config: Any
     teacher: Any  # None once it is not needed any more
     judge: Judge
@@ -45,7 +45,7 @@ class Setup:
 
 def gather(options: Options) -> Materials:
     """Check what can be checked without a model, then read the text. Raises InputError."""
-    device = training_device(options)
+    device = _training_device(options)
     distillation_loss(options.distillation)  # refuses what it cannot mean
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
     tokenizer = loading.load_tokenizer(options.models.teacher)
@@ -74,7 +74,7 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     return Setup(options, materials, vocab_size, config, teacher, judge)
 
 
-def training_device(options: Options) -> torch.device:
+def _training_device(options: Options) -> torch.device:
     """Where Trainer will put the student. Raises InputError for what it cannot do in one process."""
     chosen = arguments(options, Path(options.training.output))
     if chosen.world_size > 1 or chosen.n_gpu > 1:

@@ -53,6 +53,7 @@ class KDTrainer(Trainer):
         teacher: a frozen model in eval mode with the student's vocabulary, on the student's device. Or None: then
             batches bring the teacher's predictions under `"teacher"` (a `fastkd.SparseTargets`, logits or a
             `Projection`, `[batch, tokens, ...]`), or the soft term is left out.
+        eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
         temperature, soft_weight: how these change, where they do. The hard weight changes against the soft one, so
             that their sum stays.
 
@@ -71,6 +72,7 @@ class KDTrainer(Trainer):
         *args: Any,
         kd: fastkd.KDLoss,
         teacher: nn.Module | None = None,
+        eval_collator: Callable[[Any], Any] | None = None,
         temperature: Course | None = None,
         soft_weight: Course | None = None,
         **settings: Any,
@@ -79,7 +81,7 @@ class KDTrainer(Trainer):
         if teacher is not None and (teacher.training or any(weight.requires_grad for weight in teacher.parameters())):
             raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
         kd.shift, kd.reduction, kd.return_parts = True, "mean", True
-        self.kd, self.teacher = kd, teacher
+        self.kd, self.teacher, self.eval_collator = kd, teacher, eval_collator or self.data_collator
         self._courses = {"temperature": temperature, "soft_weight": soft_weight}
         self._total_weight = kd.soft_weight + kd.hard_weight
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
@@ -179,12 +181,13 @@ class KDTrainer(Trainer):
         return super().train(*args, **settings)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """All of it: an incomplete last batch is dropped in training alone."""
-        drop_last, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        """As Trainer's, with `eval_collator`; an incomplete last batch is dropped in training alone."""
+        training = self.args.dataloader_drop_last, self.data_collator
+        self.args.dataloader_drop_last, self.data_collator = False, self.eval_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
         finally:
-            self.args.dataloader_drop_last = drop_last
+            self.args.dataloader_drop_last, self.data_collator = training
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
         """As Trainer's: `eval_hard`, the mean hard loss, and `eval_perplexity`."""
