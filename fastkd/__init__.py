@@ -1,5 +1,7 @@
 """fastkd: fused knowledge-distillation losses for language models."""
 
+from typing import Any
+
 from fastkd.backend import backends, use_backend
 from fastkd.divergences import (
     JSD,
@@ -44,3 +46,12 @@ __all__ = [
     "row_statistics",
     "use_backend",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """`fastkd.cache`, which needs numpy and safetensors, is imported when it is first asked for."""
+    if name == "cache":
+        import importlib
+
+        return importlib.import_module("fastkd.cache")
+    raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

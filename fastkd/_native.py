@@ -25,8 +25,10 @@ __all__ = [
     "log_softmax",
     "log_softmax_backward",
     "row_statistics",
+    "sample",
     "status",
     "tile_state",
+    "top_k",
 ]
 
 _ABI = 3
@@ -107,6 +109,20 @@ class _LogSoftmax(ctypes.Structure):
         ("upstream", _Matrix),  # backward only
         ("out", _Matrix),
         ("normaliser", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
+    )
+
+
+class _Selection(ctypes.Structure):
+    _fields_ = (
+        ("logits", _Matrix),
+        ("ids", ctypes.c_void_p),
+        ("log_weights", ctypes.c_void_p),
+        ("summary", ctypes.c_void_p),
+        ("uniforms", ctypes.c_void_p),
+        ("k", ctypes.c_int64),
         ("rows", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("temperature", ctypes.c_double),
@@ -284,6 +300,36 @@ def log_softmax_backward(
         temperature,
     )
     _call("fastkd_log_softmax_backward", arguments)
+
+
+def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backend.Backend.top_k`."""
+    return _select(logits, k, temperature, None)
+
+
+def sample(logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backend.Backend.sample`."""
+    return _select(logits, k, temperature, uniforms.to(torch.float64).contiguous())
+
+
+def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    rows = _row_count(logits)
+    ids, log_weights, summary = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k), torch.empty(rows)
+    _call(
+        "fastkd_select",
+        _Selection(
+            _matrix(logits),
+            ids.data_ptr(),
+            log_weights.data_ptr(),
+            summary.data_ptr(),
+            _pointer(uniforms),
+            k,
+            rows,
+            torch.get_num_threads(),
+            temperature,
+        ),
+    )
+    return ids, log_weights, summary
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

@@ -1,6 +1,6 @@
 """Who computes a loss: the native CPU library, the Triton kernels, or the eager reference.
 
-The three offer the same four functions (`Backend`), so that everything above them is written once. Which one runs
+The three offer the same functions (`Backend`), so that everything above them is written once. Which one runs
 is decided per call from the tensor's device, unless `use_backend` forces one.
 """
 
@@ -113,6 +113,27 @@ class Backend(Protocol):
         self, upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
     ) -> None:
         """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`."""
+        ...
+
+    def top_k(self, logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+        """The k likeliest tokens of each row of softmax(logits / temperature); of equals at the end, any.
+
+        Returns ids int64 `[rows, k]`, ascending; their log-probabilities `[rows, k]`; the log `[rows]` of the mass not
+        kept, summed from the other columns. Fewer tokens than k: (0, −inf) last. NaN where the row has no softmax.
+        """
+        ...
+
+    def sample(self, logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """At most k tokens of each row, and weights that are unbiased estimates of all its probabilities.
+
+        Optimal threshold resampling (Fearnhead and Clifford 2003): of all schemes that keep k tokens, the least
+        variance. With τ such that Σ min(1, p/τ) = k, tokens with p ≥ τ are kept with weight p; of the others, enough
+        to make k are drawn with probability p/τ and have weight τ. The draws are systematic: where the positions
+        (uniform + j)·τ fall in the running sum of the others' probabilities, in the order of their ids.
+
+        `uniforms` float64 `[rows]` in [0, 1). Returns ids int64 `[rows, k]`, ascending; log-weights `[rows, k]`; the
+        rows' entropies in nats. Tokens that are missing, and rows without a softmax, as in `top_k`.
+        """
         ...
 
 

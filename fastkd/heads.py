@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 
 from fastkd import _native
-from fastkd.plan import CAST_COLUMNS, Side, Wants
+from fastkd.divergences import ForwardKL
+from fastkd.plan import CAST_COLUMNS, NOTHING, Side, Wants, padded, plan_for
 from fastkd.sources import Projection
 
-__all__ = ["Head", "autocast_dtype", "kept_dtype"]
+__all__ = ["Head", "autocast_dtype", "kept_dtype", "logit_chunks"]
 
 
 @functools.cache
@@ -192,3 +193,33 @@ class Head:
         step = columns.stop - columns.start if self.weight.dtype == self.operand else CAST_COLUMNS
         for start in range(columns.start, columns.stop, step):
             yield slice(start, min(start + step, columns.stop))
+
+
+@torch.no_grad()
+def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The first `vocab_size` logits of some tokens at a time, without gradient: (tokens, `[tokens, vocab_size]`).
+
+    fp32, or float64 where the projection is. Tokens are the collapsed leading dimensions. Each chunk overwrites the
+    one before.
+    """
+    count, device = source.shape[:-1].numel(), source.device
+    head = Head(source.detach(), vocab_size, autocast_dtype(device), NOTHING)
+    chunk = plan_for(
+        max(count, 1),
+        vocab_size,
+        head.side,
+        None,
+        NOTHING,
+        ForwardKL(),
+        device,
+        memory_budget=None,
+        tiles_allowed=False,
+    ).chunk
+    buffer = torch.empty(min(chunk, count), padded(vocab_size), dtype=head.result, device=device)
+    _native.advise_huge_pages(buffer)
+    for start in range(0, count, chunk):
+        rows = slice(start, min(start + chunk, count))
+        with torch.autocast(device.type, enabled=False):
+            head.start(rows, None)
+            logits = head.logits(slice(0, vocab_size), buffer[: rows.stop - start, :vocab_size])
+        yield rows, logits

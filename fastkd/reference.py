@@ -5,7 +5,7 @@ Tests and benchmarks import this file and judge the kernels by it. A divergence 
 of a row is Σ_v term and `g = ∂term/∂log q`. With G = Σ_v g the gradient w.r.t. the student's logits is
 `(g − q·G) / T`, so the skeleton below serves every divergence.
 
-This file is also the backend of last resort: it offers the same four functions as the kernels (see `backend.Backend`).
+This file is also the backend of last resort: it offers the same functions as the kernels (see `backend.Backend`).
 Formulas follow the textbook rather than the kernels, so that the two can disagree.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastkd.backend import RowSpec, SparseRows
 
-__all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics"]
+__all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "sample", "top_k"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -223,3 +223,46 @@ def log_softmax_backward(
     """See `backend.Backend.log_softmax_backward`. Normalises anew rather than trust a rounded normaliser."""
     above, q = _wide(upstream), torch.softmax(_shifted(logits, temperature)[0], -1)
     grad.copy_(((above - q * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))
+
+
+def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backend.Backend.top_k`."""
+    log_p = torch.log_softmax(_shifted(logits, temperature)[0], -1)
+    logprobs, ids = log_p.topk(min(k, log_p.shape[-1]), -1)
+    rest = log_p.scatter(-1, ids, -math.inf).logsumexp(-1)
+    return *_in_order(ids, logprobs, k), torch.where(log_p[:, 0].isnan(), math.nan, rest)
+
+
+def sample(logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `backend.Backend.sample`."""
+    log_p = torch.log_softmax(_shifted(logits, temperature)[0], -1)
+    p = log_p.exp()
+    top, ids = p.topk(min(k, p.shape[-1]), -1)
+    # above[h]: the mass of all but the h likeliest, summed from the least.
+    rest = p.scatter(-1, ids, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
+    above = torch.cat((top.double(), rest), -1).flip(-1).cumsum(-1).flip(-1)
+    draws = k - torch.arange(top.shape[-1] + 1, device=top.device)
+    heads = (top * draws[:-1] >= above[:, :-1]).cumprod(-1).sum(-1, keepdim=True)
+    step = above.gather(-1, heads) / draws[heads].clamp(min=1)
+
+    is_head = torch.zeros_like(p).scatter(-1, ids, (torch.arange(top.shape[-1], device=top.device) < heads).to(p.dtype))
+    reached = torch.where(is_head == 1, 0.0, p).cumsum(-1, dtype=torch.float64)
+    # The number of positions (uniform + j)·step below the running sum goes up by one where a token is drawn.
+    passed = (draws[heads] * reached / reached[:, -1:] - uniforms[:, None]).ceil().clamp(min=0)
+    passed = torch.where(reached == reached[:, -1:], draws[heads], passed.nan_to_num(0.0))  # all, however rounded
+    drawn = (passed.diff(dim=-1, prepend=torch.zeros_like(passed[:, :1])) > 0) & (reached > 0)
+    weights = torch.where(is_head == 1, log_p, torch.where(drawn, step.log().to(p.dtype), -math.inf))
+    kept, ids = weights.topk(top.shape[-1], -1)
+    entropy = -_weighted(p, log_p).sum(-1)
+    broken = log_p[:, :1].isnan()
+    return *_in_order(ids, torch.where(broken, math.nan, kept), k), entropy
+
+
+def _in_order(ids: Tensor, values: Tensor, k: int) -> Pair:
+    """The `[rows, k]` tokens by ascending id, those of value −inf as id 0 at the end; NaN rows have ids 0."""
+    missing, broken = values == -math.inf, values.isnan()
+    order = torch.where(missing, torch.iinfo(torch.int64).max, ids).argsort(-1)
+    ids, values = torch.where(missing | broken, 0, ids).gather(-1, order), values.gather(-1, order)
+    padding = (0, k - ids.shape[-1])
+    pad = torch.nn.functional.pad
+    return pad(ids, padding), pad(values, padding, value=-math.inf)

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd import sources
-from fastkd.divergences import ForwardKL
-from fastkd.heads import Head, autocast_dtype
-from fastkd.plan import NOTHING, padded, plan_for
+from fastkd.heads import logit_chunks
 from fastkd.sources import Projection, Source
 
 __all__ = ["RowStatistics", "log_softmax", "row_statistics"]
@@ -64,35 +62,18 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
     temperature = _check_temperature(temperature)
     flat = None if labels is None else labels.to(torch.int64).reshape(-1)
     if isinstance(source, Projection):
-        rows = _of_projection(source.detach(), flat, temperature)
+        rows = _of_projection(source, flat, temperature)
     else:
         rows = torch.ops.fastkd.row_statistics(source.detach(), flat, temperature)
     return RowStatistics(*(row.reshape(source.shape[:-1]) for row in rows))
 
 
 def _of_projection(source: Projection, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
-    count, device = source.shape[:-1].numel(), source.device
-    autocast = autocast_dtype(device)
-    with torch.no_grad(), torch.autocast(device.type, enabled=False):
-        head = Head(source, source.shape[-1], autocast, NOTHING)
-        chunk = plan_for(
-            max(count, 1),
-            source.shape[-1],
-            head.side,
-            None,
-            NOTHING,
-            ForwardKL(),
-            device,
-            memory_budget=None,
-            tiles_allowed=False,
-        ).chunk
-        buffer = torch.empty(min(chunk, count), padded(source.shape[-1]), dtype=head.result, device=device)
-        found = []
-        for start in range(0, count, chunk):
-            rows = slice(start, min(start + chunk, count))
-            head.start(rows, None)
-            logits = head.logits(slice(0, source.shape[-1]), buffer[: rows.stop - start, : source.shape[-1]])
-            found.append(torch.ops.fastkd.row_statistics(logits, None if labels is None else labels[rows], temperature))
-        if not found:
-            return tuple(torch.ops.fastkd.row_statistics(buffer[:, :1], labels, temperature))
-        return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
+    found = [
+        torch.ops.fastkd.row_statistics(logits, None if labels is None else labels[rows], temperature)
+        for rows, logits in logit_chunks(source, source.shape[-1])
+    ]
+    if not found:
+        none = torch.empty(0, 1, dtype=source.dtype, device=source.device)
+        return tuple(torch.ops.fastkd.row_statistics(none, labels, temperature))
+    return tuple(torch.cat(parts) for parts in zip(*found, strict=True))

@@ -62,6 +62,8 @@ FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
   return chosen().kernels.log_softmax_backward(*call);
 }
 
+FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
+
 // Ask for huge pages under the whole pages of a fresh buffer: touching it first is the largest cost of a fresh gradient.
 FASTKD_API void fastkd_advise_huge_pages(char* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

@@ -73,10 +73,24 @@ struct LogSoftmax {
   double temperature;
 };
 
+// See fastkd/backend.py, Backend.top_k and Backend.sample.
+struct Selection {
+  Matrix logits;
+  int64_t* ids;            // [rows, k]
+  float* log_weights;      // [rows, k]
+  float* summary;          // [rows]: log of the mass not kept; of a sample the entropy
+  const double* uniforms;  // [rows]; nullptr: the k likeliest
+  int64_t k;
+  int64_t rows;
+  int64_t threads;
+  double temperature;
+};
+
 // The kernels of one instruction set. Each returns 0, or 1 when a row buffer could not be allocated.
 struct Kernels {
   int (*kd_rows)(const KDRows&);
   int (*row_statistics)(const Statistics&);
   int (*log_softmax)(const LogSoftmax&);
   int (*log_softmax_backward)(const LogSoftmax&);
+  int (*select)(const Selection&);
 };

@@ -3,5 +3,15 @@
 from fastkd.kernels.gpu.rows import kd_rows, scale_
 from fastkd.kernels.gpu.state import tile_state
 from fastkd.kernels.gpu.statistics import log_softmax, log_softmax_backward, row_statistics
+from fastkd.reference import sample, top_k  # torch's own selection runs on the device
 
-__all__ = ["kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "scale_", "tile_state"]
+__all__ = [
+    "kd_rows",
+    "log_softmax",
+    "log_softmax_backward",
+    "row_statistics",
+    "sample",
+    "scale_",
+    "tile_state",
+    "top_k",
+]
