@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from fastkd.training.options import InputError
+from fastkd.training.options import GROUPS, InputError
 
 __all__ = ["Parser", "differences", "dump", "load"]
 
@@ -46,7 +46,7 @@ class Parser:
             formatter_class=_HelpFormatter,
         )
         self.add = self._parser.add_argument
-        self._keys = _keys(groups)
+        self._keys, self._elsewhere = _keys(groups), _keys(GROUPS)
         if config:
             self.add("config", nargs="?", metavar="CONFIG.yaml", help="options, by name; flags win over them")
             self.add("--print-config", action="store_true", help="print the resolved options as YAML and stop")
@@ -69,6 +69,8 @@ class Parser:
         seen: dict[str, str] = {}
         for key, value in load(config).items():
             name = self._keys.get(str(key).replace("-", "_"))
+            if name is None and key in self._elsewhere:
+                continue  # a run's configuration serves commands that need less of it
             if name is None:
                 close = difflib.get_close_matches(str(key), self._keys, n=1)
                 meant = f"; did you mean {close[0]!r}?" if close else ""

@@ -1,4 +1,4 @@
-"""What a teacher has to say about the next token: its likeliest ones, how sure it is, and what temperature does to it."""
+"""What a teacher says of the next token: the likeliest ones, how sure it is, and what temperature does to that."""
 
 from __future__ import annotations
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+import fastkd.cache
 from fastkd.training.data import Windows, collate
 from fastkd.training.fit import Lessons
 from fastkd.training.options import InputError
@@ -17,7 +18,7 @@ from fastkd.training.setup import Setup
 
 __all__ = ["lessons"]
 
-#: In a file of the cache: what an interrupted write loses, at most. Dense rows are large, and have a limit of their own.
+#: In a file of the cache: what an interrupted write loses, at most. Dense rows have a limit of their own.
 _SHARD_TOKENS = 1 << 14
 _DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, None: torch.float16}
 
@@ -27,8 +28,6 @@ def lessons(setup: Setup) -> Lessons:
 
     Raises InputError for a cache that is of other settings, of another tokenizer, or damaged.
     """
-    import fastkd.cache
-
     options, train = setup.options.distillation, setup.materials.corpus.train
     if not options.needs_teacher:
         return Lessons(Windows(train), collate)
@@ -50,6 +49,7 @@ def _written(setup: Setup) -> fastkd.cache.Cache:
     """The cache in the directory asked for, with every window in it."""
     options, train = setup.options.distillation, setup.materials.corpus.train
     dense = options.cache_format == "dense"
+    assert options.cache_format is not None
     with tqdm(total=train.numel(), unit="token", desc="cache", dynamic_ncols=True) as bar:
         return fastkd.cache.write(
             setup.teacher,

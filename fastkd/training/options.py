@@ -266,7 +266,7 @@ class SweepOptions:
 
     def cells(self) -> list[DistillationOptions]:
         """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
-        found = {}
+        found: dict[tuple[tuple[float, float], float | None], DistillationOptions] = {}
         for alpha in self.alpha:
             for temperature in self.temperature:
                 cell = DistillationOptions(

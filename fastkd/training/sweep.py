@@ -56,12 +56,13 @@ def _row(setup: Setup, cell: DistillationOptions, output: Path, count: str) -> d
     soft, hard = cell.weights
     print(f"student {count}: soft weight {soft:g}, hard weight {hard:g}, temperature {cell.temperature:g}")
     setup.options = setup.options._replace(distillation=cell)
-    given, teacher = lessons(setup), setup.teacher
+    teacher = setup.teacher
+    given = lessons(setup)
+    setup.teacher = teacher  # the next cell may need it
     student, directory = setup.student(), output / CHECKPOINTS
     shutil.rmtree(directory, ignore_errors=True)
     kd = distillation_loss(cell, setup.counted)
     fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, setup.options, directory)
-    setup.teacher = teacher
     found = setup.judge.judge("student", whole(student))
     settings = {"soft_weight": soft, "hard_weight": hard, "temperature": cell.temperature}
     return {**settings, "loss": found.held_out.loss, **found.row()}
