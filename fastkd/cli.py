@@ -56,6 +56,7 @@ _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "distill": ("train a small model on a teacher's predictions, and report what it learnt", _training("distill")),
     "eval": ("judge a student beside its teacher", _training("evaluate")),
     "sweep": ("train students over a grid of weights and temperatures, and rank them", _training("sweep")),
+    "export": ("write a student as Hugging Face model, in 4 bits or as GGUF", _training("export")),
     "inspect-teacher": ("show what a teacher expects next", _training("inspect_teacher")),
 }
 

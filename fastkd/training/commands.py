@@ -18,7 +18,7 @@ from fastkd.training.options import (
     TrainingOptions,
 )
 
-__all__ = ["distill", "evaluate", "inspect_teacher", "sweep"]
+__all__ = ["distill", "evaluate", "export", "inspect_teacher", "sweep"]
 
 _DISTILL = """\
 Train a small causal language model on a frozen teacher's predictions and the labels.
@@ -58,6 +58,15 @@ Show what a teacher expects next: its likeliest tokens, its entropy, and what te
 examples:
   fastkd inspect-teacher
   fastkd inspect-teacher --teacher gpt2 --prompts "The film was great" --temperatures 1 2 4 --plot teacher.png
+"""
+_EXPORT = """\
+Write a student in the format of where it will run.
+
+hf: as save_pretrained writes it. int4: likewise, linear layers in 4 bits (torchao; not for GPT-2s).
+gguf: one file in fp32 that llama.cpp runs and transformers loads, of a GPT-2 or a Llama.
+
+examples:
+  fastkd export runs/demo --to gguf --output demo-gguf
 """
 
 
@@ -109,6 +118,18 @@ def inspect_teacher(arguments: Sequence[str]) -> None:
     from fastkd.training.inspect_teacher import inspect_teacher as run
 
     run(models, inspection)
+
+
+def export(arguments: Sequence[str]) -> None:
+    """`fastkd export`."""
+    parser = Parser("export", _EXPORT, (), config=False)
+    parser.add("student", metavar="STUDENT", help="directory of a finished run, or of any model with its tokenizer")
+    parser.add("--to", choices=("hf", "int4", "gguf"), required=True, help="the format")
+    parser.add("--output", metavar="DIRECTORY", required=True, help="a new directory")
+    (asked,) = parser.parse(arguments)
+    from fastkd.training.export import export as run
+
+    run(asked.student, asked.to, asked.output)
 
 
 def _configurations(arguments: Sequence[str]) -> list[Path]:

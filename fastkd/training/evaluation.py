@@ -92,7 +92,8 @@ def measure(student: Predictions, windows: Tensor, teacher: Predictions | None =
     """Judge a student on `windows` [n, length], on its own and, if there is one, against a teacher."""
     bins = torch.zeros(3, BINS, dtype=torch.float64)
     totals = torch.zeros(8, dtype=torch.float64)
-    teacher_rows = iter(()) if teacher is None else teacher.rows(windows)
+    compared = teacher is not None and teacher is not student
+    teacher_rows = teacher.rows(windows) if teacher is not None and compared else iter(())
     for projection, labels in student.rows(windows):
         logits = projection.logits().float()
         found = fastkd.row_statistics(logits, labels)
@@ -102,7 +103,7 @@ def measure(student: Predictions, windows: Tensor, teacher: Predictions | None =
         right = found.argmax == labels
         for row, values in zip(bins, (torch.ones_like(confidence), confidence, right), strict=True):
             row.index_add_(0, place, values.double().cpu())
-        for row, _ in [next(teacher_rows)] if teacher is not None else []:
+        for row, _ in [next(teacher_rows)] if compared else []:
             above = row.logits().float().to(logits.device)
             totals[1:] += _agreement(logits, above)
     count = bins[0].sum()
@@ -114,6 +115,8 @@ def measure(student: Predictions, windows: Tensor, teacher: Predictions | None =
     )
     if teacher is None:
         return measures
+    if not compared:
+        return replace(measures, kl=0.0, top1_agreement=1.0, top5_agreement=1.0, probability_correlation=1.0)
     uniform = count / student.vocab_size  # the product of the sums, divided by the number of probabilities
     both, ours, theirs = totals[4] - uniform, totals[5] - uniform, totals[6] - uniform
     return replace(

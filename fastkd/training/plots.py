@@ -96,11 +96,11 @@ def calibration(contenders: Sequence[Contender]) -> Figure:
 
 
 def sweep(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Held-out loss and KL to the teacher at T = 1, by weight of the soft loss, a line per temperature."""
+    """Validation loss and KL to the teacher at T = 1, by weight of the soft loss, a line per temperature."""
     figure = Figure(figsize=(9, 4), layout="constrained")
     for axes, (name, title) in zip(
         figure.subplots(1, 2),
-        (("loss", "held-out cross-entropy, nats"), ("kl", "KL(teacher ‖ student) at T = 1, nats")),
+        (("loss", "validation cross-entropy, nats"), ("kl", "KL(teacher ‖ student) at T = 1, nats")),
         strict=True,
     ):
         for temperature in sorted({row["temperature"] for row in rows if row["soft_weight"] > 0}):
