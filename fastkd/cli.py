@@ -31,9 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastkd: error: {error}", file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
+        name = (error.name or "").partition(".")[0]
+        if name not in _EXTRAS:
             raise
-        print(f"fastkd: error: {error.name} is not installed: pip install 'fastkd[train]'", file=sys.stderr)
+        print(f"fastkd: error: {name} is not installed: pip install 'fastkd[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
         print(f"fastkd: {error or 'interrupted'}", file=sys.stderr)

@@ -57,7 +57,9 @@ class Parser:
         `config` is a YAML file to start from. Raises InputError for what cannot be read, is unknown or contradicts
         itself; prints and exits for --help.
         """
-        named, _ = self._parser.parse_known_args(list(arguments))
+        named, unknown = self._parser.parse_known_args(list(arguments))
+        if unknown:
+            self._parser.error(f"there are no options {' '.join(unknown)}")
         config = config or getattr(named, "config", None)
         given = {name for name, value in vars(named).items() if value != self._parser.get_default(name)}
         flags = [] if config is None else self._flags(config, overridden=given)
