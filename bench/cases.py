@@ -156,6 +156,39 @@ QUESTIONS: dict[str, Question] = {
         "Matrix products: 2·N·V·(3·H of the student + H of the teacher) FLOPs",
         measure="flops",
     ),
+    "top_k": Question(
+        "The 64 likeliest tokens of a row, their log-probabilities and the mass that is left (T = 2)",
+        1,
+        "Least traffic: read z: N·V·b bytes",
+    ),
+    "sample": Question(
+        "A sample of 12 tokens of a row, its weights and the row's entropy (T = 2)",
+        1,
+        "Least traffic: read z: N·V·b bytes",
+    ),
+    "cache_write": Question(
+        "Writing a sampled cache, k = 12, from SmolLM2-135M on 128-token windows of IMDB reviews",
+        1,
+        "The teacher's bare forward, its output head included; GB/s are of its logits",
+    ),
+    "cache_read": Question(
+        "Reading a cache, k = 12: one of many shuffled batches of 32 sequences of 128 tokens",
+        0,
+        "No floor is given; 8.192 ms are 500,000 tokens per second",
+    ),
+    "cache_size": Question(
+        "Files of a finished cache, everything included",
+        1,
+        "What K ids and log-probabilities take: 16 bits an id at this vocabulary",
+        unit="bytes per token",
+    ),
+    "cache_gradient": Question(
+        "Angle between the gradient of the student's head from a cache and from the teacher's whole rows (T = 1), "
+        "SmolLM2-135M on IMDB reviews",
+        1,
+        "None: 0 is dense distillation. The student is the teacher seen through so many of its principal directions",
+        unit="degrees",
+    ),
     "projection_memory": Question(
         "Peak memory above the resident inputs, from hidden states to loss and gradients, default allocator",
         1,

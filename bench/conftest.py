@@ -15,8 +15,8 @@ import pytest
 
 from bench import machine, report, shapes, store
 
-#: Peak memory is measured once: it hardly depends on the allocator.
-collect_ignore = [] if machine.allocator() == "default" else ["bench_memory.py"]
+#: Measured once: peak memory hardly depends on the allocator, what a cache holds not at all.
+collect_ignore = [] if machine.allocator() == "default" else ["bench_memory.py", "bench_cache_contents.py"]
 
 _asked: dict[str, str] = {}  # test → its question
 _failed: dict[str, list[str]] = {}  # question → tests

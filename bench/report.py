@@ -35,7 +35,7 @@ _RATES = {"bytes": "GB/s", "flops": "GFLOP/s"}
 
 @dataclass(frozen=True)
 class Result:
-    """One case under one allocator. `values` are medians per contender, in ms (memory: MiB)."""
+    """One case under one allocator. `values` are medians per contender, in ms or the unit of the question."""
 
     question: str
     case: str

@@ -27,6 +27,10 @@ from bench.cases import (
 from fastkd.divergences import TABLE
 
 __all__ = [
+    "CACHE_GRADIENT",
+    "CACHE_READ",
+    "CACHE_SIZE",
+    "CACHE_WRITE",
     "DIVERGENCES",
     "LOGITS",
     "LOG_SOFTMAX",
@@ -34,6 +38,8 @@ __all__ = [
     "PROJECTIONS",
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
+    "SAMPLE",
+    "TOP_K",
     "selected",
 ]
 
@@ -154,6 +160,48 @@ PROJECTION_MEMORY = (
     ),
     Case("projection_memory", *_PROJECTION_BF16, (near(FRESH, predicted(FRESH)),), hidden=(256, 768)),
     Case("projection_memory", 8192, 128256, torch.float32, _budgeted(LARGE, "1 GiB"), hidden=(256, 768)),
+)
+
+
+_SELECTION_BARS = (
+    faster(FRESH, "eager", 1.0),
+    within(FRESH, "torch.topk"),
+    within(FRESH, "row statistics"),
+)
+TOP_K = _cases("top_k", _SELECTION_BARS, _SELECTION_BARS)
+SAMPLE = _cases("sample", _SELECTION_BARS, _SELECTION_BARS)
+_TEACHER_VOCAB, _TEACHER_HIDDEN = 49152, 576
+CACHE_WRITE = (
+    Case("cache_write", 1024, _TEACHER_VOCAB, torch.float32, (within(FRESH, "teacher forward", 1.15),), in_quick=True),
+)
+CACHE_READ = (
+    Case("cache_read", 32 * 128, 50257, torch.float32, (within(FRESH, None, 32 * 128 / 500),), in_quick=True),
+)
+CACHE_SIZE = (
+    Case(
+        "cache_size",
+        1 << 20,
+        50257,
+        torch.float32,
+        (within("sampled 12", None, 40), within("topk 64", None, 300)),
+    ),
+)
+CACHE_GRADIENT = tuple(
+    Case(
+        "cache_gradient",
+        4096,
+        _TEACHER_VOCAB,
+        torch.float32,
+        (
+            within("sampled 12", "ghost 64", 1.0),
+            within("sampled 64", "ghost 64", 1.0),
+            within("ghost 64", "renormalize 64", 1.0),
+            within("ghost 12", None),
+        ),
+        hidden=(directions, _TEACHER_HIDDEN),
+        in_quick=directions == 64,
+    )
+    for directions in (16, 64, 256)
 )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import fastkd
 from fastkd.training.options import InputError
 
-_EXTRAS = ("transformers", "accelerate", "yaml", "matplotlib", "tqdm")
+_EXTRAS = ("transformers", "accelerate", "yaml", "matplotlib", "tqdm", "datasets", "numpy", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,6 +55,7 @@ def _training(name: str) -> Callable[[Sequence[str]], None]:
 #: Name → what it does, and the function of its arguments.
 _COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
     "distill": ("train a small model on a teacher's predictions, and report what it learnt", _training("distill")),
+    "cache": ("run a teacher once and keep what it says", _training("cache")),
     "eval": ("judge a student beside its teacher", _training("evaluate")),
     "sweep": ("train students over a grid of weights and temperatures, and rank them", _training("sweep")),
     "export": ("write a student as Hugging Face model, in 4 bits or as GGUF", _training("export")),

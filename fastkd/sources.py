@@ -127,8 +127,8 @@ class SparseTargets:
             unbiased estimates of all probabilities, and the loss and its gradient of those of the whole row
             (random-sampling distillation, Anshumann et al. 2025). Forward KL.
         temperature: of the softmax that `logprobs` come from; a loss at another one refuses them.
-        rest: `[...]`, `"ghost"` only: log of the mass not kept. None: log(1 − Σ exp(logprobs)), which a rounding of
-            `logprobs` makes wrong where nearly everything was kept.
+        rest: `[...]`, `"ghost"` only: log of the mass not kept. None: log(1 − Σ exp(logprobs)), which the rounding of
+            `logprobs` makes wrong where nearly everything was kept (nothing is left below 1e-6).
         entropy: `[...]`, `"sampled"` only: the row's entropy in nats, which makes values comparable with those of
             dense forward KL. None: values are cross-entropies, larger by it. Gradients do not depend on it.
 

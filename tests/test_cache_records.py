@@ -43,15 +43,15 @@ def dense_weights(rows: Rows, vocab: int = 3000) -> torch.Tensor:
 def test_ids_at_the_bits_they_need(kind: type[Records], k: int, vocab: int) -> None:
     """The largest id too."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(vocab, (50, k), generator=generator)
-    ids[0, 0] = vocab - 1
-    log_weights = torch.log_softmax(torch.randn(50, k, generator=generator), -1).sort(-1, descending=True).values
+    ids = torch.randint(vocab, (50, k), generator=generator).sort(-1).values
+    ids[0, -1] = vocab - 1
+    log_weights = torch.log_softmax(torch.randn(50, k, generator=generator), -1)
     records = kind(vocab, k)
     packed = records.encode(Rows(ids, log_weights, torch.zeros(50)), uniforms(50))
     assert packed.shape == (50, records.size)
     assert torch.equal(records.decode(packed).ids, ids)
     bits = max(1, (vocab - 1).bit_length())
-    rest = {Plain: 8 * k + 4, PackedSampled: -(-k * bits // 8) + k + 1, PackedTopK: -(-k * bits // 8) + 2 * k + 4}
+    rest = {Plain: 8 * k + 4, PackedSampled: -(-k * bits // 8) + k + 2, PackedTopK: -(-k * bits // 8) + 2 * k + 4}
     assert records.size == rest[kind]
 
 
@@ -76,16 +76,19 @@ def test_plain_records_are_exact(make) -> None:
 @pytest.mark.parametrize("family", cases.FAMILIES)
 @pytest.mark.parametrize("k", [1, 2, 12, 64, 300])
 def test_packed_weights_of_a_sample(family: str, k: int) -> None:
-    """Each within a step of 5.1 %, and one that is nearly nothing becomes nothing or 1.7e-6; all of them sum to 1."""
+    """Each within a step of 5.1 %, and one that is nearly nothing becomes nothing or 1.8e-6; all of them sum to 1."""
     rows, records = sampled(60, 3000, k, family), PackedSampled(3000, k)
     decoded = records.decode(records.encode(rows, uniforms(60)))
     before, after = dense_weights(rows), dense_weights(decoded)
-    assert (decoded.log_weights[:, 0] > -torch.inf).all()
+    there = decoded.log_weights > -torch.inf
+    places = torch.where(there, decoded.ids, 3000)
+    assert (places.diff(dim=-1)[there[:, 1:]] > 0).all()
+    assert (places.diff(dim=-1) >= 0).all()
     torch.testing.assert_close(after.sum(-1), torch.ones(60, dtype=torch.float64), rtol=0, atol=1e-6)
     largest = rows.log_weights.exp().amax(-1, keepdim=True).double()
     others = before < largest * (1 - 1e-6)
     # The step below the grid, and the largest: off by what the others are together, less than one step of theirs.
-    assert ((after - before).abs()[others] <= 0.051 * before[others] + 1.8e-6).all()
+    assert ((after - before).abs()[others] <= 0.051 * before[others] + 1.9e-6).all()
     assert ((after - before).abs()[~others] <= 0.051 * largest.expand_as(before)[~others] + 4e-6).all()
     if k == 12 and family == "far":
         assert (after - before).abs().max() > 1e-4  # or nothing was rounded
@@ -108,13 +111,11 @@ def test_packed_weights_are_right_in_expectation() -> None:
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 def test_packed_log_probabilities_of_a_top_k(family: str) -> None:
-    """Probabilities within 6e-5; what is kept and the rest sum to 1."""
+    """Probabilities within 6e-5; the rest is exact."""
     rows, records = likeliest(60, 3000, 64, family), PackedTopK(3000, 64)
     decoded = records.decode(records.encode(rows, uniforms(60)))
     assert ((dense_weights(decoded) - dense_weights(rows)).abs() <= 6e-5).all()
-    whole = torch.cat((decoded.log_weights, decoded.summary[:, None]), 1).logsumexp(-1)
-    torch.testing.assert_close(whole, torch.zeros(60), rtol=0, atol=1e-6)
-    torch.testing.assert_close(decoded.summary, rows.summary, rtol=0, atol=6e-5)
+    assert torch.equal(decoded.summary, rows.summary)
     if family == "far":
         assert (decoded.log_weights - rows.log_weights).abs().max() > 1e-6
 

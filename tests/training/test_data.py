@@ -150,3 +150,26 @@ def test_bad_data_is_refused_before_anything_is_written(options, tmp_path, name,
     with pytest.raises(InputError, match=message):
         run(options, data=str(tmp_path / name))
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+@pytest.mark.parametrize("form", ["parquet", "arrow", "directory"])
+def test_documents_that_datasets_opens(tmp_path, form):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": ["the old film", "", "NA", "the old film"]})
+    path = tmp_path / f"text.{form}"
+    if form == "parquet":
+        data.to_parquet(path)
+    else:
+        data.save_to_disk(path if form == "directory" else tmp_path / "saved")
+        if form == "arrow":
+            next((tmp_path / "saved").glob("*.arrow")).rename(path)
+    assert read_documents(str(path)) == ["the old film", "NA"]
+    datasets.Dataset.from_dict({"text": [None]}).save_to_disk(tmp_path / "empty")
+    with pytest.raises(InputError, match="row 1: this row has no 'text' string"):
+        read_documents(str(tmp_path / "empty"))
+    datasets.DatasetDict({"a": data, "b": data}).save_to_disk(tmp_path / "splits")
+    with pytest.raises(InputError, match="holds the splits a, b"):
+        read_documents(str(tmp_path / "splits"))
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(InputError, match="cannot read"):
+        read_documents(str(tmp_path / "nothing"))

@@ -1,0 +1,148 @@
+"""The Triton kernel beside a teacher of which each row keeps K tokens: interpreted on CPU tensors, compiled offline."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.backend import RowSpec, SparseRows, Tile
+from fastkd.divergences import TABLE, Divergence
+from fastkd.kernels import gpu
+from fastkd.sparse import sparse_rows
+from tests import cases
+from tests.test_sparse import TEMPERED, judge, kept
+from tests.triton_interpreter import interpreted
+from tests.triton_offline import TARGETS, compiled, loads, loops, resources
+
+VOCAB = 2501
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("divergence", TEMPERED, ids=str)
+def test_contract(divergence: Divergence, family: str) -> None:
+    student, teacher = cases.logits(family, 2, VOCAB)
+    with interpreted():
+        judge(gpu.kd_rows, student, kept(teacher, 12), divergence)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 1.3, 3.0])
+@pytest.mark.parametrize("divergence", ["forward_kl", "symmetric_kl", "jsd"])
+def test_temperatures(divergence: str, temperature: float) -> None:
+    student, teacher = cases.logits("peaked", 2, VOCAB)
+    targets = kept(teacher, 5, temperature=temperature)
+    with interpreted():
+        judge(gpu.kd_rows, student, targets, TABLE[divergence](), temperature)
+        judge(gpu.kd_rows, student, targets, TABLE[divergence](), temperature, hard=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
+def test_low_precision(divergence: str, dtype: torch.dtype) -> None:
+    student, teacher = cases.logits("far", 2, VOCAB, dtype)
+    with interpreted():
+        judge(gpu.kd_rows, student, kept(teacher, 12), TABLE[divergence]())
+
+
+@pytest.mark.parametrize(("vocab", "entries"), [(1, 1), (3, 2), (7, 7), (1024, 1), (1027, 64), (50257, 64)])
+def test_sizes(vocab: int, entries: int) -> None:
+    """Rows without a rest, rows that are all edges, more tokens than fit one step."""
+    student, teacher = cases.logits("far", 2, vocab)
+    with interpreted():
+        judge(gpu.kd_rows, student, kept(teacher, entries, shuffled=True), fastkd.ForwardKL())
+
+
+def in_tiles(widths: tuple[int, ...]) -> object:
+    """`Backend.kd_rows` on vocabulary tiles that are made anew for each stage; what is not yet written is NaN."""
+
+    def kd_rows(
+        student: Tensor,
+        teacher: SparseRows,
+        labels: Tensor | None,
+        soft_scale: Tensor,
+        hard_scale: Tensor | None,
+        spec: RowSpec,
+        grad: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        state = gpu.tile_state(len(student), student.device).fill_(torch.nan)
+        teacher.picked.fill_(torch.nan)
+        for stage in ("statistics", "gradient"):
+            for first, width in zip(accumulate(widths, initial=0), widths, strict=False):
+                columns = slice(first, first + width)
+                tile, out = student[:, columns].contiguous(), grad[:, columns] if stage == "gradient" else None
+                computed = gpu.kd_rows(
+                    tile, teacher, labels, soft_scale, hard_scale, spec, out, Tile(stage, first, state)
+                )
+                if stage == "statistics":
+                    values = computed
+        return values
+
+    return kd_rows
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_tiles(divergence: str, family: str) -> None:
+    student, teacher = cases.logits(family, 2, VOCAB)
+    with interpreted():
+        for hard in (True, False):
+            judge(in_tiles((1024, 1000, VOCAB - 2024)), student, kept(teacher, 12), TABLE[divergence](), hard=hard)  # type: ignore[arg-type]
+
+
+def test_what_is_read_and_written() -> None:
+    """The student twice, the gradient once and again where tokens are kept; in place too."""
+    student, teacher = cases.logits("far", 2, VOCAB)
+    targets, scale = kept(teacher, 12), torch.ones(2)
+    rows = sparse_rows(targets, None, VOCAB, torch.float32)
+    spec = cases.spec(fastkd.ForwardKL(), VOCAB)
+    grad = torch.empty_like(student)
+    with interpreted() as trace:
+        gpu.kd_rows(student, rows, None, scale, None, spec, grad)
+    extra = torch.zeros(2, VOCAB, dtype=torch.int32).scatter_(1, targets.ids, 1)
+    assert torch.equal(trace.loads(student), 2 + extra)
+    assert torch.equal(trace.stores(grad), 1 + extra)
+    with interpreted():
+        gpu.kd_rows(student, rows, None, scale, None, spec, student)
+    assert torch.equal(student, grad)
+
+
+def test_skipped_rows() -> None:
+    """Without a soft term plain cross-entropy; without either nothing is read and the gradient is 0."""
+    student, teacher = cases.logits("far", 3, VOCAB)
+    labels, scale = cases.labels(3, VOCAB), torch.tensor([1.0, 0.0, 0.0])
+    hard_scale = torch.tensor([1.0, 1.0, 0.0])
+    rows = sparse_rows(kept(teacher, 12), scale, VOCAB, torch.float32)
+    grad, expected = torch.empty_like(student), torch.empty_like(student)
+    spec = cases.spec(fastkd.ForwardKL(), VOCAB)
+    with interpreted() as trace:
+        soft, hard = gpu.kd_rows(student, rows, labels, scale, hard_scale, spec, grad)
+        _, alone = gpu.kd_rows(student[1:2], None, labels[1:2], None, hard_scale[1:2], spec, expected[1:2])
+    assert soft[1] == soft[2] == hard[2] == 0
+    assert torch.allclose(hard[1], alone[0])
+    assert torch.allclose(grad[1], expected[1], atol=1e-8)
+    assert (grad[2] == 0).all()
+    assert (trace.loads(student)[2] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize("target", TARGETS)
+def test_compiled(target: str, vocab: int, dtype: torch.dtype) -> None:
+    """Nothing spills, both sweeps load two vectors of 16 bytes a step (the first has the kept tokens' loop inside)."""
+    student, scale = torch.empty(2, vocab, dtype=dtype), torch.ones(2)
+    ids = torch.arange(64).expand(2, 64)
+    targets = fastkd.SparseTargets(ids, torch.full((2, 64), -9.0), "ghost", 2.0)
+    rows = sparse_rows(targets, None, vocab, torch.float32)
+    for divergence in ("forward_kl", "jsd"):
+        spec = cases.spec(TABLE[divergence](), vocab)
+        with compiled(TARGETS[target]) as kernels:
+            gpu.kd_rows(student, rows, cases.labels(2, vocab), scale, scale, spec, torch.empty_like(student))
+        (kernel,) = kernels
+        assert resources(kernel).spills == 0
+        sweeps = [loop for loop in loops(kernel) if loop.load_bytes and loop.store_bytes]
+        assert len(sweeps) == 1
+        assert {*sweeps[0].load_bytes, *sweeps[0].store_bytes} == {16}
+        assert loads(kernel).count(16) >= len(sweeps[0].load_bytes) + 2
