@@ -13,6 +13,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 import fastkd
 from fastkd.training.data import Corpus, Windows, collate
+from fastkd.training.loading import device_of
 from fastkd.training.options import DistillationOptions, InputError, Options
 from fastkd.training.run import CONFIG_FILE
 from fastkd.training.samples import samples
@@ -109,6 +110,7 @@ def arguments(options: Options, directory: Path, *, resumed: bool = False) -> Tr
             metric_for_best_model="hard",
             greater_is_better=False,
             dataloader_drop_last=True,
+            dataloader_pin_memory=device_of(options.models).type != "cpu",
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
             use_cpu=options.models.device == "cpu",

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 import fastkd
@@ -96,6 +97,8 @@ class KDTrainer(Trainer):
 
         `inputs` are the model's. `num_items` is the number of tokens of the optimizer step, to divide by.
         """
+        if isinstance(model, FSDPModule):
+            model.unshard()  # the output head, which stays whole until its gradient is reduced
         parts: fastkd.KDParts = self.kd(fastkd.project(model, **inputs), teacher, labels, num_items=num_items)
         return parts
 
@@ -153,6 +156,8 @@ class KDTrainer(Trainer):
         labels = inputs.pop("labels")[:, 1:]
         inputs.pop("teacher", None)
         with torch.no_grad():
+            if isinstance(model, FSDPModule):
+                model.unshard()
             logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size)
             found = fastkd.row_statistics(logits, labels).label_logprob
         counted = labels != -100

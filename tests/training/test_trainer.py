@@ -11,6 +11,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
 import torch.multiprocessing as mp
 import transformers
 
@@ -218,6 +219,9 @@ def test_teachers_must_be_frozen(tmp_path):
         trainer(tmp_path, model(0)).train()
 
 
+TOKENS = 60  # labels of the first eight rows
+
+
 def on_two(rank: int, folder: str) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
     os.environ.update(MASTER_PORT="29577", ACCELERATE_USE_CPU="true")
@@ -233,14 +237,21 @@ def on_two(rank: int, folder: str) -> None:
     found = trainer(folder, student, teacher=teacher(), per_device_train_batch_size=8, eval_dataset=Ragged(windows(7)))
     found.train()
     measured = found.evaluate()
+    sharded = model(0)
+    fsdp.fully_shard(sharded.model.layers[0])
+    fsdp.fully_shard(sharded)
+    mine = collate([Ragged(windows())[index] for index in range(4 * rank, 4 * rank + 4)])
+    trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
+    gradients = torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()])
     if rank == 0:
         lines = {name: logged(found, name) for name in ("loss", "soft", "hard")}
-        torch.save((weights(student), lines, measured["eval_hard"]), f"{folder}/found.pt")
+        torch.save((weights(student), lines, measured["eval_hard"], gradients), f"{folder}/found.pt")
     dist.barrier()
     dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
+    """Replicated (DDP) for three steps and a validation, and the gradients of a sharded student (FSDP2)."""
     processes = mp.spawn(on_two, (str(tmp_path),), nprocs=2, join=False)
     try:
         deadline = time.monotonic() + 120
@@ -249,7 +260,7 @@ def test_two_processes_are_one(tmp_path):
     finally:
         for process in processes.processes:
             process.kill()
-    found, lines, hard = torch.load(tmp_path / "found.pt")
+    found, lines, hard, gradients = torch.load(tmp_path / "found.pt")
     alone = model(0)
     one = trainer(tmp_path, alone, teacher=teacher(), per_device_train_batch_size=16, eval_dataset=Ragged(windows(7)))
     one.train()
@@ -257,3 +268,11 @@ def test_two_processes_are_one(tmp_path):
     for name, values in lines.items():
         assert values == pytest.approx(logged(one, name), rel=1e-5)
     assert hard == pytest.approx(one.evaluate()["eval_hard"], rel=1e-5)
+
+    whole = model(0)
+    batch = collate([Ragged(windows())[index] for index in range(8)])
+    assert (batch["labels"][:, 1:] != -100).sum() == TOKENS
+    trainer(tmp_path, whole, teacher=teacher()).compute_loss(whole, batch, num_items_in_batch=TOKENS).backward()
+    expected = torch.cat([weight.grad.flatten() for weight in whole.parameters()])
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+    assert expected.abs().max() > 0.01
