@@ -15,6 +15,7 @@ __all__ = ["BUDGETS", "MIB", "QUESTIONS", "Bar", "Case", "Question", "faster", "
 
 FRESH, IN_PLACE, LOSS_ONLY = "fastkd", "fastkd in place", "fastkd loss only"
 ONE_GRADIENT = "one gradient"
+CROSS_ENTROPY = "cross-entropy"
 CHUNKED, PRODUCTS, WIDENED = "chunked", "products", "fastkd fp32"
 SMALL, LARGE = "fastkd 32 MiB", "fastkd 1 GiB"
 STEP, EAGER_STEP = "fastkd step", "eager step"
@@ -82,12 +83,15 @@ class Case:
     bars: tuple[Bar, ...]
     divergence: str = "forward_kl"
     hidden: tuple[int, int] | None = None  # H of student and teacher, where logits come from hidden states
+    entries: int | None = None  # of each row, where the teacher is sparse
     in_quick: bool = False  # part of `--quick`, with at most 256 rows
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.vocab} {str(self.dtype).removeprefix('torch.')}"
         if self.hidden is not None:
             name += f" hidden {self.hidden[0]}/{self.hidden[1]}"
+        if self.entries is not None:
+            name += f" K = {self.entries}"
         return name if self.divergence == "forward_kl" else f"{self.divergence} {name}"
 
     @property
@@ -157,6 +161,11 @@ QUESTIONS: dict[str, Question] = {
         0,
         "Matrix products: 2·N·V·(3·H of the student + H of the teacher) FLOPs",
         measure="flops",
+    ),
+    "sparse": Question(
+        "Forward KL (T = 2) to K tokens and the mass of the others, and cross-entropy, forward and backward",
+        2,
+        "Least traffic: read the student, write the gradient: 2·N·V·b bytes",
     ),
     "top_k": Question(
         "The 64 likeliest tokens of a row, their log-probabilities and the mass that is left (T = 2)",

@@ -25,6 +25,7 @@ __all__ = [
     "chunked",
     "compiled",
     "from_hidden",
+    "ghost_kd_loss",
     "kd_loss",
     "kd_loss_fp32",
     "log_softmax",
@@ -34,6 +35,8 @@ __all__ = [
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 #: `(student hidden [N, H], student weight [V, H], teacher's two, labels [N])` → mean over rows
 HiddenLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+#: `(student [N, V], the teacher's ids and log-probabilities [N, K], log mass of the others [N], labels [N])` → mean
+SparseLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 _kl = functools.partial(F.kl_div, reduction="batchmean", log_target=True)  # _kl(log q, log p) = KL(p ‖ q)
 
 
@@ -108,6 +111,22 @@ def kd_loss_fp32(divergence: Divergence, temperature: float) -> Loss:
     """The same with low-precision logits widened first: slower, and right."""
     loss = kd_loss(divergence, temperature)
     return lambda student, teacher, labels: loss(student.float(), teacher.float(), labels)
+
+
+def ghost_kd_loss(temperature: float) -> SparseLoss:
+    """½·T²·KL on the teacher's K tokens and one for all others, + ½·cross-entropy: gathers and a log-sum-exp.
+
+    The student's mass beside the K tokens is 1 less theirs, as is usual; where a row has none left, `log1p` of −1.
+    """
+
+    def loss(student: Tensor, ids: Tensor, logprobs: Tensor, rest: Tensor, labels: Tensor) -> Tensor:
+        scaled = student.float() / temperature
+        log_q = scaled.gather(-1, ids) - torch.logsumexp(scaled, -1, keepdim=True)
+        rest_q = torch.log1p(-log_q.exp().sum(-1).clamp(max=1 - 1e-7))
+        soft = (logprobs.exp() * (logprobs - log_q)).sum(-1) + rest.exp() * (rest - rest_q)
+        return 0.5 * temperature**2 * soft.mean() + 0.5 * F.cross_entropy(student.float(), labels)
+
+    return loss
 
 
 def from_hidden(loss: Loss) -> HiddenLoss:

@@ -9,6 +9,7 @@ import torch
 from bench.cases import (
     CACHED_STEP,
     CHUNKED,
+    CROSS_ENTROPY,
     EAGER_STEP,
     FRESH,
     IN_PLACE,
@@ -43,6 +44,7 @@ __all__ = [
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
     "SAMPLE",
+    "SPARSE",
     "TOP_K",
     "TRAINING",
     "TRAINING_MEMORY",
@@ -169,6 +171,20 @@ PROJECTION_MEMORY = (
 )
 
 
+_SPARSE_BARS = (
+    within(FRESH, CROSS_ENTROPY, 1.15),
+    faster(FRESH, "eager", 8),
+    faster(FRESH, "compile"),
+)
+SPARSE = tuple(
+    Case("sparse", rows, vocab, dtype, _SPARSE_BARS, entries=entries, in_quick=(entries, dtype) == (64, torch.float32))
+    for rows, vocab, dtype, entries in (
+        (1024, 50257, torch.float32, 64),
+        (1024, 50257, torch.float32, 12),
+        (256, 128256, torch.float32, 64),
+        (1024, 50257, torch.bfloat16, 64),
+    )
+)
 _SELECTION_BARS = (
     faster(FRESH, "eager", 1.0),
     within(FRESH, "torch.topk"),

@@ -9,6 +9,7 @@ import torch
 
 import fastkd
 from fastkd import backend as backend_module
+from fastkd.plan import _LEAST_CHUNK
 
 
 @pytest.fixture(autouse=True)
@@ -18,6 +19,12 @@ def _restore_globals() -> Iterator[None]:
     yield
     torch.set_num_threads(threads)
     backend_module._forced = forced
+
+
+@pytest.fixture
+def few_tokens_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of as few tokens as are tested here would be too slow to be planned."""
+    monkeypatch.setitem(_LEAST_CHUNK, "cpu", 16)
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -121,8 +121,11 @@ def test_duplicates_are_stored_once(tmp_path: Path) -> None:
         calls.append(len(batch["input_ids"]))
         return cached.teacher(batch)
 
-    cache = write(counting, [ids, ids[[0, 0, 1]], torch.cat((ids[:1], ids))], tmp_path, vocab_size=VOCAB)
-    assert (cache.sequences, cache.tokens, calls) == (4, 64, [4])
+    batches = [ids[:2], ids[[0, 0, 1]], ids[[0, 2, 2, 1, 3]], ids]
+    cache = write(counting, batches, tmp_path, format="topk", packed=False, vocab_size=VOCAB)
+    assert (cache.sequences, cache.tokens, calls) == (4, 64, [2, 5])
+    for sequence in ids:  # those that were known beside new ones have left no rows among theirs
+        assert torch.equal(cache.rows(sequence).ids, reference.top_k(cached.logits(sequence), 64, 1.0)[0])
 
 
 def test_a_transformers_teacher(tmp_path: Path) -> None:

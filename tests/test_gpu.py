@@ -10,6 +10,7 @@ from fastkd import reference
 from fastkd.divergences import Divergence
 from fastkd.kernels import gpu
 from tests import cases, compare
+from tests.test_sparse import kept
 
 pytestmark = [
     pytest.mark.gpu,
@@ -132,6 +133,41 @@ def test_projections_under_autocast() -> None:
     for a, b in zip(torch.autograd.grad(loss, student), exact, strict=True):
         assert a.dtype == torch.float32
         assert 1e-5 < compare.relative_error(a, b) < 5e-2
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("family", ["near_equal", "far", "flat"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "symmetric_kl", "jsd"])
+def test_sparse_targets(divergence: str, family: str, dtype: torch.dtype) -> None:
+    student, teacher = cases.logits(family, 8, 50257, dtype)
+    labels, targets = cases.labels(8, 50257), kept(teacher, 64, shuffled=True)
+    losses, gradients = [], []
+    for device, cast in (("cuda", dtype), ("cpu", dtype), ("cpu", torch.float64)):
+        z = student.to(device, cast).requires_grad_()
+        with fastkd.use_backend(None if device == "cuda" else "reference"):
+            losses.append(fastkd.kd_loss(z, targets.to(device), labels.to(device), divergence=divergence))
+            gradients.append(torch.autograd.grad(losses[-1], z)[0].cpu())
+    compare.assert_value(losses[0].cpu(), losses[2], losses[1])
+    compare.assert_gradient(*gradients)
+
+
+def test_sparse_targets_of_projections_do_not_synchronise() -> None:
+    student, teacher, labels = projections(torch.bfloat16)
+    targets = kept(teacher.logits().float().cpu(), 64).to("cuda")
+
+    def step() -> tuple[torch.Tensor, ...]:
+        loss = fastkd.kd_loss(fastkd.Projection(*student), targets, labels, memory_budget=32 << 20)
+        return torch.autograd.grad(loss, student)
+
+    expected = step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(expected, again, strict=True):
+        assert torch.equal(a, b)
+        assert a.abs().max() > 0
 
 
 def test_statistics() -> None:

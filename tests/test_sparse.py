@@ -14,7 +14,7 @@ import fastkd
 from fastkd import _native, chunks, reference, sparse
 from fastkd.call import call_for
 from fastkd.divergences import TABLE, Divergence
-from fastkd.plan import _LEAST_CHUNK, Plan, plan_for
+from fastkd.plan import Plan, plan_for
 from fastkd.sources import Source
 from fastkd.sparse import sparse_rows
 from tests import cases, compare
@@ -198,10 +198,14 @@ def outcome(
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize(("kind", "divergence"), [("ghost", "forward_kl"), ("ghost", "jsd"), ("sampled", "forward_kl")])
 def test_projections(
-    kind: str, divergence: str, reduction: str, budget: int | None, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    divergence: str,
+    reduction: str,
+    budget: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+    few_tokens_stand_for_many: None,
 ) -> None:
     """A student whose logits are never formed, whole rows and tiles alike, masked tokens left out."""
-    monkeypatch.setitem(_LEAST_CHUNK, "cpu", 16)
     plans: list[Plan] = []
 
     def recorded(*arguments: Any, **options: Any) -> Plan:

@@ -14,16 +14,17 @@ from torch import Tensor
 import fastkd
 from fastkd import chunks, heads
 from fastkd.kernels import gpu
-from fastkd.plan import _LEAST_CHUNK
 from tests import cases, compare
-from tests.test_projection import FEW, TILES, H, from_projections, judge, operands, truth_and_eager
+from tests.projections import FEW, TILES, H, from_projections, judge, operands, truth_and_eager
 from tests.triton_interpreter import interpreted
 
 N, V = 23, 1100
 
 
 @pytest.fixture
-def like_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> Iterator[torch.dtype]:
+def like_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, few_tokens_stand_for_many: None
+) -> Iterator[torch.dtype]:
     """Products with operands of the parameter's dtype and fp32 results; the Triton backend, interpreted."""
     operand: torch.dtype = request.param
 
@@ -33,7 +34,6 @@ def like_a_gpu(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) 
         exact = a.float() @ b.float()
         out.copy_(out + exact if accumulate else exact)
 
-    monkeypatch.setitem(_LEAST_CHUNK, "cpu", 16)
     monkeypatch.setattr(heads, "operand_dtype", lambda projection, autocast: operand)
     monkeypatch.setattr(heads, "_product", product)
     monkeypatch.setattr(chunks, "select", lambda tensor: gpu)

@@ -273,9 +273,9 @@ def _ids_and_mask(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     ids = torch.as_tensor(batch["input_ids"])
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}")
-    mask = batch.get("attention_mask")
-    if mask is None:
+    if batch.get("attention_mask") is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
+    mask = torch.as_tensor(batch["attention_mask"])
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} must be shaped like input_ids {tuple(ids.shape)}")
     return ids, mask.bool().to(ids.device)
