@@ -10,6 +10,7 @@ its predictions into a cache, if there is to be one; train; train without a teac
 
 from __future__ import annotations
 
+import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -77,6 +78,7 @@ def distill(options: Options) -> dict[str, Any]:
                 materials.tokenizer.save_pretrained(folder)
             title = f"{options.models.teacher} → {options.models.student}: {output.name}"
             report.write(staging, title, contenders, fitted, lines, options, materials.tokenizer, record)
+        shutil.rmtree(output / CHECKPOINTS)  # of a finished run, whose best student is saved
     report.print_results(contenders, lines, options.evaluation.metrics)
     print(f"saved to {output} after {time.perf_counter() - started:.0f} s; open {output / 'report.html'}")
     return record

@@ -18,6 +18,7 @@ from fastkd.training.configuration import dump
 from fastkd.training.fit import Fitted
 from fastkd.training.judge import CE_ONLY, STUDENT, Contender
 from fastkd.training.options import EvaluationOptions, Options
+from fastkd.training.run import METRICS_FILE
 
 __all__ = ["print_results", "result_table", "table", "write", "write_csv"]
 
@@ -81,7 +82,7 @@ def write(
     _write_samples(directory / "samples.md", contenders, fitted.get(STUDENT), options.evaluation)
     page = _page(title, contenders, fitted, lines, options, lambda token: str(tokenizer.decode([token])))
     (directory / "report.html").write_text(page, encoding="utf-8")
-    (directory / "metrics.json").write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    (directory / METRICS_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:

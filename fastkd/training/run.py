@@ -16,9 +16,9 @@ from pathlib import Path
 from fastkd.training.configuration import differences, dump, load
 from fastkd.training.options import InputError, Options
 
-__all__ = ["CHECKPOINTS", "CONFIG_FILE", "check_output", "results", "working"]
+__all__ = ["CHECKPOINTS", "CONFIG_FILE", "METRICS_FILE", "check_output", "results", "working"]
 
-CONFIG_FILE, CHECKPOINTS = "config.yaml", "checkpoints"
+CONFIG_FILE, METRICS_FILE, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 _MAY_CHANGE = ("output", "overwrite", "resume", "device")
 
 
@@ -31,6 +31,8 @@ def check_output(options: Options) -> None:
     if training.resume:
         if not config.is_file():
             raise InputError(f"{output} has no run to resume (no {CONFIG_FILE}): leave --resume away")
+        if (output / METRICS_FILE).exists():
+            raise InputError(f"the run in {output} is finished: there is nothing to resume")
         changed = differences(load(config), options, _MAY_CHANGE)
         if changed:
             raise InputError(

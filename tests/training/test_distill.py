@@ -66,6 +66,9 @@ def test_everything_is_learnt_and_written(options, tmp_path, capsys):
     assert tokenizer("the old film")["input_ids"] == tokenizer.convert_tokens_to_ids(["the", "old", "film"])
     assert model.num_parameters() == student["parameters"]
     assert (out / "ce-only" / "model.safetensors").exists()
+    assert not (out / "checkpoints").exists()
+    with pytest.raises(InputError, match="is finished"):
+        run(options, ce_baseline=True, resume=True)
     assert "top-1 agreement" in capsys.readouterr().out
 
 
