@@ -233,7 +233,7 @@ TRAINING = (
     Case(
         "training",
         *_TRAINING,
-        (faster(STEP, EAGER_STEP, 1.6), faster(CACHED_STEP, LIVE_STEP, 2.5), faster(CACHED_STEP, EAGER_STEP)),
+        (faster(STEP, EAGER_STEP, 1.6), faster(CACHED_STEP, LIVE_STEP, 2.5)),
         hidden=(256, 576),
         in_quick=True,
     ),
