@@ -38,8 +38,8 @@ LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
 def distill(options: Options) -> dict[str, Any]:
     """Run the distillation, print its report and return what metrics.json says.
 
-    Raises InputError, before any training and with nothing written, where the options cannot be met; `Interrupted`
-    after Ctrl-C, with a run that `--resume` goes on with.
+    Raises InputError, before any training and with nothing written, where the options cannot be met; after
+    Ctrl-C KeyboardInterrupt, with a run that `--resume` goes on with.
     """
     started = time.perf_counter()
     check_output(options)

@@ -16,12 +16,14 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.heads import logit_chunks
 
 __all__ = [
     "BINS",
     "Measures",
     "Predictions",
     "diagnosis",
+    "exact_logits",
     "flops",
     "measure",
     "predict",
@@ -69,6 +71,11 @@ def predict(model: Any, windows: Tensor, batch_size: int, vocab_size: int | None
     return Predictions(torch.cat([logits.hidden.cpu() for logits in found]), head)
 
 
+def exact_logits(projection: fastkd.Projection) -> Tensor:
+    """fp32 `[tokens, V]`, not rounded to the model's dtype; tokens are the collapsed leading dimensions."""
+    return torch.cat([logits.clone() for _, logits in logit_chunks(projection, projection.shape[-1])])
+
+
 @dataclass(frozen=True)
 class Measures:
     """Means over every predicted token. What compares with the teacher is None where there is none."""
@@ -95,7 +102,7 @@ def measure(student: Predictions, windows: Tensor, teacher: Predictions | None =
     compared = teacher is not None and teacher is not student
     teacher_rows = teacher.rows(windows) if teacher is not None and compared else iter(())
     for projection, labels in student.rows(windows):
-        logits = projection.logits().float()
+        logits = exact_logits(projection)
         found = fastkd.row_statistics(logits, labels)
         totals[0] -= found.label_logprob.sum(dtype=torch.float64).cpu()
         confidence = (logits.amax(-1) - found.log_sum_exp).exp()
@@ -104,7 +111,7 @@ def measure(student: Predictions, windows: Tensor, teacher: Predictions | None =
         for row, values in zip(bins, (torch.ones_like(confidence), confidence, right), strict=True):
             row.index_add_(0, place, values.double().cpu())
         for row, _ in [next(teacher_rows)] if compared else []:
-            above = row.logits().float().to(logits.device)
+            above = exact_logits(row).to(logits.device)
             totals[1:] += _agreement(logits, above)
     count = bins[0].sum()
     share, confidence, right = bins[0] / count, bins[1] / bins[0].clamp(min=1), bins[2] / bins[0].clamp(min=1)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
@@ -15,15 +16,10 @@ import fastkd
 from fastkd.training.data import Corpus, Windows, collate
 from fastkd.training.loading import device_of
 from fastkd.training.options import DistillationOptions, InputError, Options
-from fastkd.training.run import CONFIG_FILE
 from fastkd.training.samples import samples
 from fastkd.training.trainer import Course, KDTrainer, StopOnInterrupt
 
-__all__ = ["Fitted", "Interrupted", "Lessons", "arguments", "distillation_loss", "fit"]
-
-
-class Interrupted(KeyboardInterrupt):
-    """Ctrl-C came; a checkpoint was saved."""
+__all__ = ["Fitted", "Lessons", "arguments", "distillation_loss", "fit"]
 
 
 @dataclass(frozen=True)
@@ -134,8 +130,14 @@ def fit(
 ) -> Fitted:
     """Train `student` in place, checkpoints in `directory`; at the end it is the best validated one.
 
-    Goes on from the last checkpoint there if options.training.resume. Raises Interrupted after Ctrl-C.
+    Goes on from the last checkpoint there if options.training.resume. Raises KeyboardInterrupt after Ctrl-C, when a
+    checkpoint has been saved.
     """
+    finished = directory / "finished.pt"
+    if options.training.resume and finished.exists():
+        kept = torch.load(finished, map_location=student.device, weights_only=True)
+        student.load_state_dict(kept["student"])
+        return Fitted(**kept["fitted"])
     checkpoint = get_last_checkpoint(directory) if options.training.resume and directory.exists() else None
     set_seed(options.training.seed)
     stop, storyteller = StopOnInterrupt(), _Storyteller(tokenizer, options, resumed=checkpoint is not None)
@@ -164,13 +166,15 @@ def fit(
         student.gradient_checkpointing_enable()
     trainer.train(resume_from_checkpoint=checkpoint)
     if stop.interrupted:
-        raise Interrupted(
-            f"interrupted after step {trainer.state.global_step}, which is saved: go on with "
-            f"fastkd distill {Path(options.training.output) / CONFIG_FILE} --resume"
-        )
+        raise KeyboardInterrupt(f"interrupted after step {trainer.state.global_step}, which is saved")
     state = trainer.state
     windows = _windows_seen(state.global_step, len(corpus.train), options)
-    return Fitted(state.log_history, state.global_step, windows * corpus.train.shape[1], storyteller.told)
+    fitted = Fitted(state.log_history, state.global_step, windows * corpus.train.shape[1], storyteller.told)
+    # Trainer takes a step more when it resumes from its last one.
+    partial = finished.with_suffix(".partial")
+    torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)
+    partial.replace(finished)
+    return fitted
 
 
 def _windows_seen(steps: int, windows: int, options: Options) -> int:

@@ -35,7 +35,7 @@ PACKAGED_TEACHER, TRAINED_TEACHER = "smollm2", "train"
 PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN = "imdb", "python-manual"
 SMALL_GPT2 = "small-gpt2"
 #: Documents that are read, at most.
-SIZES: dict[str, int | None] = {"demo": 220, "tiny": 1_000, "small": 10_000, "full": 100_000, "all": None}
+SIZES: dict[str, int | None] = {"demo": 200, "tiny": 1_000, "small": 10_000, "full": 100_000, "all": None}
 METRICS = (
     "perplexity",
     "out_of_domain_perplexity",

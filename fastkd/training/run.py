@@ -64,9 +64,12 @@ def working(options: Options) -> Iterator[Path]:
         raise InputError(f"cannot write to {output}: {error.strerror}") from error
     try:
         yield output
-    except BaseException:
+    except BaseException as error:
         if not any(path.is_file() for path in output.rglob("*") if path != output / CONFIG_FILE):
             shutil.rmtree(output)
+        elif isinstance(error, KeyboardInterrupt):
+            hint = f"{error or 'interrupted'}: go on with fastkd distill {output / CONFIG_FILE} --resume"
+            raise KeyboardInterrupt(hint) from None
         raise
 
 

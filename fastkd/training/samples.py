@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import fastkd
+from fastkd.training.evaluation import exact_logits
 from fastkd.training.options import EvaluationOptions
 
 __all__ = ["next_token", "prompt_ids", "samples"]
@@ -57,7 +60,8 @@ def next_token(model: Any, tokenizer: Any, prompts: Sequence[str], vocab_size: i
     found = []
     for prompt in prompts:
         ids = prompt_ids(tokenizer, prompt, model)
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False).logits
-        found.append(logits[0, -1, :vocab_size].float().cpu())
+        expected = fastkd.project(model, input_ids=ids, attention_mask=torch.ones_like(ids))
+        last = replace(expected, hidden=expected.hidden[:, -1])
+        found.append(exact_logits(last)[0, :vocab_size].cpu())
     model.train(training)
     return found

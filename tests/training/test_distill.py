@@ -159,6 +159,41 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
         torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("stage", ["lessons", "ce-only", "results"])
+def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
+    """While the cache is written, after the student is trained, or while results are written: resumed, it is whole."""
+    from fastkd.training import distill as module
+
+    settings = {"ce_baseline": True, "cache_dir": str(tmp_path / "out" / "cache"), "max_steps": 12, "eval_steps": 5}
+    expected = run(options, **{**settings, "cache_dir": str(tmp_path / "cache")}, output=str(tmp_path / "whole"))
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    write = module.lessons
+    stages = {
+        "lessons": (module, "lessons", lambda setup: (write(setup), interrupt())),
+        "ce-only": (module, "_as_long", interrupt),
+        "results": (module.report, "write", interrupt),
+    }
+    with monkeypatch.context() as patched:
+        patched.setattr(*stages[stage])
+        with pytest.raises(KeyboardInterrupt, match=r"config\.yaml --resume"):
+            run(options, **settings)
+    assert not (tmp_path / "out" / "metrics.json").exists()
+    assert not list((tmp_path / "out").glob(".results*"))
+    found = run(options, **settings, resume=True)
+    for name, values in expected["models"].items():
+        for measure in ("perplexity", "kl", "calibration_error"):
+            assert found["models"][name][measure] == pytest.approx(values[measure], rel=1e-6)
+        assert found["models"][name]["samples"] == values["samples"]
+    for name, values in expected["training"].items():
+        lines = [
+            [line["loss"] for line in one["history"] if "loss" in line] for one in (found["training"][name], values)
+        ]
+        assert lines[0] == lines[1]
+
+
 def _wait_for(condition, process):
     deadline = time.monotonic() + 60
     while not condition():
