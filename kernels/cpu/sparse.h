@@ -28,7 +28,6 @@ double category_slopes(const double* parameters, const Categories& at, int64_t c
   for (int64_t k = 0; k <= count; k++)
     if (at.q[k] > at.q[top]) top = k;
   vec terms{};
-  double total = 0;
   float center = 0;
   for (int pass = 0; pass < 2; pass++) {
     for (int64_t k = 0; k <= count; k += lanes) {
@@ -43,8 +42,10 @@ double category_slopes(const double* parameters, const Categories& at, int64_t c
     if (!pass) center = at.slope[top] / at.q[top];
     if (!(center - center == 0)) center = 0;
   }
-  for (int64_t k = 0; k <= count; k++) total += at.slope[k];
-  for (int64_t k = 0; k <= count; k += lanes) store(at.slope + k, load(at.slope + k) - load(at.q + k) * (float)total);
+  vec slopes{};
+  for (int64_t k = 0; k <= count; k += lanes) slopes += load(at.slope + k);
+  const float total = sum(slopes);
+  for (int64_t k = 0; k <= count; k += lanes) store(at.slope + k, load(at.slope + k) - load(at.q + k) * total);
   return sum(terms);
 }
 
@@ -92,17 +93,19 @@ inline Sums with_categories(const SparseRow& teacher, const Settings& settings, 
   Sums sums = rest;
   sums.raise(student_max, sums.teacher_max, hard_max);
   const double rest_sum = sums.student;
+  vec kept{}, kept_hard{};
   for (int64_t k = 0; k < count; k += lanes) {
     const vec z = load(at.log_q + k);
     const vec e = exp2_nonpositive(z * cs - student_max);
-    store(at.q + k, e);
-    if constexpr (hard == kOwnExponential) store(at.hard + k, exp2_nonpositive(z * kLog2e - own_max));
-    else if constexpr (hard != kNoHard) store(at.hard + k, power<hard>(e));
+    store(at.q + k, e), kept += e;
+    if constexpr (hard != kNoHard) {
+      vec e_hard;
+      if constexpr (hard == kOwnExponential) e_hard = exp2_nonpositive(z * kLog2e - own_max);
+      else e_hard = power<hard>(e);
+      store(at.hard + k, e_hard), kept_hard += e_hard;
+    }
   }
-  for (int64_t k = 0; k < count; k++) {
-    sums.student += at.q[k];
-    if (hard != kNoHard) sums.hard += at.hard[k];
-  }
+  sums.student += sum(kept), sums.hard += sum(kept_hard);
 
   const double ln2 = 0.69314718055994530942, log_z = ::log(sums.student), share = 1 / sums.student;
   const auto category = [&](int64_t k, double log_q, double log_p, double q) {
@@ -135,9 +138,14 @@ inline void one_row(const Sparse& sparse, const Row& row, const Settings& settin
     for (int64_t k = from; k < to; k++) teacher.picked[k] = row.student.at(teacher.ids[k] - first);
   }
   Row rest_row = row;
-  rest_row.student.hidden = teacher.ids + from;
-  rest_row.student.hidden_count = to - from;
-  rest_row.student.first = first;
+  if (want_grad && row.grad.row == row.student.row && row.student.dtype == kFloat32) {
+    // These logits are about to be overwritten: no copy is needed to hide some of them.
+    for (int64_t k = from; k < to; k++) row.grad.put(teacher.ids[k] - first, -kInf);
+  } else {
+    rest_row.student.hidden = teacher.ids + from;
+    rest_row.student.hidden_count = to - from;
+    rest_row.student.first = first;
+  }
   const Sums swept = statistics<false, false, false, hard>(rest_row, settings, scratch,
                                                            whole ? want_grad : settings.stage != kStatistics, state.sums);
   if (whole || settings.stage == kStatistics) state.sums = swept;
