@@ -1,4 +1,11 @@
-"""Run a teacher over text and keep what it says in a cache."""
+"""Run a teacher over text and keep what it says in a cache.
+
+    fastkd cache write                                                  # packaged teacher and reviews
+    fastkd cache write --teacher gpt2 --data reviews.txt --output gpt2  # your own
+    fastkd cache info gpt2
+
+The windows of tokens are those that `fastkd distill` trains on with the same options of the data, and the same seed.
+"""
 
 from __future__ import annotations
 

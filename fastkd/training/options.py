@@ -125,7 +125,7 @@ class DataOptions:
         "documents to use, at most: " + ", ".join(f"{name} {count or ''}".strip() for name, count in SIZES.items()),
     )
     lowercase: bool = _option(False, "lowercase the text")
-    max_length: int = _option(128, "tokens per window; no more than student and teacher have positions for")
+    max_length: int = _option(128, "tokens per window; no more than student and teacher have positions for", "context")
     stride: int = _option(0, "tokens from the start of a window to that of the next; 0: max_length, no overlap")
     mix_data: str = _option("", "a second corpus to mix in, named as data is")
     mix_weight: float = _option(
@@ -295,8 +295,8 @@ class CacheOptions:
         "train", "train: those that fastkd distill trains on with the same data and seed; all: all"
     )
     temperature: float = _option(1.0, "temperature of the training the cache is for")
-    cache_format: Literal["sampled", "topk", "dense"] = _option("sampled", "what is kept of each prediction")
-    cache_tokens: int | None = _option(None, "tokens that are kept of each prediction [sampled: 12, topk: 64]")
+    cache_format: Literal["sampled", "topk", "dense"] = _option("sampled", "what is kept of each prediction", "format")
+    cache_tokens: int | None = _option(None, "tokens that are kept of each prediction [sampled: 12, topk: 64]", "k")
     plain: bool = _option(False, "store exact numbers: 8 bytes per kept token rather than 3 or 4")
     batch_size: int = _option(8, "windows per forward pass of the teacher")
     shard_tokens: int | None = _option(
