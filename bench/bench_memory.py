@@ -13,7 +13,7 @@ from bench import machine, rivals, shapes
 from bench.cases import BUDGETS, MIB, ONE_GRADIENT, Case, beyond_gradients, predicted
 from bench.race import describe
 
-CASES = shapes.MEMORY + shapes.PROJECTION_MEMORY
+CASES = shapes.MEMORY + shapes.PROJECTION_MEMORY + shapes.TRAINING_MEMORY
 _ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # beside the gradients
 
 

@@ -18,6 +18,8 @@ ONE_GRADIENT = "one gradient"
 CROSS_ENTROPY = "cross-entropy"
 CHUNKED, PRODUCTS, WIDENED = "chunked", "products", "fastkd fp32"
 SMALL, LARGE = "fastkd 32 MiB", "fastkd 1 GiB"
+STEP, EAGER_STEP = "fastkd step", "eager step"
+LIVE_STEP, CACHED_STEP = "fastkd step, live teacher", "fastkd step, cached teacher"
 MIB = 2**20
 #: Contenders given hidden states → their `memory_budget`; None is the default one.
 BUDGETS: dict[str, int | None] = {FRESH: None, WIDENED: None, SMALL: 32 * MIB, LARGE: 1024 * MIB}
@@ -197,6 +199,19 @@ QUESTIONS: dict[str, Question] = {
         1,
         "None: 0 is dense distillation. The student is the teacher seen through so many of its principal directions",
         unit="degrees",
+    ),
+    "training": Question(
+        "A training step of the demo's student (GPT-2, 4 layers, 256 wide; 128-token windows; T = 2; AdamW included), "
+        "the teacher's hidden states given, or its whole forward included, or its predictions in a cache",
+        0,
+        "Matrix products of the output heads: 2·N·V·(3·H of the student + H of the teacher) FLOPs",
+        measure="flops",
+    ),
+    "training_memory": Question(
+        "Peak memory above the resident model, optimizer and inputs of that training step, default allocator",
+        0,
+        "Gradients of the output head: (N + V)·H·b bytes",
+        unit="MiB",
     ),
     "projection_memory": Question(
         "Peak memory above the resident inputs, from hidden states to loss and gradients, default allocator",

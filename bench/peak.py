@@ -19,6 +19,8 @@ import sys
 
 import torch
 
+from bench import training
+from bench.cases import EAGER_STEP, STEP
 from bench.check import Batch
 from bench.contenders import Contender, kd_contender
 from bench.projections import Hidden, products, projection_contender
@@ -33,6 +35,8 @@ def peak_bytes(
     """Of one forward and backward pass of the contender (its forward alone, for the loss-only one)."""
 
     def contending(rows: int, vocab: int) -> Contender:
+        if name in (STEP, EAGER_STEP):
+            return training.step(name, rows, vocab)
         if hidden is not None:
             return projection_contender(name, Hidden.random(rows, vocab, hidden, dtype))
         return kd_contender(name, Batch.random(rows, vocab, dtype), resolve(divergence))

@@ -7,15 +7,19 @@ from dataclasses import replace
 import torch
 
 from bench.cases import (
+    CACHED_STEP,
     CHUNKED,
     CROSS_ENTROPY,
+    EAGER_STEP,
     FRESH,
     IN_PLACE,
     LARGE,
+    LIVE_STEP,
     LOSS_ONLY,
     ONE_GRADIENT,
     PRODUCTS,
     SMALL,
+    STEP,
     WIDENED,
     Bar,
     Case,
@@ -42,6 +46,8 @@ __all__ = [
     "SAMPLE",
     "SPARSE",
     "TOP_K",
+    "TRAINING",
+    "TRAINING_MEMORY",
     "selected",
 ]
 
@@ -218,6 +224,27 @@ CACHE_GRADIENT = tuple(
         in_quick=directions == 64,
     )
     for directions in (16, 64, 256)
+)
+
+
+#: Batch 32 × 128 of the demo: vocabulary and teacher of SmolLM2-135M.
+_TRAINING = (4096, 49152, torch.float32)
+TRAINING = (
+    Case(
+        "training",
+        *_TRAINING,
+        (faster(STEP, EAGER_STEP, 1.6), faster(CACHED_STEP, LIVE_STEP, 2.5)),
+        hidden=(256, 576),
+        in_quick=True,
+    ),
+)
+TRAINING_MEMORY = (
+    Case(
+        "training_memory",
+        *_TRAINING,
+        (within(STEP, EAGER_STEP, 0.4), within(EAGER_STEP, None)),
+        hidden=(256, 576),
+    ),
 )
 
 

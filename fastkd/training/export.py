@@ -1,0 +1,75 @@
+"""`fastkd export`: a student in the format of where it will run."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+
+from fastkd.training.options import InputError
+
+__all__ = ["export"]
+
+
+def export(student: str, to: str, output: str) -> None:
+    """Write the model in the directory `student` to the new directory `output`.
+
+    `hf`: as save_pretrained writes it. `int4`: likewise, with the weights of linear layers in 4 bits by torchao.
+    `gguf`: one file, model.gguf. Raises InputError, with nothing written, where that cannot be done.
+    """
+    try:
+        config, tokenizer = AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+        settings = {"quantization_config": _four_bits(config), "device_map": "cpu"} if to == "int4" else {}
+        model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, **settings).eval()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise error if isinstance(error, InputError) else InputError(f"cannot load {student!r}: {error}") from error
+    with _new_directory(Path(output)) as directory:
+        if to == "gguf":
+            try:
+                from fastkd.training.gguf_file import write_gguf
+            except ModuleNotFoundError as error:
+                raise InputError("gguf is not installed: pip install 'fastkd[demo]'") from error
+            write_gguf(model, tokenizer, directory / "model.gguf")
+        else:
+            model.save_pretrained(directory)
+            tokenizer.save_pretrained(directory)
+    size = sum(path.stat().st_size for path in Path(output).iterdir())
+    print(
+        f"saved to {output}: {', '.join(sorted(path.name for path in Path(output).iterdir()))}; {size / 2**20:,.1f} MiB"
+    )
+
+
+def _four_bits(config: Any) -> Any:
+    """Weights of 16 values, in groups of 32 with a scale each; the output head stays as it is."""
+    try:
+        from torchao.quantization import IntxWeightOnlyConfig, PerGroup
+    except ImportError as error:
+        raise InputError(f"int4 needs torchao, which cannot be used: {error}; pip install 'fastkd[int4]'") from error
+    if config.model_type == "gpt2":
+        raise InputError("torchao quantises nn.Linear, and a GPT-2 is made of Conv1D: use --to gguf")
+    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
+
+
+@contextmanager
+def _new_directory(output: Path) -> Iterator[Path]:
+    """A directory that becomes `output` if the block succeeds, else goes away."""
+    if output.exists():
+        raise InputError(f"{output} exists: name a new directory with --output")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    except OSError as error:
+        raise InputError(f"cannot write to {output.parent}: {error.strerror}") from error
+    try:
+        yield staging
+        staging.chmod(0o755)
+        os.replace(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)

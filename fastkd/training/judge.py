@@ -1,0 +1,104 @@
+"""Contenders side by side: teacher, student and, if trained, the same student without a teacher."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from fastkd.training.data import Corpus
+from fastkd.training.evaluation import Measures, Predictions, diagnosis, measure, predict, retention, unigram_loss
+from fastkd.training.options import METRICS, Options
+from fastkd.training.samples import next_token, samples
+
+__all__ = ["CE_ONLY", "STUDENT", "TEACHER", "Contender", "Judge", "verdict"]
+
+TEACHER, STUDENT, CE_ONLY = "teacher", "student", "CE-only student"
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A model and what was found about it."""
+
+    name: str
+    parameters: int
+    held_out: Measures
+    out_of_domain: Measures | None
+    retention: float | None  # of the teacher's gain over unigrams, on held-out text, in percent
+    samples: list[str]
+    next_tokens: list[Tensor]  # logits [V] after each prompt
+
+    def row(self) -> dict[str, float | None]:
+        """The measures, by the names of METRICS."""
+        other = None if self.out_of_domain is None else self.out_of_domain.perplexity
+        extra = {"out_of_domain_perplexity": other, "retention": self.retention, "perplexity": self.held_out.perplexity}
+        return {name: extra[name] if name in extra else getattr(self.held_out, name) for name in METRICS}
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says of it."""
+        other = None if self.out_of_domain is None else asdict(self.out_of_domain)
+        return {
+            "parameters": self.parameters,
+            **self.row(),
+            "held_out": asdict(self.held_out),
+            "out_of_domain": other,
+            "samples": self.samples,
+        }
+
+
+class Judge:
+    """Measures contenders on the same text against the same teacher, whose body it does not keep."""
+
+    def __init__(self, teacher: Any, tokenizer: Any, corpus: Corpus, options: Options, vocab_size: int | None) -> None:
+        self.tokenizer, self.corpus, self.options, self._counted = tokenizer, corpus, options, vocab_size
+        self._held_out, self._out_of_domain = self._predictions(teacher)
+        self.vocab_size = self._held_out.vocab_size  # ids that count
+        self._baseline = unigram_loss(corpus.train, corpus.held_out, self.vocab_size)
+        self._teacher_loss: float | None = None
+        self.teacher = self._contender(TEACHER, teacher, self._held_out, self._out_of_domain)
+
+    def judge(self, name: str, model: Any) -> Contender:
+        """Run and measure a student."""
+        return self._contender(name, model, *self._predictions(model))
+
+    def _predictions(self, model: Any) -> tuple[Predictions, Predictions | None]:
+        size, other = self.options.evaluation.eval_batch_size, self.corpus.out_of_domain
+        elsewhere = None if other is None else predict(model, other, size, self._counted)
+        return predict(model, self.corpus.held_out, size, self._counted), elsewhere
+
+    def _contender(self, name: str, model: Any, held_out: Predictions, other: Predictions | None) -> Contender:
+        found = measure(held_out, self.corpus.held_out, self._held_out)
+        if self._teacher_loss is None:  # the first contender is the teacher
+            self._teacher_loss = found.loss
+        elsewhere = None
+        if other is not None:
+            assert self.corpus.out_of_domain is not None
+            elsewhere = measure(other, self.corpus.out_of_domain, self._out_of_domain)
+        evaluation = self.options.evaluation
+        return Contender(
+            name,
+            model.num_parameters(),
+            found,
+            elsewhere,
+            retention(found.loss, self._teacher_loss, self._baseline),
+            samples(model, self.tokenizer, evaluation, self.options.training.seed),
+            next_token(model, self.tokenizer, evaluation.prompts, self.vocab_size),
+        )
+
+
+def verdict(contenders: Sequence[Contender]) -> list[str]:
+    """What the comparison says, a line each: the student against the one without a teacher, then the diagnosis."""
+    found = {contender.name: contender for contender in contenders}
+    student, alone = found[STUDENT], found.get(CE_ONLY)
+    lines = []
+    if alone is not None and student.held_out.kl is not None and alone.held_out.kl is not None:
+        gain = 1 - student.held_out.kl / alone.held_out.kl
+        better = student.held_out.perplexity < alone.held_out.perplexity and gain >= 0.1
+        lines.append(
+            f"{'PASS' if better else 'FAIL'}: held-out perplexity {student.held_out.perplexity:,.1f} against "
+            f"{alone.held_out.perplexity:,.1f} on the labels alone (must be lower), KL to the teacher "
+            f"{student.held_out.kl:.3f} against {alone.held_out.kl:.3f}, {gain:.1%} lower (must be 10 %)"
+        )
+    return [*lines, *diagnosis(student.held_out, None if alone is None else alone.held_out)]

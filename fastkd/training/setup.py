@@ -1,0 +1,94 @@
+"""What every command on a teacher and text begins with: all checks that need no work, then the teacher."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+
+from fastkd.training import checks, loading
+from fastkd.training.data import Corpus, load_corpus
+from fastkd.training.fit import arguments, distillation_loss
+from fastkd.training.judge import Judge
+from fastkd.training.options import TRAINED_TEACHER, InputError, Options
+
+__all__ = ["Materials", "Setup", "gather", "with_teacher"]
+
+
+class Materials(NamedTuple):
+    """What is needed beside models."""
+
+    device: torch.device
+    tokenizer: Any
+    corpus: Corpus
+
+
+@dataclass
+class Setup:
+    """A teacher that has been judged, and all that is needed to make and judge students of it."""
+
+    options: Options
+    materials: Materials
+    counted: int | None  # ids that count, where the output heads of teacher and student are padded differently
+    student_config: Any
+    teacher: Any  # None once it is not needed any more
+    judge: Judge
+
+    def student(self) -> Any:
+        """A student; the same one, to the last bit of its random weights, at every call."""
+        transformers.set_seed(self.options.training.seed)
+        return loading.load_student(self.options.models, self.student_config, self.materials.device)
+
+
+def gather(options: Options) -> Materials:
+    """Check what can be checked without a model, then read the text. Raises InputError."""
+    device = _training_device(options)
+    distillation_loss(options.distillation)  # refuses what it cannot mean
+    transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
+    tokenizer = loading.load_tokenizer(options.models.teacher)
+    checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
+    if options.models.teacher != TRAINED_TEACHER:  # that one's configuration is ours
+        _configurations(options, tokenizer)
+    corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
+    if len(corpus.train) < options.training.batch_size:
+        raise InputError(
+            f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
+            f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
+        )
+    print(f"data: {corpus.description()}")
+    return Materials(device, tokenizer, corpus)
+
+
+def with_teacher(options: Options, materials: Materials, *, on_validation: bool = False) -> Setup:
+    """Load the teacher and judge it, on held-out or on validation text. Raises InputError."""
+    vocab_size, config = _configurations(options, materials.tokenizer)
+    teacher = loading.load_teacher(options.models, materials.device)
+    checks.check_frozen(teacher)
+    corpus = materials.corpus
+    if on_validation:
+        corpus = replace(corpus, held_out=corpus.validation)
+    judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size)
+    return Setup(options, materials, vocab_size, config, teacher, judge)
+
+
+def _training_device(options: Options) -> torch.device:
+    """Where Trainer will put the student. Raises InputError for what it cannot do in one process."""
+    chosen = arguments(options, Path(options.training.output))
+    if chosen.world_size > 1 or chosen.n_gpu > 1:
+        raise InputError(
+            f"the fastkd command trains in one process on one device, but there are {chosen.world_size} processes and "
+            f"{max(chosen.n_gpu, 1)} devices: set CUDA_VISIBLE_DEVICES=0, or start your own script with torchrun, in "
+            "which fastkd.training.trainer.KDTrainer trains on all of them"
+        )
+    return chosen.device
+
+
+def _configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any]:
+    """(number of ids that count, or None for all; the student's configuration)."""
+    teacher = loading.teacher_config(options.models.teacher)
+    student = loading.student_config(options.models, loading.vocabulary_size(teacher), tokenizer)
+    checks.check_context(options.data.max_length, student=student, teacher=teacher)
+    return checks.common_vocabulary(teacher, student, tokenizer), student

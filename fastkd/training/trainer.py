@@ -1,0 +1,254 @@
+"""`KDTrainer`: transformers' Trainer with the distillation loss of fastkd in the place of the model's own.
+
+    trainer = KDTrainer(student, arguments, kd=fastkd.KDLoss(shift=True), teacher=teacher, train_dataset=...)
+
+Everything else is Trainer's: optimizer, schedules, mixed precision, accumulation, several devices, checkpoints.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+import fastkd
+from fastkd.sources import Teacher
+from fastkd.training.options import Schedule
+
+__all__ = ["Course", "KDTrainer", "StopOnInterrupt"]
+
+
+@dataclass(frozen=True)
+class Course:
+    """A value over the course of training: from `start` at the first step to `end` after the last."""
+
+    start: float
+    end: float
+    shape: Schedule
+
+    def at(self, progress: float) -> float:
+        """The value when a share of the training, in [0, 1], is done."""
+        if self.shape == "constant":
+            return self.start
+        if self.shape == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.end - self.start) * progress
+
+
+class KDTrainer(Trainer):
+    """Trains a causal language model on a teacher's predictions and the labels.
+
+    Args:
+        model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where batches carry a teacher.
+        kd: the loss. It is used with `shift=True`, `reduction="mean"` and `return_parts=True`, which are set here.
+        teacher: a frozen model in eval mode with the student's vocabulary, on the student's device. Or None: then
+            batches bring the teacher's predictions under `"teacher"` (a `fastkd.SparseTargets`, logits or a
+            `Projection`, `[batch, tokens, ...]`), or the soft term is left out.
+        eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
+        temperature, soft_weight: how these change, where they do. The hard weight changes against the soft one, so
+            that their sum stays.
+
+    Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`, with −100 where a label is not
+    to be learnt, and in the first position of each row.
+
+    The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
+    `ratio` = hard ÷ soft; and `tokens_per_second` of all devices, without the time of evaluations and checkpoints.
+    They are read from the device when they are logged, not at every step.
+
+    Raises ValueError where the teacher is trainable, in training mode, or not given at all.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        kd: fastkd.KDLoss,
+        teacher: nn.Module | None = None,
+        eval_collator: Callable[[Any], Any] | None = None,
+        temperature: Course | None = None,
+        soft_weight: Course | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(*args, **{**settings, "compute_metrics": _mean_hard_loss})
+        if teacher is not None and (teacher.training or any(weight.requires_grad for weight in teacher.parameters())):
+            raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
+        kd.shift, kd.reduction, kd.return_parts = True, "mean", True
+        self.kd, self.teacher, self.eval_collator = kd, teacher, eval_collator or self.data_collator
+        self._courses = {"temperature": temperature, "soft_weight": soft_weight}
+        self._total_weight = kd.soft_weight + kd.hard_weight
+        # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
+        self.model_accepts_loss_kwargs = True
+        self._parts: Tensor | None = None  # sums of soft and hard since the last line of logs
+        self._tokens, self._steps_logged, self._since, self._paused = 0, 0, time.perf_counter(), 0.0
+
+    def distillation_loss(
+        self, model: nn.Module, inputs: dict[str, Any], teacher: Teacher | None, labels: Tensor, num_items: Any
+    ) -> fastkd.KDParts:
+        """The loss of one batch, in its parts. Override this to add terms, such as on hidden states.
+
+        `inputs` are the model's. `num_items` is the number of tokens of the optimizer step, to divide by.
+        """
+        if isinstance(model, FSDPModule):
+            model.unshard()  # the output head, which stays whole until its gradient is reduced
+        parts: fastkd.KDParts = self.kd(fastkd.project(model, **inputs), teacher, labels, num_items=num_items)
+        return parts
+
+    def soft_targets(self, inputs: dict[str, Any]) -> Teacher | None:
+        """The teacher's predictions of one batch; takes those it brings out of `inputs`."""
+        found = inputs.pop("teacher", None)
+        if self.kd.soft_weight == 0:
+            return None
+        if found is not None:
+            return found.to(self.args.device)  # type: ignore[no-any-return]
+        if self.teacher is None:
+            raise ValueError(
+                f"soft_weight is {self.kd.soft_weight}, but there is no teacher: pass one to KDTrainer, or batches "
+                "with its predictions under 'teacher'"
+            )
+        with torch.no_grad():
+            return fastkd.project(self.teacher, **inputs)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Trainer's hook. There are no outputs to return: no logits are formed."""
+        if return_outputs:
+            raise ValueError("KDTrainer forms no logits, so there are no outputs to return")
+        self._follow_courses()
+        inputs = dict(inputs)
+        labels = inputs.pop("labels")
+        parts = self.distillation_loss(model, inputs, self.soft_targets(inputs), labels, num_items_in_batch)
+        both = torch.stack((parts.soft, parts.hard))
+        if self._parts is None:
+            self._parts, self._steps_logged = torch.zeros_like(both), self.state.global_step
+        self._parts += both
+        self._tokens += labels.numel()
+        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
+            return parts.loss * self.accelerator.num_processes  # gradients will be averaged over processes
+        return parts.loss
+
+    def _follow_courses(self) -> None:
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        for name, course in self._courses.items():
+            if course is not None:
+                setattr(self.kd, name, course.at(progress))
+        if self._courses["soft_weight"] is not None:
+            self.kd.hard_weight = max(self._total_weight - self.kd.soft_weight, 0.0)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Sums of the hard loss and counts of tokens per row, `[batch]` each, for Trainer to gather."""
+        inputs = dict(self._prepare_inputs(inputs))
+        labels = inputs.pop("labels")[:, 1:]
+        inputs.pop("teacher", None)
+        with torch.no_grad():
+            if isinstance(model, FSDPModule):
+                model.unshard()
+            logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size)
+            found = fastkd.row_statistics(logits, labels).label_logprob
+        counted = labels != -100
+        return None, -torch.where(counted, found, 0.0).sum(1), counted.sum(1)
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the parts of the loss. Raises FloatingPointError where it is no number any more."""
+        if "loss" in logs and self._parts is not None:
+            soft, hard = self.accelerator.reduce(self._parts, "sum").tolist()
+            steps, now = self.state.global_step - self._steps_logged, time.perf_counter()
+            logs |= {"hard": hard / steps, "soft": soft / steps, "ratio": hard / soft if soft else math.inf}
+            logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}
+            tokens = self._tokens * self.accelerator.num_processes
+            logs["tokens_per_second"] = tokens / (now - self._since - self._paused)
+            self._parts, self._tokens = None, 0
+            self._since, self._paused = now, 0.0
+            if not math.isfinite(logs["loss"]):
+                raise FloatingPointError(
+                    f"the loss is {logs['loss']} at step {self.state.global_step}: lower --learning-rate"
+                )
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **settings: Any) -> Any:
+        """As Trainer's."""
+        self._since = time.perf_counter()
+        return super().train(*args, **settings)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """As Trainer's, with `eval_collator`; an incomplete last batch is dropped in training alone."""
+        training = self.args.dataloader_drop_last, self.data_collator
+        self.args.dataloader_drop_last, self.data_collator = False, self.eval_collator
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last, self.data_collator = training
+
+    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
+        """As Trainer's: `eval_hard`, the mean hard loss, and `eval_perplexity`."""
+        return self._unclocked(super().evaluate, *args, **settings)  # type: ignore[no-any-return]
+
+    def _save_checkpoint(self, *args: Any, **settings: Any) -> None:
+        self._unclocked(super()._save_checkpoint, *args, **settings)
+
+    def _unclocked(self, work: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+        started = time.perf_counter()
+        try:
+            return work(*args, **settings)
+        finally:
+            self._paused += time.perf_counter() - started
+
+
+def _predicting(logits: fastkd.Projection, vocab_size: int | None) -> fastkd.Projection:
+    """The positions that predict one of the text, and the ids that count."""
+    bias = None if logits.bias is None else logits.bias[:vocab_size]
+    return replace(logits, hidden=logits.hidden[:, :-1], weight=logits.weight[:vocab_size], bias=bias)
+
+
+def _mean_hard_loss(found: EvalPrediction) -> dict[str, float]:
+    hard = float(np.sum(found.predictions, dtype=np.float64) / np.sum(found.label_ids))
+    return {"hard": hard, "perplexity": math.exp(min(hard, 700.0))}
+
+
+class StopOnInterrupt(TrainerCallback):
+    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+
+    def __init__(self) -> None:
+        self.interrupted = False
+        self._before: Any = None
+
+    def on_train_begin(self, *_: Any, **__: Any) -> None:
+        """Take over the signal."""
+        try:
+            self._before = signal.signal(signal.SIGINT, self._note)
+        except ValueError:  # not in the main thread, where alone signals can be handled
+            self._before = None
+
+    def on_train_end(self, *_: Any, **__: Any) -> None:
+        """Give it back."""
+        if self._before is not None:
+            signal.signal(signal.SIGINT, self._before)
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Save and stop, if asked to."""
+        if self.interrupted:
+            control.should_save = control.should_training_stop = True
+        return control
+
+    def _note(self, _signal: int, _frame: FrameType | None) -> None:
+        if self.interrupted:
+            raise KeyboardInterrupt
+        self.interrupted = True
+        print("\ninterrupted: a checkpoint follows the step under way; press Ctrl-C again to end at once", flush=True)

@@ -1,0 +1,278 @@
+"""`KDTrainer` computes the loss it promises: over accumulated batches, from caches, in bf16, on two processes."""
+
+from __future__ import annotations
+
+import copy
+import datetime
+import math
+import os
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.fsdp as fsdp
+import torch.multiprocessing as mp
+import transformers
+
+import fastkd
+import fastkd.cache
+from fastkd.training.data import Windows, collate
+from fastkd.training.trainer import Course, KDTrainer
+
+LENGTH, VOCAB = 12, 60
+
+
+def model(seed: int, wide: int = 16) -> transformers.PreTrainedModel:
+    torch.manual_seed(seed)
+    config = transformers.LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=wide,
+        intermediate_size=2 * wide,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=LENGTH,
+        initializer_range=0.3,
+    )
+    return transformers.LlamaForCausalLM(config)
+
+
+def teacher() -> transformers.PreTrainedModel:
+    return model(1, 24).eval().requires_grad_(False)
+
+
+def windows(count: int = 32) -> torch.Tensor:
+    return torch.randint(VOCAB, (count, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+class Ragged(Windows):
+    """Rows of different numbers of labels: what a mean of batch means gets wrong."""
+
+    def __getitem__(self, index):
+        example = super().__getitem__(index)
+        example["labels"][: 1 + index % (LENGTH - 2)] = -100
+        return example
+
+
+def trainer(path, student, *, kd=None, data=None, kind=KDTrainer, **settings):
+    wanted = {"per_device_train_batch_size": 4, "max_steps": 3, "learning_rate": 1e-2, "max_grad_norm": 0.0}
+    known = set(transformers.TrainingArguments.__dataclass_fields__) & settings.keys()
+    wanted |= {name: settings.pop(name) for name in known}
+    arguments = transformers.TrainingArguments(
+        output_dir=str(path),
+        use_cpu=True,
+        report_to="none",
+        remove_unused_columns=False,
+        logging_steps=1,
+        lr_scheduler_type="constant",
+        optim="sgd",
+        save_strategy=wanted.pop("save_strategy", "no"),
+        disable_tqdm=True,
+        ddp_find_unused_parameters=False,
+        **wanted,
+    )
+    return kind(
+        student,
+        arguments,
+        kd=kd or fastkd.KDLoss(2.0),
+        train_dataset=Ragged(windows()) if data is None else data,
+        data_collator=settings.pop("data_collator", collate),
+        **settings,
+    )
+
+
+def weights(student):
+    return torch.cat([weight.detach().flatten() for weight in student.parameters()])
+
+
+def logged(found, name):
+    return [line[name] for line in found.state.log_history if name in line and "loss" in line]
+
+
+def test_a_step_is_the_gradient_of_the_loss(tmp_path):
+    """Against a loop of four lines, with the logits in full."""
+    student = model(0)
+    twin = copy.deepcopy(student)
+    found = trainer(tmp_path, student, teacher=teacher(), max_steps=1)
+    batch = next(iter(found.get_train_dataloader()))
+    found.train()
+    kd = fastkd.KDLoss(2.0, shift=True, return_parts=True)
+    ids = batch["input_ids"]
+    parts = kd(twin(ids).logits, teacher()(ids).logits, batch["labels"])
+    parts.loss.backward()
+    with torch.no_grad():
+        for weight in twin.parameters():
+            weight -= 1e-2 * weight.grad
+    torch.testing.assert_close(weights(student), weights(twin), rtol=1e-5, atol=1e-6)
+    line = found.state.log_history[0]
+    expected = (parts.loss.item(), parts.soft.item(), parts.hard.item(), (parts.hard / parts.soft).item())
+    assert [line[name] for name in ("loss", "soft", "hard", "ratio")] == pytest.approx(expected, rel=1e-5)
+    assert line["tokens_per_second"] > 0
+
+
+def test_accumulation_is_exact(tmp_path):
+    """Four batches of 4 are one of 16, although their rows have different numbers of labels."""
+    one, four = model(0), model(0)
+    whole = trainer(tmp_path, one, teacher=teacher(), per_device_train_batch_size=16)
+    parts = trainer(tmp_path, four, teacher=teacher(), gradient_accumulation_steps=4)
+    whole.train()
+    parts.train()
+    torch.testing.assert_close(weights(one), weights(four), rtol=1e-5, atol=1e-6)
+    for name in ("loss", "soft", "hard"):
+        assert logged(whole, name) == pytest.approx(logged(parts, name), rel=1e-5)
+
+
+@pytest.mark.parametrize(("format", "tolerance"), [("dense", 2e-3), ("topk", 2e-3), ("sampled", 0.25)])
+def test_cached_is_live(tmp_path, format, tolerance):
+    """A dense cache and one of all tokens give the live losses; a sample gives them in expectation."""
+    live, other = model(0), model(0)
+    temperature = 1.0 if format == "dense" else 2.0
+    batches = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in windows().split(5)]
+    settings = {} if format == "dense" else {"k": VOCAB if format == "topk" else 12}
+    cache = fastkd.cache.write(
+        teacher(), batches, tmp_path / "cache", format=format, temperature=temperature, **settings
+    )
+    first = trainer(tmp_path, live, teacher=teacher(), data=Windows(windows()))
+    second = trainer(tmp_path, other, data=Windows(windows()), data_collator=fastkd.cache.Collator(cache))
+    first.train()
+    second.train()
+    for name in ("loss", "soft", "hard"):
+        assert logged(second, name) == pytest.approx(logged(first, name), rel=tolerance)
+    assert logged(second, "soft") != logged(first, "soft")
+    if format != "sampled":
+        torch.testing.assert_close(weights(other), weights(live), rtol=1e-2, atol=2e-4)
+
+
+def test_courses(tmp_path):
+    student = model(0)
+    found = trainer(
+        tmp_path,
+        student,
+        teacher=teacher(),
+        max_steps=4,
+        temperature=Course(4.0, 2.0, "linear"),
+        soft_weight=Course(0.8, 0.0, "cosine"),
+    )
+    found.train()
+    assert logged(found, "temperature") == pytest.approx([4, 3.5, 3, 2.5])
+    expected = [0.8 * (1 + math.cos(math.pi * share)) / 2 for share in (0, 0.25, 0.5, 0.75)]
+    assert logged(found, "soft_weight") == pytest.approx(expected)
+    lines = zip(*(logged(found, name) for name in ("loss", "soft", "hard", "soft_weight")), strict=True)
+    for loss, soft, hard, weight in lines:
+        assert loss == pytest.approx(weight * soft + (1 - weight) * hard, rel=1e-5)
+
+
+def test_validation_is_the_mean_over_tokens(tmp_path):
+    """With an incomplete last batch, which training would drop, and rows of different numbers of labels."""
+    student = model(0)
+    data = Ragged(windows(7))
+    found = trainer(
+        tmp_path, student, teacher=teacher(), eval_dataset=data, per_device_eval_batch_size=4, dataloader_drop_last=True
+    )
+    batch = collate([data[index] for index in range(7)])
+    logits = student(batch["input_ids"]).logits[:, :-1].flatten(0, 1)
+    expected = torch.nn.functional.cross_entropy(logits, batch["labels"][:, 1:].flatten()).item()
+    measured = found.evaluate()
+    assert measured["eval_hard"] == pytest.approx(expected, rel=1e-5)
+    assert measured["eval_perplexity"] == pytest.approx(math.exp(expected), rel=1e-5)
+
+
+def test_mixed_precision_is_near(tmp_path):
+    one, two = model(0), model(0)
+    exact, mixed = trainer(tmp_path, one, teacher=teacher()), trainer(tmp_path, two, teacher=teacher(), bf16=True)
+    exact.train()
+    mixed.train()
+    assert logged(mixed, "loss") == pytest.approx(logged(exact, "loss"), rel=2e-2)
+    assert logged(mixed, "loss") != logged(exact, "loss")
+
+
+def test_resumed_is_uninterrupted(tmp_path):
+    whole, rest = model(0), model(0)
+    one = trainer(tmp_path / "one", whole, teacher=teacher(), max_steps=12, save_strategy="steps", save_steps=5)
+    one.train()
+    two = trainer(tmp_path / "two", rest, teacher=teacher(), max_steps=12)
+    two.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-5"))
+    for name in ("loss", "soft", "hard", "ratio"):
+        assert logged(two, name) == logged(one, name)
+    assert torch.equal(weights(whole), weights(rest))
+
+
+def test_a_recipe_adds_a_term(tmp_path):
+    """The seam for losses beside the logits': one method."""
+
+    class WithDecay(KDTrainer):
+        def distillation_loss(self, model, inputs, teacher, labels, num_items):
+            parts = super().distillation_loss(model, inputs, teacher, labels, num_items)
+            return parts._replace(loss=parts.loss + sum(weight.square().sum() for weight in model.parameters()))
+
+    plain, decayed = model(0), model(0)
+    trainer(tmp_path, plain, teacher=teacher(), max_steps=1).train()
+    trainer(tmp_path, decayed, teacher=teacher(), max_steps=1, kind=WithDecay).train()
+    torch.testing.assert_close(weights(plain) - weights(decayed), 2e-2 * weights(model(0)), rtol=1e-4, atol=1e-6)
+
+
+def test_teachers_must_be_frozen(tmp_path):
+    for wrong in (model(1).eval(), model(1).requires_grad_(False).train()):
+        with pytest.raises(ValueError, match="frozen and in eval mode"):
+            trainer(tmp_path, model(0), teacher=wrong)
+    with pytest.raises(ValueError, match="there is no teacher"):
+        trainer(tmp_path, model(0)).train()
+
+
+TOKENS = 60  # labels of the first eight rows
+
+
+def on_two(rank: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
+    os.environ.update(MASTER_PORT="29577", ACCELERATE_USE_CPU="true")
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/rendezvous",
+        rank=rank,
+        world_size=2,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    torch.set_num_threads(1)
+    student = model(0)
+    found = trainer(folder, student, teacher=teacher(), per_device_train_batch_size=8, eval_dataset=Ragged(windows(7)))
+    found.train()
+    measured = found.evaluate()
+    sharded = model(0)
+    fsdp.fully_shard(sharded.model.layers[0])
+    fsdp.fully_shard(sharded)
+    mine = collate([Ragged(windows())[index] for index in range(4 * rank, 4 * rank + 4)])
+    trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
+    gradients = torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()])
+    if rank == 0:
+        lines = {name: logged(found, name) for name in ("loss", "soft", "hard")}
+        torch.save((weights(student), lines, measured["eval_hard"], gradients), f"{folder}/found.pt")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def test_two_processes_are_one(tmp_path):
+    """Replicated (DDP) for three steps and a validation, and the gradients of a sharded student (FSDP2)."""
+    processes = mp.spawn(on_two, (str(tmp_path),), nprocs=2, join=False)
+    try:
+        deadline = time.monotonic() + 120
+        while not processes.join(timeout=1):
+            assert time.monotonic() < deadline, "the processes did not end"
+    finally:
+        for process in processes.processes:
+            process.kill()
+    found, lines, hard, gradients = torch.load(tmp_path / "found.pt")
+    alone = model(0)
+    one = trainer(tmp_path, alone, teacher=teacher(), per_device_train_batch_size=16, eval_dataset=Ragged(windows(7)))
+    one.train()
+    torch.testing.assert_close(found, weights(alone), rtol=1e-5, atol=1e-6)
+    for name, values in lines.items():
+        assert values == pytest.approx(logged(one, name), rel=1e-5)
+    assert hard == pytest.approx(one.evaluate()["eval_hard"], rel=1e-5)
+
+    whole = model(0)
+    batch = collate([Ragged(windows())[index] for index in range(8)])
+    assert (batch["labels"][:, 1:] != -100).sum() == TOKENS
+    trainer(tmp_path, whole, teacher=teacher()).compute_loss(whole, batch, num_items_in_batch=TOKENS).backward()
+    expected = torch.cat([weight.grad.flatten() for weight in whole.parameters()])
+    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+    assert expected.abs().max() > 0.01
