@@ -20,8 +20,9 @@ from tqdm import tqdm
 import fastkd.cache
 from fastkd.cache import Cache, CacheError, Progress
 from fastkd.training import checks, loading
+from fastkd.training.command_options import CacheOptions
 from fastkd.training.data import all_windows, load_corpus
-from fastkd.training.options import CacheOptions, DataOptions, InputError, ModelOptions
+from fastkd.training.options import DataOptions, InputError, ModelOptions
 
 __all__ = ["open_cache", "verify", "write", "write_cache"]
 

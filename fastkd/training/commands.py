@@ -8,17 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastkd.training.command_options import CacheOptions, InspectOptions, SweepOptions
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import (
     GROUPS,
-    CacheOptions,
     DataOptions,
     EvaluationOptions,
     InputError,
-    InspectOptions,
     ModelOptions,
     Options,
-    SweepOptions,
     TrainingOptions,
 )
 

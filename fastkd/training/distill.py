@@ -67,9 +67,10 @@ def distill(options: Options) -> dict[str, Any]:
             students[CE_ONLY] = whole(alone)
 
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
-        lines = verdict(contenders)
+        cost = _flops(setup, fitted[STUDENT])
+        lines = [*verdict(contenders), _cost_line(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}
-        record = _record(setup, before, contenders, fitted, lines)
+        record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
         record["seconds"] = seconds | {"total": time.perf_counter() - started}
         with results(output) as staging:
             for name, model in students.items():
@@ -125,6 +126,22 @@ def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory
     return fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
 
 
+def _flops(setup: Setup, student: Fitted) -> dict[str, float]:
+    """Of the teacher's forwards, once per window where there is a cache, and of the student's training."""
+    options, teacher = setup.options.distillation, setup.judge.teacher.parameters
+    read = setup.materials.corpus.train.numel() if options.cache_dir else student.tokens
+    trained = flops(student.tokens, 0, student.parameters)
+    return {"teacher": flops(0, teacher, 0, read) if options.needs_teacher else 0.0, "student": trained}
+
+
+def _cost_line(cost: dict[str, float]) -> str:
+    share = cost["teacher"] / cost["student"]
+    return (
+        f"training took {sum(cost.values()):.2e} floating-point operations, {cost['teacher']:.2e} of them by the "
+        f"teacher: {1 + share:.1f} times as many as the labels alone"
+    )
+
+
 def _as_long(options: Options, fitted: Fitted) -> Any:
     """Training options of as many steps, all of them: an early stop of the student is a shorter training here."""
     return replace(options.training, epochs=None, max_steps=fitted.steps, early_stopping_patience=0)
@@ -134,9 +151,6 @@ def _record(
     setup: Setup, before: Contender, contenders: list[Contender], fitted: dict[str, Fitted], lines: list[str]
 ) -> dict[str, Any]:
     """What metrics.json says."""
-    student, teacher, options = fitted[STUDENT], contenders[0], setup.options
-    read = setup.materials.corpus.train.numel() if options.distillation.cache_dir else student.tokens
-    taught = flops(student.tokens, teacher.parameters, before.parameters, read)
     return {
         "models": {one.name: one.record() for one in (before, *contenders)},
         "verdict": lines,
@@ -149,8 +163,7 @@ def _record(
             }
             for name, one in fitted.items()
         },
-        "flops": {"distillation": taught, "labels alone": flops(student.tokens, 0, before.parameters)},
         "device": str(setup.materials.device),
-        "options": {name: asdict(group) for name, group in options._asdict().items()},
+        "options": {name: asdict(group) for name, group in setup.options._asdict().items()},
         "versions": {module.__name__: module.__version__ for module in (fastkd, torch, transformers)},
     }

@@ -36,6 +36,7 @@ class Fitted:
     """What a training leaves beside the model."""
 
     history: list[dict[str, float]]  # Trainer's: lines of losses and of validations, by step
+    parameters: int
     steps: int
     tokens: int
     samples: list[tuple[int, list[str]]]  # (step, a continuation of each prompt), before training and after epochs
@@ -125,8 +126,6 @@ def fit(
     kd: fastkd.KDLoss,
     options: Options,
     directory: Path,
-    *,
-    courses: bool = True,
 ) -> Fitted:
     """Train `student` in place, checkpoints in `directory`; at the end it is the best validated one.
 
@@ -150,10 +149,8 @@ def fit(
         arguments(options, directory, resumed=checkpoint is not None),
         kd=kd,
         teacher=lessons.teacher,
-        temperature=_course(wanted.temperature, wanted.final_temperature, wanted.temperature_schedule)
-        if courses
-        else None,
-        soft_weight=_course(wanted.weights[0], wanted.final_soft_weight, wanted.weight_schedule) if courses else None,
+        temperature=_course(wanted.temperature, wanted.final_temperature, wanted.temperature_schedule),
+        soft_weight=_course(wanted.weights[0], wanted.final_soft_weight, wanted.weight_schedule),
         train_dataset=lessons.train,
         eval_dataset=Windows(corpus.validation),
         data_collator=lessons.collator,
@@ -165,11 +162,12 @@ def fit(
     if options.training.gradient_checkpointing:
         student.gradient_checkpointing_enable()
     trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.interrupted:
+    if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
         raise KeyboardInterrupt(f"interrupted after step {trainer.state.global_step}, which is saved")
     state = trainer.state
     windows = _windows_seen(state.global_step, len(corpus.train), options)
-    fitted = Fitted(state.log_history, state.global_step, windows * corpus.train.shape[1], storyteller.told)
+    size = student.num_parameters()
+    fitted = Fitted(state.log_history, size, state.global_step, windows * corpus.train.shape[1], storyteller.told)
     # Trainer takes a step more when it resumes from its last one.
     partial = finished.with_suffix(".partial")
     torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)

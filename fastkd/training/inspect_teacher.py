@@ -11,7 +11,8 @@ from torch import Tensor
 
 import fastkd
 from fastkd.training import loading, plots
-from fastkd.training.options import InputError, InspectOptions, ModelOptions
+from fastkd.training.command_options import InspectOptions
+from fastkd.training.options import InputError, ModelOptions
 from fastkd.training.report import table
 from fastkd.training.samples import next_token
 

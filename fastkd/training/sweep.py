@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.training import checks, plots, report
+from fastkd.training.command_options import SweepOptions
 from fastkd.training.distill import whole
 from fastkd.training.fit import distillation_loss, fit
 from fastkd.training.lessons import lessons
-from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options, SweepOptions
+from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options
 from fastkd.training.run import CHECKPOINTS, check_output, results, working
 from fastkd.training.setup import Setup, gather, with_teacher
 

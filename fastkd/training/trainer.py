@@ -52,8 +52,8 @@ class KDTrainer(Trainer):
         model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where batches carry a teacher.
         kd: the loss. It is used with `shift=True`, `reduction="mean"` and `return_parts=True`, which are set here.
         teacher: a frozen model in eval mode with the student's vocabulary, on the student's device. Or None: then
-            batches bring the teacher's predictions under `"teacher"` (a `fastkd.SparseTargets`, logits or a
-            `Projection`, `[batch, tokens, ...]`), or the soft term is left out.
+            batches bring the teacher's predictions under `"teacher"`, a `fastkd.SparseTargets` or logits
+            `[batch, tokens, ...]`, as `fastkd.cache.Collator` makes them, or `kd.soft_weight` is 0.
         eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
         temperature, soft_weight: how these change, where they do. The hard weight changes against the soft one, so
             that their sum stays.
@@ -65,7 +65,8 @@ class KDTrainer(Trainer):
     `ratio` = hard ÷ soft; and `tokens_per_second` of all devices, without the time of evaluations and checkpoints.
     They are read from the device when they are logged, not at every step.
 
-    Raises ValueError where the teacher is trainable, in training mode, or not given at all.
+    Raises ValueError where the teacher is trainable, in training mode, or needed and not given, and for several GPUs
+    in one process.
     """
 
     def __init__(
@@ -79,6 +80,11 @@ class KDTrainer(Trainer):
         **settings: Any,
     ) -> None:
         super().__init__(*args, **{**settings, "compute_metrics": _mean_hard_loss})
+        if self.args.n_gpu > 1:  # Trainer would split batches with DataParallel, beside which a Projection is whole
+            raise ValueError(
+                f"KDTrainer uses one GPU per process, but sees {self.args.n_gpu}: start it with torchrun, a process "
+                "for each, or set CUDA_VISIBLE_DEVICES to one"
+            )
         if teacher is not None and (teacher.training or any(weight.requires_grad for weight in teacher.parameters())):
             raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
         kd.shift, kd.reduction, kd.return_parts = True, "mean", True

@@ -13,7 +13,8 @@ import transformers
 
 import fastkd
 from fastkd.cli import main
-from fastkd.training.options import CacheOptions, DataOptions, InputError, ModelOptions
+from fastkd.training.command_options import CacheOptions
+from fastkd.training.options import DataOptions, InputError, ModelOptions
 from tests.training.conftest import CONTEXT
 
 

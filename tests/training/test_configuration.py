@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from fastkd.cli import main
+from fastkd.training.command_options import SweepOptions
 from fastkd.training.configuration import Parser, dump
-from fastkd.training.options import GROUPS, DistillationOptions, InputError, SweepOptions
+from fastkd.training.options import GROUPS, DistillationOptions, InputError
 
 #: A configuration of the kind that circulates, with all its names.
 FOREIGN = """
