@@ -33,7 +33,7 @@ _TITLES: dict[str, tuple[str, Callable[[float], str]]] = {
     "retention": ("retention", "{:.1f} %".format),
 }
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 60em; margin: 2em auto; padding: 0 1em; color: #222 }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
 table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .3em .8em; border-bottom: 1px solid #ddd }
 td { text-align: right } td:first-child, th:first-child, .text td { text-align: left } img { max-width: 100% }
 pre { background: #f6f6f6; padding: 1em; overflow-x: auto } .text td { vertical-align: top }"""
