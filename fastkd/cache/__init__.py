@@ -20,9 +20,10 @@ per sequence:
 | packed=False    | 8·k + 4         | the same                | none: fp32                                             |
 | dense           | 100,514         | logits [.., vocab_size] | log-probabilities 0.05 % (float16), 0.4 % (bfloat16)   |
 
-`sampled` is the one to train from: a random k tokens whose weights make the loss and its gradient unbiased estimates of
-dense forward KL (`fastkd.backend.Backend.sample`). `topk` keeps the likeliest k and how much is left; it allows other
-divergences, and is biased. `dense` is for small vocabularies and for checking.
+`sampled` is the one to begin with: a random k tokens whose weights make the loss and its gradient unbiased estimates of
+dense forward KL (`fastkd.backend.Backend.sample`), with noise that averages out over tokens. `topk` keeps the likeliest
+k and how much is left: biased, which does not average out but is small where the student is close to the teacher; it
+allows other divergences. `dense` is for small vocabularies and for checking.
 
 Needs numpy and safetensors: `pip install 'fastkd[train]'`.
 """
