@@ -16,7 +16,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import _native
 from fastkd.backend import SparseRows, Tile, select
 from fastkd.call import Call
 from fastkd.divergences import TABLE
@@ -162,9 +161,7 @@ class _Loop:
         def buffer(side: Head | _Logits | _Sparse | None, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:
             if not isinstance(side, Head) or not wanted:
                 return None
-            memory = torch.empty(self.plan.chunk, padded(self.plan.tile), dtype=dtype, device=self.device)
-            _native.advise_huge_pages(memory)
-            return memory
+            return torch.empty(self.plan.chunk, padded(self.plan.tile), dtype=dtype, device=self.device)
 
         student, dtype = self.student, self.soft.dtype
         self.student_buffer, self.teacher_buffer = buffer(student, dtype), buffer(self.teacher, dtype)

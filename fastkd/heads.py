@@ -13,7 +13,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from fastkd import _native
 from fastkd.divergences import ForwardKL
 from fastkd.plan import CAST_COLUMNS, NOTHING, Side, Wants, padded, plan_for
 from fastkd.sources import Projection
@@ -104,7 +103,6 @@ class Head:
             self._hidden_grad = torch.zeros(self.hidden.shape, dtype=kept, device=self.hidden.device)
         if wants.weight:
             self._weight_grad = torch.empty(self.weight.shape, dtype=self.result, device=self.weight.device)
-            _native.advise_huge_pages(self._weight_grad)
         if wants.bias:
             self._bias_grad = torch.zeros(len(self.weight), dtype=self.result, device=self.weight.device)
 
@@ -216,7 +214,6 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
         tiles_allowed=False,
     ).chunk
     buffer = torch.empty(min(chunk, count), padded(vocab_size), dtype=head.result, device=device)
-    _native.advise_huge_pages(buffer)
     for start in range(0, count, chunk):
         rows = slice(start, min(start + chunk, count))
         with torch.autocast(device.type, enabled=False):
