@@ -15,7 +15,7 @@ __all__ = ["BUDGETS", "MIB", "QUESTIONS", "Bar", "Case", "Question", "faster", "
 
 FRESH, IN_PLACE, LOSS_ONLY = "fastkd", "fastkd in place", "fastkd loss only"
 ONE_GRADIENT = "one gradient"
-CROSS_ENTROPY = "cross-entropy"
+CROSS_ENTROPY, CROSS_ENTROPY_IN_PLACE = "cross-entropy", "cross-entropy in place"
 CHUNKED, PRODUCTS, WIDENED = "chunked", "products", "fastkd fp32"
 SMALL, LARGE = "fastkd 32 MiB", "fastkd 1 GiB"
 STEP, EAGER_STEP = "fastkd step", "eager step"

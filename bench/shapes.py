@@ -10,6 +10,7 @@ from bench.cases import (
     CACHED_STEP,
     CHUNKED,
     CROSS_ENTROPY,
+    CROSS_ENTROPY_IN_PLACE,
     EAGER_STEP,
     FRESH,
     IN_PLACE,
@@ -173,6 +174,7 @@ PROJECTION_MEMORY = (
 
 _SPARSE_BARS = (
     within(FRESH, CROSS_ENTROPY, 1.15),
+    within(IN_PLACE, CROSS_ENTROPY_IN_PLACE),
     faster(FRESH, "eager", 8),
     faster(FRESH, "compile"),
 )

@@ -9,7 +9,7 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals
-from bench.cases import CROSS_ENTROPY, FRESH, Case
+from bench.cases import CROSS_ENTROPY, CROSS_ENTROPY_IN_PLACE, FRESH, IN_PLACE, Case
 from bench.check import Truth
 from bench.contenders import TEMPERATURE, Contender
 from fastkd import SparseTargets
@@ -52,39 +52,49 @@ def _truth(student: Tensor, targets: SparseTargets, labels: Tensor) -> Truth:
 
 
 def sparse_contenders(case: Case) -> list[Contender]:
-    """All of one race: fastkd, what it may cost at most, and the recipes. Cross-entropy alone has another gradient."""
+    """All of one race: fastkd, the recipes, and what fastkd may cost at most."""
     assert case.entries is not None
     batch = check.Batch.random(case.rows, case.vocab, case.dtype)
     student, labels = batch.student, batch.labels
     targets = _targets(batch.teacher, case.entries)
     truth = _truth(student, targets, labels)
     batch.teacher = batch.teacher[:0]
-    kd, hard = fastkd.KDLoss(TEMPERATURE), fastkd.KDLoss(soft_weight=0, hard_weight=1)
+    overwritten = student.detach().clone().requires_grad_()
     low = case.dtype != torch.float32
 
     def prepare() -> None:
-        student.grad = None
+        student.grad = overwritten.grad = None
+        overwritten.detach().copy_(student.detach())
 
-    def contender(name: str, loss: Callable[[], Tensor], judged: bool = True) -> Contender:
+    def contender(name: str, loss: Callable[[Tensor], Tensor], logits: Tensor, judged: bool = True) -> Contender:
         def run() -> Tensor:
-            value = loss()
+            value = loss(logits)
             value.backward()
             return value
 
         def verify(value: object) -> float | None:
-            return check.verified(name, value, truth.loss, [(student.grad, truth.gradient)], low) if judged else None
+            return check.verified(name, value, truth.loss, [(logits.grad, truth.gradient)], low) if judged else None
 
         return Contender(name, run, prepare, verify)
+
+    def ours(name: str, **settings: bool) -> Contender:
+        """The whole loss, or what it may cost at most, cross-entropy alone, which has another gradient."""
+        logits, alone = (overwritten if settings else student), name.startswith(CROSS_ENTROPY)
+        kd = fastkd.KDLoss(TEMPERATURE, soft_weight=0, hard_weight=1, **settings) if alone else None
+        kd = kd or fastkd.KDLoss(TEMPERATURE, **settings)
+        return contender(name, lambda z: kd(z, None if alone else targets, labels), logits, judged=not alone)
 
     def recipe(name: str) -> Contender:
         loss = rivals.ghost_kd_loss(TEMPERATURE)
         if name == "compile":
             loss = rivals.compiled(loss)
-        return contender(name, lambda: loss(student, targets.ids, targets.logprobs, targets.rest, labels))
+        return contender(name, lambda z: loss(z, targets.ids, targets.logprobs, targets.rest, labels), student)
 
     return [
-        contender(FRESH, lambda: kd(student, targets, labels)),
+        ours(FRESH),
         *(recipe(name) for name in (("eager", "compile") if rivals.can_compile() else ("eager",))),
-        # Last, so that its turn comes right before fastkd's and both find memory in the same state.
-        contender(CROSS_ENTROPY, lambda: hard(student, None, labels), judged=False),
+        # In place nothing is allocated: this pair does not depend on what the ones before left of the memory.
+        ours(CROSS_ENTROPY_IN_PLACE, inplace=True),
+        ours(IN_PLACE, inplace=True),
+        ours(CROSS_ENTROPY),
     ]
