@@ -31,7 +31,7 @@ STUDENT = {"model_type": "gpt2", "n_positions": CONTEXT, "n_embd": 32, "n_layer"
 STUDENT |= {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def _one_thread() -> Iterator[None]:
     """Models this small only wait for each other's threads."""
     threads = torch.get_num_threads()
