@@ -132,9 +132,10 @@ class SparseTargets:
         entropy: `[...]`, `"sampled"` only: the row's entropy in nats, which makes values comparable with those of
             dense forward KL. None: values are cross-entropies, larger by it. Gradients do not depend on it.
 
-    Raises TypeError or ValueError for parts that do not fit together. Ids outside the vocabulary, duplicates, NaN and
-    probabilities that sum to more than 1 are found when a loss is computed, on GPUs only with `FASTKD_DEBUG=1`, since
-    the check would synchronise; an id outside the vocabulary then gives a NaN loss.
+    Raises TypeError or ValueError for parts that do not fit together. Ids outside the vocabulary, duplicates, and a
+    ghost's probabilities that sum to more than 1 are found when a loss is computed, on GPUs only with
+    `FASTKD_DEBUG=1`, since the check would synchronise; an id outside the vocabulary then gives a NaN loss. A NaN among
+    `logprobs` reaches the loss.
     """
 
     ids: Tensor

@@ -33,7 +33,7 @@ def sparse_rows(targets: SparseTargets, live: Tensor | None, vocab_size: int, dt
     checked = _checked(ids)
     absent = logprobs == -torch.inf
     ids = torch.where(absent, vocab_size, ids)
-    if not checked or not _ascending(ids, vocab_size):
+    if not checked or not _ascending(ids):
         ids, order = ids.sort(dim=-1)
         logprobs = logprobs.gather(-1, order)
         absent = absent.gather(-1, order)
@@ -70,8 +70,8 @@ def _checked(ids: Tensor) -> bool:
     return ids.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"
 
 
-def _ascending(ids: Tensor, end: int) -> bool:
-    """Whether every row is in order, its absent entries (`end`) last; equal neighbours are for `_check_ids`."""
+def _ascending(ids: Tensor) -> bool:
+    """Whether every row is in order, its absent entries last; equal neighbours are for `_check_ids`."""
     return bool((ids[:, 1:] >= ids[:, :-1]).all())
 
 

@@ -471,6 +471,19 @@ def test_bad_input(case: str) -> None:
         attempt()
 
 
+@pytest.mark.parametrize("kind", ["ghost", "renormalize", "sampled"])
+def test_a_nan_of_the_teacher_is_not_hidden(kind: str, backend: str) -> None:
+    logprobs = LOGPROBS.clone()
+    logprobs[1, 0] = math.nan
+    z = STUDENT.clone().requires_grad_()
+    rows = fastkd.kd_loss(z, targets_of(kind=kind, logprobs=logprobs), soft_weight=1, hard_weight=0, reduction="none")
+    assert rows.isnan().tolist() == [False, True]
+    (grad,) = torch.autograd.grad(rows.sum(), z)
+    assert grad[1].isnan().any()
+    assert grad[0].isfinite().all()
+    assert grad[0].abs().max() > 0
+
+
 def test_rows_that_do_not_count_may_hold_anything() -> None:
     ids = torch.tensor([[1, 2], [77, 77]])
     loss = fastkd.kd_loss(STUDENT, targets_of(ids=ids), torch.tensor([1, -100]))
