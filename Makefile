@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-quick clean
+.PHONY: demo test lint bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
@@ -18,11 +18,18 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-bench: $(VENV)/bench
+bench: $(VENV)/bench $(VENV)/demo
 	$(BIN)/python -m pytest bench --benchmark-only
 
-bench-quick: $(VENV)/bench
+bench-quick: $(VENV)/bench $(VENV)/demo
 	$(BIN)/python -m pytest bench --benchmark-only --quick
+
+# Fails where fastkd has lost against the baseline committed for this machine; bench-accept makes a new one.
+bench-check: $(VENV)/bench
+	$(BIN)/python -m bench.gate
+
+bench-accept: $(VENV)/bench
+	$(BIN)/python -m bench.gate --accept
 
 clean:
 	rm -rf $(VENV) build dist runs

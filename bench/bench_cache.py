@@ -12,7 +12,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastkd.cache
-from bench import shapes, teachers
+from bench import machine, shapes, teachers
 from bench.cases import FRESH, Case
 from bench.contenders import Contender
 from bench.race import race
@@ -56,7 +56,7 @@ def _writing(case: Case, folder: pathlib.Path) -> list[Contender]:
 
 def _reading(case: Case, folder: pathlib.Path) -> list[Contender]:
     """A cache of 64 batches, read in a shuffled order that never repeats within an epoch."""
-    size, generator = case.rows // _SEQUENCE, torch.Generator().manual_seed(0)
+    size, generator = case.rows // _SEQUENCE, machine.generator()
     ids = torch.randint(case.vocab, (size * _BATCHES, _SEQUENCE), generator=generator)
     states, head = torch.randn(case.vocab, 8, generator=generator), torch.randn(case.vocab, 8, generator=generator)
 

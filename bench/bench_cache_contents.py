@@ -12,23 +12,22 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastkd.cache
-from bench import shapes, teachers
+from bench import machine, shapes, teachers
 from bench.cases import Case
-from bench.race import describe
+from bench.race import measure
 from fastkd import Projection, SparseTargets
 
 CASES = shapes.CACHE_SIZE + shapes.CACHE_GRADIENT
 
 
 def bench_cache_contents(benchmark: BenchmarkFixture, case: Case, tmp_path: pathlib.Path) -> None:
-    describe(benchmark, case)
-    measure = {"cache_size": _sizes, "cache_gradient": _angles}[case.question]
-    benchmark.extra_info["peaks"] = benchmark.pedantic(measure, args=(case, tmp_path), rounds=1)
+    values = {"cache_size": _sizes, "cache_gradient": _angles}[case.question]
+    measure(benchmark, case, lambda: values(case, tmp_path))
 
 
 def _sizes(case: Case, folder: pathlib.Path) -> dict[str, float]:
     """Bytes per token of whole directories, as the file system counts their content."""
-    generator = torch.Generator().manual_seed(0)
+    generator = machine.generator()
     ids = torch.randint(case.vocab, (case.rows // 128, 128), generator=generator)
     states, head = torch.randn(case.vocab, 8, generator=generator), torch.randn(case.vocab, 8, generator=generator)
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import check, shapes
+from bench import check, machine, shapes
 from bench.cases import FRESH, Case
 from bench.contenders import TEMPERATURE, Contender
 from bench.race import race
-from fastkd import _native, reference
+from fastkd import backend, reference
 
 CASES = shapes.TOP_K + shapes.SAMPLE
 _TOP_K, _SAMPLED = 64, 12
@@ -24,7 +24,8 @@ def bench_selection(benchmark: BenchmarkFixture, case: Case, quick: bool) -> Non
 
 def _contenders(case: Case) -> list[Contender]:
     logits = check.Batch.random(case.rows, case.vocab, case.dtype).student.detach()
-    uniforms = torch.rand(case.rows, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    uniforms = torch.rand(case.rows, dtype=torch.float64, generator=machine.generator())
+    ours = backend.select(logits)
     sampled = case.question == "sample"
     k = _SAMPLED if sampled else _TOP_K
     more = (uniforms,) if sampled else ()
@@ -45,11 +46,11 @@ def _contenders(case: Case) -> list[Contender]:
         *(
             Contender(
                 name,
-                functools.partial(getattr(backend, case.question), logits, k, TEMPERATURE, *more),
+                functools.partial(getattr(module, case.question), logits, k, TEMPERATURE, *more),
                 verify=functools.partial(verify, name),
             )
-            for name, backend in ((FRESH, _native), ("eager", reference))
+            for name, module in ((FRESH, ours), ("eager", reference))
         ),
         Contender("torch.topk", lambda: logits.topk(k)),
-        Contender("row statistics", lambda: _native.row_statistics(logits, None, TEMPERATURE)),
+        Contender("row statistics", lambda: ours.row_statistics(logits, None, TEMPERATURE)),
     ]

@@ -11,7 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 import fastkd
 from bench import machine, rivals, shapes
 from bench.cases import BUDGETS, MIB, ONE_GRADIENT, Case, beyond_gradients, predicted
-from bench.race import describe
+from bench.race import measure
 
 CASES = shapes.MEMORY + shapes.PROJECTION_MEMORY + shapes.TRAINING_MEMORY
 _ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # beside the gradients
@@ -20,15 +20,7 @@ _ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # beside the gradie
 def bench_memory(benchmark: BenchmarkFixture, case: Case) -> None:
     judged = dict.fromkeys(bar.ours for bar in case.bars)  # every contender has a bar, if only one without a limit
     names = [name for name in judged if rivals.can_compile() or name != "compile"]
-    peaks = _yardsticks(case, names)
-
-    def measure() -> None:
-        for name in names:
-            peaks[name] = _peak(name, case) / MIB
-
-    describe(benchmark, case)
-    benchmark.pedantic(measure, rounds=1)
-    benchmark.extra_info["peaks"] = peaks
+    measure(benchmark, case, lambda: {name: _peak(name, case) / MIB for name in names} | _yardsticks(case, names))
 
 
 def _yardsticks(case: Case, names: list[str]) -> dict[str, float]:

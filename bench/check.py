@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bench import rivals
+from bench import machine, rivals
 from fastkd import reference
 from fastkd.backend import RowSpec
 from fastkd.divergences import Divergence
@@ -60,7 +60,7 @@ class Batch:
     @classmethod
     def random(cls, rows: int, vocab: int, dtype: torch.dtype, seed: int = 0) -> Batch:
         """Unrelated rows, peaked enough that both terms carry the gradient: a lost one cannot pass for rounding."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = machine.generator(seed)
 
         def logits() -> Tensor:
             return torch.randn(rows, vocab, generator=generator).mul_(6).to(dtype)

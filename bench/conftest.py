@@ -12,11 +12,10 @@ from collections.abc import Generator
 from typing import Any
 
 import pytest
+import torch
 
 from bench import machine, report, shapes, store
-
-#: Measured once: peak memory hardly depends on the allocator, what a cache holds not at all.
-collect_ignore = [] if machine.allocator() == "default" else ["bench_memory.py", "bench_cache_contents.py"]
+from bench.cases import ALLOCATORS, Case
 
 _asked: dict[str, str] = {}  # test → its question
 _failed: dict[str, list[str]] = {}  # question → tests
@@ -31,6 +30,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("python_files", "bench_*.py")
     config.addinivalue_line("python_functions", "bench_*")
+    if machine.DEVICE.type == "cuda":
+        torch.set_default_device(machine.DEVICE)
     options = config.option
     config.stash[_STORED] = None
     if options.benchmark_disable or options.benchmark_json or options.collectonly:
@@ -45,13 +46,24 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def _both_passes() -> bool:
-    return machine.HUGE_PAGES not in os.environ
+    return machine.HUGE_PAGES not in os.environ and machine.DEVICE.type == "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
         cases = shapes.selected(metafunc.module.CASES, metafunc.config.option.quick)
         metafunc.parametrize("case", cases, ids=[str(case).replace(" ", "-") for case in cases])
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files without a case for this pass are no skipped tests."""
+    chosen = [item for item in items if isinstance(item, pytest.Function) and _has_case(item)]
+    config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
+    items[:] = chosen
+
+
+def _has_case(item: pytest.Function) -> bool:
+    return isinstance(item.callspec.params["case"], Case)
 
 
 @pytest.fixture
@@ -65,7 +77,7 @@ def pytest_runtest_setup(item: pytest.Function) -> None:
     question = item.callspec.params["case"].question
     folder = item.config.stash[_STORED]
     if folder is not None and question not in _asked.values():
-        for name in store.ALLOCATORS if _both_passes() else (machine.allocator(),):
+        for name in ALLOCATORS if _both_passes() else (machine.allocator(),):
             store.drop(folder, question, name)
     _asked[item.nodeid] = question
 
@@ -78,7 +90,7 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     """Ours, without the host's name and the long list of processor flags."""
     machine_info.pop("node", None)
-    machine_info["cpu"] = {"brand_raw": machine.cpu()}
+    machine_info["cpu"] = {"brand_raw": machine.processor()}
     machine_info["bench"] = machine.facts()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import pathlib
 import platform
@@ -11,9 +12,12 @@ import torch
 
 import fastkd
 
-__all__ = ["HUGE_PAGES", "ROOT", "allocator", "facts", "results"]
+__all__ = ["DEVICE", "HUGE_PAGES", "PEERS", "ROOT", "allocator", "facts", "generator", "results"]
 
 ROOT = pathlib.Path(__file__).parent.parent
+#: Where everything runs. CUDA_VISIBLE_DEVICES= hides a GPU.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+PEERS = ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy")  # whose versions matter
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's own variable; read once, when it first allocates
 
 
@@ -22,7 +26,17 @@ def allocator() -> str:
     return "huge_pages" if os.environ.get(HUGE_PAGES) == "1" else "default"
 
 
-def cpu() -> str:
+def generator(seed: int = 0) -> torch.Generator:
+    """On the device, as all random inputs are."""
+    return torch.Generator(DEVICE).manual_seed(seed)
+
+
+def processor() -> str:
+    """What computes: the GPU, or the CPU."""
+    return torch.cuda.get_device_name() if DEVICE.type == "cuda" else _cpu()
+
+
+def _cpu() -> str:
     info = pathlib.Path("/proc/cpuinfo")
     found = re.search(r"model name\s*:\s*(.+)", info.read_text()) if info.exists() else None
     return found[1].strip() if found else platform.processor() or platform.machine()
@@ -36,20 +50,30 @@ def facts() -> dict[str, str | int]:
     """For the machine line of the report."""
     huge_pages = pathlib.Path("/sys/kernel/mm/transparent_hugepage/enabled")
     policy = re.search(r"\[(\w+)\]", huge_pages.read_text()) if huge_pages.exists() else None
+    gpu = {"gpu": processor(), "cuda": str(torch.version.cuda)} if DEVICE.type == "cuda" else {}
     return {
-        "cpu": cpu(),
+        **gpu,
+        "cpu": _cpu(),
         "cores": _cores(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "fastkd": fastkd.__version__,
-        "backend": fastkd.backends()["cpu"].detail,
+        "backend": fastkd.backends()["triton" if gpu else "cpu"].detail,
         "allocator": allocator(),
         "transparent_huge_pages": policy[1] if policy else "unknown",
+        **{name: version for name in PEERS if (version := _version(name)) is not None},
     }
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def results() -> pathlib.Path:
     """Where this machine's results are kept."""
-    name = re.sub(r"[^a-z0-9]+", "-", cpu().lower()).strip("-")
-    return ROOT / "bench" / "results" / f"{name}-{_cores()}-cores"
+    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
+    return ROOT / "bench" / "results" / (name if DEVICE.type == "cuda" else f"{name}-{_cores()}-cores")

@@ -1,10 +1,10 @@
 """One measurement of peak memory, in a process that does nothing else: run by `bench_memory.py`.
 
-The peak is Linux's high-water mark of resident memory (VmHWM, reset through /proc/self/clear_refs) less
-what was resident before the run: the inputs, torch, and whatever a warm-up left. The warm-up is on a small
-batch, so that a buffer the contender keeps for large ones counts; only compiled code has to be made at the
-real shape. What the warm-up freed is given back to the system first, or a contender could hide in it.
-The matrix library's packing buffers, which it makes at its first large product and keeps, are nobody's: bare
+On a GPU the peak is that of torch's allocator. On a CPU it is Linux's high-water mark of resident memory (VmHWM,
+reset through /proc/self/clear_refs) less what was resident before the run: the inputs, torch, and whatever a warm-up
+left. The warm-up is on a small batch, so that a buffer the contender keeps for large ones counts; only compiled code
+has to be made at the real shape. What the warm-up freed is given back to the system first, or a contender could hide
+in it. The matrix library's packing buffers, which it makes at its first large product and keeps, are nobody's: bare
 products come before.
 """
 
@@ -16,10 +16,11 @@ import json
 import pathlib
 import re
 import sys
+from collections.abc import Callable
 
 import torch
 
-from bench import training
+from bench import machine, training
 from bench.cases import EAGER_STEP, STEP
 from bench.check import Batch
 from bench.contenders import Contender, kd_contender
@@ -41,8 +42,6 @@ def peak_bytes(
             return projection_contender(name, Hidden.random(rows, vocab, hidden, dtype))
         return kd_contender(name, Batch.random(rows, vocab, dtype), resolve(divergence))
 
-    if not (_PROC / "clear_refs").exists():
-        raise SystemExit("peak memory is measured through /proc/self/clear_refs, which this system lacks")
     contender = contending(rows, vocab)
     if hidden is not None:
         products(Hidden.random(min(rows, 512), vocab, hidden, torch.float32)).run()
@@ -53,12 +52,27 @@ def peak_bytes(
     warm_up.prepare()
     contender.prepare()
     gc.collect()
+    return (_peak_of_device if machine.DEVICE.type == "cuda" else _peak_of_process)(contender.run)
+
+
+def _peak_of_process(run: Callable[[], object]) -> int:
     if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)
     (_PROC / "clear_refs").write_text("5")
     before = _resident("VmRSS")
-    kept = contender.run()
+    kept = run()
     after = _resident("VmHWM")
+    del kept
+    return after - before
+
+
+def _peak_of_device(run: Callable[[], object]) -> int:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = run()
+    torch.cuda.synchronize()
+    after = torch.cuda.max_memory_allocated()
     del kept
     return after - before
 
@@ -70,5 +84,9 @@ def _resident(field: str) -> int:
 
 
 if __name__ == "__main__":
+    if machine.DEVICE.type == "cuda":
+        torch.set_default_device(machine.DEVICE)
+    elif not (_PROC / "clear_refs").exists():
+        raise SystemExit("peak memory is measured through /proc/self/clear_refs, which this system lacks")
     name, rows, vocab, dtype, divergence, hidden = json.loads(sys.argv[1])
     print(peak_bytes(name, rows, vocab, getattr(torch, dtype), divergence, hidden and tuple(hidden)))

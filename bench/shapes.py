@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import torch
 
+from bench import machine
 from bench.cases import (
     CACHED_STEP,
     CHUNKED,
@@ -19,6 +20,7 @@ from bench.cases import (
     LOSS_ONLY,
     ONE_GRADIENT,
     PRODUCTS,
+    QUESTIONS,
     SMALL,
     STEP,
     WIDENED,
@@ -45,6 +47,8 @@ __all__ = [
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
     "SAMPLE",
+    "SCALING_HIDDEN",
+    "SCALING_LOGITS",
     "SPARSE",
     "TOP_K",
     "TRAINING",
@@ -204,7 +208,7 @@ CACHE_READ = (
 CACHE_SIZE = (
     Case(
         "cache_size",
-        1 << 20,
+        1 << 17,
         50257,
         torch.float32,
         (within("sampled 12", None, 40), within("topk 64", None, 300)),
@@ -250,8 +254,33 @@ TRAINING_MEMORY = (
 )
 
 
+_SCALING_BARS = (faster(FRESH, "eager"), within(FRESH, "add"))
+SCALING_LOGITS = tuple(
+    Case("scaling_logits", rows, vocab, torch.float32, _SCALING_BARS, threads=threads)
+    for rows, vocab, threads in (
+        *((rows, 50257, None) for rows in (16, 128, 1024)),
+        *((256, vocab, None) for vocab in (1024, 8192, 50257, 152064)),
+        (256, 50257, 1),
+    )
+)
+_SCALING_HIDDEN_BARS = (faster(FRESH, "eager"), within(FRESH, PRODUCTS))
+SCALING_HIDDEN = tuple(
+    Case("scaling_hidden", rows, vocab, torch.float32, _SCALING_HIDDEN_BARS, hidden=(size, size), threads=threads)
+    for rows, vocab, size, threads in (
+        *((rows, 50257, 256, None) for rows in (64, 256, 1024)),
+        *((256, vocab, 256, None) for vocab in (8192, 152064)),
+        *((256, 50257, size, None) for size in (64, 1024)),
+        (256, 50257, 256, 1),
+    )
+)
+
+
 def selected(cases: tuple[Case, ...], quick: bool) -> list[Case]:
-    """The cases to run: all of them, or those of `--quick` cut to 256 rows."""
-    if not quick:
-        return list(cases)
-    return [replace(case, rows=min(case.rows, 256)) for case in cases if case.in_quick]
+    """The cases to run on this machine under this allocator; with `quick` a few, cut to 256 rows."""
+    here = [
+        case
+        for case in cases
+        if machine.allocator() in QUESTIONS[case.question].allocators
+        and (case.threads is None or machine.DEVICE.type == "cpu")
+    ]
+    return [replace(case, rows=min(case.rows, 256)) for case in here if case.in_quick] if quick else here

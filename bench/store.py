@@ -11,11 +11,9 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bench.cases import QUESTIONS
+from bench.cases import ALLOCATORS, QUESTIONS
 
-__all__ = ["ALLOCATORS", "drop", "load", "split"]
-
-ALLOCATORS = ("default", "huge_pages")
+__all__ = ["drop", "load", "split"]
 
 
 def split(document: Mapping[str, Any], failed: Mapping[str, list[str]], folder: pathlib.Path, allocator: str) -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from bench import machine
 from fastkd import Projection
 
 __all__ = ["rows_of", "smollm2", "windows"]
@@ -27,7 +28,7 @@ def _parts() -> tuple[Any, Any, list[str]]:
     from fastkd.training.loading import load_teacher, load_tokenizer
     from fastkd.training.options import PACKAGED_DATA, PACKAGED_TEACHER, ModelOptions
 
-    model = load_teacher(ModelOptions(device="cpu"), torch.device("cpu"))
+    model = load_teacher(ModelOptions(device=machine.DEVICE.type), machine.DEVICE)
     return model, load_tokenizer(PACKAGED_TEACHER), split(read_documents(PACKAGED_DATA), 0)[0]
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastkd
 import fastkd.cache
-from bench import rivals
+from bench import machine, rivals
 from bench.cases import CACHED_STEP, EAGER_STEP, LIVE_STEP, STEP
 from bench.contenders import TEMPERATURE, Contender
 from fastkd import Projection
@@ -37,7 +37,7 @@ class _Lesson:
 
     @classmethod
     def of(cls, rows: int, vocab: int) -> _Lesson:
-        generator = torch.Generator().manual_seed(0)
+        generator = machine.generator()
         ids = torch.randint(vocab, (rows // _LENGTH, _LENGTH), generator=generator)
         hidden = torch.randn(*ids.shape, _TEACHER_HIDDEN, generator=generator)
         head = torch.randn(vocab, _TEACHER_HIDDEN, generator=generator).mul_(3 / _TEACHER_HIDDEN**0.5)
@@ -59,7 +59,11 @@ def _student(vocab: int) -> Any:
     torch.manual_seed(0)
     size = {"n_positions": _LENGTH, "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": vocab}
     fixed = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
-    return transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**size, **fixed)).train()
+    return (
+        transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**size, **fixed))
+        .to(machine.DEVICE)
+        .train()
+    )
 
 
 def _optimizer(student: Any) -> torch.optim.Optimizer:
@@ -125,7 +129,7 @@ def _live(lesson: _Lesson) -> Callable[[], Tensor]:
         num_key_value_heads=3,
         tie_word_embeddings=True,
     )
-    teacher = transformers.LlamaForCausalLM(config).eval().requires_grad_(False)
+    teacher = transformers.LlamaForCausalLM(config).to(machine.DEVICE).eval().requires_grad_(False)
     kd = fastkd.KDLoss(TEMPERATURE, shift=True)
 
     def run() -> Tensor:
