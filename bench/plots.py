@@ -69,14 +69,14 @@ def _scaling(results: list[Result], path: pathlib.Path) -> None:
     if not results:
         return
     figure = Figure(figsize=(12, 6.5), layout="constrained")
-    for panel, (question, axis, label, held) in zip(figure.subplots(2, 3).flat, _PANELS, strict=False):
+    panels = figure.subplots(2, 3).flat
+    for panel, (question, axis, label, held) in zip(panels, _PANELS, strict=False):
         mine = [result for result in results if result.question == question and "thread" not in result.case]
         _per_logit(panel, [result for result in mine if held.items() <= result.shape.items()], axis)
-        panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ns per logit", title=question)
+        panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ns per logit")
         panel.grid(alpha=0.3, which="both")
+        panel.legend(title={"scaling_logits": "from logits", "scaling_hidden": "from hidden states"}[question])
     figure.axes[-1].set_axis_off()
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="lower right", title="from logits")
-    figure.axes[2].legend()
     figure.savefig(path, dpi=110)
 
 

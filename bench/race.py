@@ -16,15 +16,18 @@ from __future__ import annotations
 import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import machine
 from bench.cases import QUESTIONS, Case
 from bench.contenders import Contender
 
-__all__ = ["measure", "race"]
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
+
+__all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
 _FEWEST, _MOST, _SECONDS = 5, 25, 5.0  # rounds of a full run: as many as fit the seconds, within limits
@@ -39,7 +42,7 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
     gc.collect()
     warm_up = {}
     for contender in contenders:
-        warm_up[contender.name] = _timed(contender)
+        warm_up[contender.name] = timed(contender)
         contender.prepare()
     turn = sum(warm_up.values())
     if quick:
@@ -53,17 +56,17 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
 
     def settle(contender: Contender) -> None:
         if warm_up[contender.name] < _SETTLED_BELOW:
-            _timed(contender)
+            timed(contender)
         contender.prepare()
 
     def take_turns() -> None:
         for contender in others:
             settle(contender)
-            times[contender.name].append(_timed(contender))
+            times[contender.name].append(timed(contender))
             contender.prepare()
         settle(ours)
 
-    benchmark.pedantic(lambda: times[ours.name].append(_timed(ours)), setup=take_turns, rounds=rounds)
+    benchmark.pedantic(lambda: times[ours.name].append(timed(ours)), setup=take_turns, rounds=rounds)
     ours.prepare()
     benchmark.extra_info["times"] = times
 
@@ -89,7 +92,7 @@ def _checked(contender: Contender) -> float | None:
     return error
 
 
-def _timed(contender: Contender) -> float:
+def timed(contender: Contender) -> float:
     """Seconds of one run, of a contender that is prepared and is to be prepared again."""
     stop = _gpu_clock() if machine.DEVICE.type == "cuda" else _wall_clock()
     kept = contender.run()

@@ -52,11 +52,15 @@ def _lines(path: str, results: list[Result], runs: Mapping[Any, Any]) -> Iterato
             yield f"| **{question.title}** | | | | | |"
             yield from (_speed(case, group) for case, group in by_case(mine).items())
     yield f"\n![How many times as fast as each rival]({path}/speedups.png)\n"
-    yield "Peak memory beside the inputs, MiB:\n"
-    yield from _values([result for result in results if result.question.endswith("memory")], "{:.3g}")
-    yield "\nRelative error of the gradient against float64, soft term alone:\n"
-    yield from _values([result for result in results if result.question == "accuracy"], "{:.0e}")
-    yield "\n#### Where something else is faster\n"
+    for title, form, mine in (
+        ("Peak memory beside the inputs, MiB", "{:.3g}", [r for r in results if r.question.endswith("memory")]),
+        ("Relative error of the gradient", "{:.0e}", [r for r in results if r.question == "accuracy"]),
+    ):
+        if mine:
+            yield f"{title} ({', '.join(in_order(result.asked.title for result in mine))}):\n"
+            yield from _values(mine, form)
+            yield ""
+    yield "#### Where something else is faster\n"
     yield from _faster(results)
 
 

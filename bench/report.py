@@ -17,7 +17,7 @@ from bench import machine, plots, readme, store
 from bench.cases import QUESTIONS, Bar, Question
 from bench.measured import Result, Verdict, in_order, results_of
 
-__all__ = ["write"]
+__all__ = ["lines", "write"]
 
 _LEGEND = """\
 Medians over rounds in which the contenders take turns. `fastkd` writes a fresh gradient, `fastkd in place`
@@ -40,14 +40,15 @@ def write(folder: str | pathlib.Path) -> str:
     if not runs:
         raise SystemExit(f"no results in {folder}: run pytest bench/ --benchmark-only first")
     results = results_of(runs)
-    text = "\n".join(_lines(runs, results))
+    text = "\n".join(lines(runs, results))
     (folder / "report.md").write_text(text + "\n")
     plots.draw(results, folder)
     readme.update(machine.ROOT / "README.md", folder, results, runs)
     return text
 
 
-def _lines(runs: dict[tuple[str, str], Any], results: list[Result]) -> Iterator[str]:
+def lines(runs: dict[tuple[str, str], Any], results: list[Result]) -> Iterator[str]:
+    """The report, line by line."""
     yield "# Benchmark results\n"
     covered: dict[str, list[str]] = {}
     for (question, allocator), run in runs.items():
