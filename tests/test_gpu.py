@@ -10,7 +10,7 @@ from fastkd import reference
 from fastkd.divergences import Divergence
 from fastkd.kernels import gpu
 from tests import cases, compare
-from tests.test_sparse import kept
+from tests.sparse_targets import kept
 
 pytestmark = [
     pytest.mark.gpu,

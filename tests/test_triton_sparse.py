@@ -14,7 +14,7 @@ from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
 from fastkd.sparse import sparse_rows
 from tests import cases
-from tests.test_sparse import TEMPERED, judge, kept
+from tests.sparse_targets import TEMPERED, judge, kept
 from tests.triton_interpreter import interpreted
 from tests.triton_offline import TARGETS, compiled, loads, loops, resources
 
