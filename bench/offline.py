@@ -182,7 +182,8 @@ class _Step:
 
 def _steps(kernel: Any) -> list[_Step]:
     """The outermost loops that load blocks of columns, or else the loads of a kernel without loops."""
-    depth, loops = 0, []
+    depth = 0
+    loops: list[tuple[int, int]] = []  # that are open: the line each begins on and the depth of what is in it
     loaded: dict[int, list[tuple[int, int]]] = {}  # line a loop begins on → (columns, bytes of one) of its loads
     for number, line in enumerate(kernel.asm["ttgir"].splitlines()):
         while loops and depth < loops[-1][1]:

@@ -7,6 +7,7 @@ test suite holds a part of the table to its budgets (`Case.broken`).
 
 from __future__ import annotations
 
+import importlib.metadata
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from bench.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads, triton
+from bench.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads
 from bench.roofline import DEVICES, Estimate, estimate
 from fastkd import SparseTargets
 from fastkd.backend import RowSpec, Tile
@@ -51,6 +52,9 @@ class Case:
     logits: torch.dtype = torch.bfloat16
     grad: torch.dtype = torch.bfloat16  # what is written
     entries: int = 0  # tokens of each row that a sparse teacher knows
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtypes}"
 
     @property
     def dtypes(self) -> str:
@@ -199,18 +203,19 @@ def read(case: Case, target: str, vocab: int) -> Reading:
 
 # --- the table --------------------------------------------------------------------------------------------------
 
+_TRITON = importlib.metadata.version("triton")
 _LEGEND = f"""\
 # The Triton kernels as compiled, and estimates of their time
 
-**Nothing here was run or measured.** Every number is read off machine code that Triton {triton.__version__} compiled
-for GPUs that were not there, or is an estimate from it and the GPUs' published rates. Made by `python -m bench.static`.
+**Nothing here was run or measured.** Every number is read off machine code that Triton {_TRITON} compiled for GPUs
+that were not there, or is an estimate from it and the GPUs' published rates. Made by `python -m bench.static`.
 
 - *moves*: tensors [tokens, V] read + written, all sweeps together. With the dtypes, the budget of *bytes/logit*.
 - *spills*: instructions (NVIDIA) or registers and bytes (AMD). *load*: the narrowest load of logits, in bytes.
 - *issue*, *exp*: the time to issue the instructions of all sweeps, and that of their special functions, divided by the
   time to move *bytes/logit* at full bandwidth. Above 1 that unit is the limit and not DRAM. What happens once per row
   is left out, but for the tokens that a sparse teacher knows: each costs every thread a look at a step's columns.
-- *estimate*: the longest of the three for {_TOKENS} × V, in ms: a roofline, which real kernels do not reach. Every load
+- *estimate, ms*: the longest of the three for {_TOKENS} tokens × V: a roofline, which real kernels do not reach. Every load
   counts as DRAM traffic; a sweep that finds its row in the cache causes less.
 - *tile*: one stage over all tiles of the rows, at most {_TILE} columns each.
 """
@@ -225,7 +230,7 @@ _COLUMNS = {
     "issue": "right",
     "exp": "right",
     "bound by": "left",
-    "estimate": "right",
+    "estimate, ms": "right",
 }
 
 
@@ -254,7 +259,7 @@ def _report() -> Iterator[str]:
         for case in CASES
     }
     missed = [
-        f"- {DEVICES[target].name}, V = {vocab}: {case.name}, {case.dtypes}: {', '.join(broken)}"
+        f"- {DEVICES[target].name}, V = {vocab}: {case}: {', '.join(broken)}"
         for (case, target, vocab), reading in readings.items()
         if (broken := case.broken(reading))
     ]
