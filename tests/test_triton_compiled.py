@@ -2,55 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 
 import fastkd
+from bench import static
+from bench.offline import TARGETS, compiled, resources, sweeps
+from bench.static import CASES, Case
 from fastkd.backend import Tile
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
 from tests import cases
-from tests.triton_offline import DEVICES, TARGETS, bound, compiled, loops, resources
 
-#: Every divergence for one NVIDIA and one AMD target at the harder, odd vocabulary; elsewhere two stand for the rest.
+#: Every kernel for one NVIDIA and one AMD target at the harder, odd vocabulary; elsewhere a few stand for the rest.
+#: Sparse teachers are in `test_triton_sparse`.
 BUILDS = [
-    *((target, name, 50257) for target in ("sm_90", "gfx942") for name in TABLE),
-    *((target, name, 50257) for target in ("sm_80", "sm_100") for name in ("forward_kl", "jsd")),
-    *(("sm_90", name, 128256) for name in TABLE),
-    *((target, name, 128256) for target in ("sm_80", "sm_100", "gfx942") for name in ("forward_kl", "jsd")),
+    *((target, 50257, case) for target in ("sm_90", "gfx942") for case in CASES if not case.entries),
+    *(("sm_90", 128256, static.kd(name)) for name in TABLE),
+    *((target, 50257, static.kd(name)) for target in ("sm_80", "sm_100") for name in ("forward_kl", "jsd")),
+    *((target, 50257, static.stage("jsd", "gradient")) for target in ("sm_80", "sm_100")),
+    *((target, 128256, static.kd(name)) for target in ("sm_80", "sm_100", "gfx942") for name in ("forward_kl", "jsd")),
 ]
 
 
-def build(target: str, divergence: str, vocab: int, dtype: torch.dtype) -> Any:
-    student = torch.empty(2, vocab, dtype=dtype)
-    scale, spec = torch.ones(2), cases.spec(TABLE[divergence](), vocab)
-    with compiled(TARGETS[target]) as kernels:
-        gpu.kd_rows(
-            student, torch.empty_like(student), cases.labels(2, vocab), scale, scale, spec, torch.empty_like(student)
-        )
-    (kernel,) = kernels
-    return kernel
-
-
-@pytest.mark.parametrize(("target", "divergence", "vocab"), BUILDS)
-def test_bf16_spills_nothing_and_loads_16_bytes(target: str, divergence: str, vocab: int) -> None:
+@pytest.mark.parametrize(
+    ("target", "vocab", "case"), [pytest.param(*build, id=f"{build[0]}-{build[1]}-{build[2]}") for build in BUILDS]
+)
+def test_budgets(target: str, vocab: int, case: Case) -> None:
     """An odd vocabulary too: rows that start anywhere are read as aligned vectors between their edges."""
-    kernel = build(target, divergence, vocab, torch.bfloat16)
-    assert resources(kernel).spills == 0
-    streaming = [loop for loop in loops(kernel) if loop.load_bytes]
-    assert len(streaming) >= 2  # statistics and gradient at least
-    assert {width for loop in streaming for width in loop.load_bytes} == {16}
-    assert {width for loop in streaming for width in loop.store_bytes} <= {16}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_other_dtypes(target: str, dtype: torch.dtype) -> None:
-    kernel = build(target, "forward_kl", 50257, dtype)
-    assert resources(kernel).spills == 0
-    assert {width for loop in loops(kernel) for width in loop.load_bytes} == {16}
+    reading = static.read(case, target, vocab)
+    assert not case.broken(reading)
+    stored = {width for sweep in reading.sweeps for width in sweep.store_bytes}
+    assert stored == ({16 * case.grad.itemsize // case.logits.itemsize} if case.writes else set())
 
 
 @pytest.mark.parametrize("vocab", [1, 1003])
@@ -72,7 +58,7 @@ def test_rows_of_a_view_at_an_odd_element() -> None:
     with compiled(TARGETS["sm_90"]) as kernels:
         spec, scale = cases.spec(fastkd.ForwardKL(), 50257), torch.ones(2)
         gpu.kd_rows(student, teacher, None, scale, None, spec, grad)
-    assert {width for loop in loops(kernels[0]) for width in loop.load_bytes} == {16}
+    assert loaded(kernels[0]) == {16}
 
 
 def test_dtypes_that_differ() -> None:
@@ -82,32 +68,7 @@ def test_dtypes_that_differ() -> None:
         spec, scale = cases.spec(fastkd.ForwardKL(), 50257), torch.ones(2)
         gpu.kd_rows(student, teacher, None, scale, None, spec, torch.empty_like(student))
     assert resources(kernels[0]).spills == 0
-    assert {width for loop in loops(kernels[0]) for width in loop.load_bytes} == {8, 16}
-
-
-STAGES = [
-    *((target, "forward_kl", stage) for target in ("sm_90", "gfx942") for stage in ("statistics", "gradient")),
-    *((target, "jsd", stage) for target in ("sm_90", "gfx942") for stage in ("terms", "gradient")),
-    *((target, "jsd", "gradient") for target in ("sm_80", "sm_100")),
-    ("sm_90", "jsd", "statistics"),
-]
-
-
-@pytest.mark.parametrize(("target", "divergence", "stage"), STAGES)
-def test_stages_of_a_vocabulary_tile(
-    target: str, divergence: str, stage: Literal["statistics", "terms", "gradient"]
-) -> None:
-    """The last tile of a vocabulary, fp32 logits of an odd width; one sweep and nothing spilt."""
-    width, scale, spec = 50257 % 4096, torch.ones(2), cases.spec(TABLE[divergence](), 50257)
-    student, teacher = torch.empty(2, width), torch.empty(2, width)
-    grad = torch.empty(2, width, dtype=torch.bfloat16) if stage == "gradient" else None
-    with compiled(TARGETS[target]) as kernels:
-        tile = Tile(stage, 50257 - width, gpu.tile_state(2, student.device))
-        gpu.kd_rows(student, teacher, cases.labels(2, 50257), scale, scale, spec, grad, tile)
-    assert resources(kernels[0]).spills == 0
-    (sweep,) = (loop for loop in loops(kernels[0]) if sum(loop.load_bytes) >= 16)
-    assert set(sweep.load_bytes) == {16}
-    assert set(sweep.store_bytes) == ({8} if stage == "gradient" else set())
+    assert loaded(kernels[0]) == {8, 16}
 
 
 def test_a_tile_of_one_column_compiles() -> None:
@@ -120,46 +81,26 @@ def test_a_tile_of_one_column_compiles() -> None:
     assert len(kernels) == 2
 
 
-@pytest.mark.parametrize("padding", [0, 3])
-def test_chunks_of_fp32_logits_and_a_bf16_gradient(padding: int) -> None:
-    """Rows of an odd vocabulary one after the other, and rows padded to whole vectors."""
+def test_chunks_of_padded_rows() -> None:
+    """fp32 logits and a bf16 gradient, as products leave them: rows of an odd vocabulary padded to whole vectors."""
     student, teacher, grad = (
-        torch.empty(2, 50257 + padding, dtype=dtype)[:, :50257]
-        for dtype in (torch.float32, torch.float32, torch.bfloat16)
+        torch.empty(2, 50260, dtype=dtype)[:, :50257] for dtype in (torch.float32, torch.float32, torch.bfloat16)
     )
     scale, spec = torch.ones(2), cases.spec(fastkd.ForwardKL(), 50257)
     with compiled(TARGETS["sm_90"]) as kernels:
         gpu.kd_rows(student, teacher, cases.labels(2, 50257), scale, scale, spec, grad)
     assert resources(kernels[0]).spills == 0
-    streaming = [loop for loop in loops(kernels[0]) if loop.load_bytes]
-    assert {width for loop in streaming for width in loop.load_bytes} == {16}
-    assert {width for loop in streaming for width in loop.store_bytes} == {8}
+    assert loaded(kernels[0]) == {16}
+    assert {width for sweep in sweeps(kernels[0]) for width in sweep.store_bytes} == {8}
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_statistics_and_log_softmax(target: str) -> None:
-    logits = torch.empty(2, 50257, dtype=torch.bfloat16)
-    with compiled(TARGETS[target]) as kernels:
-        gpu.row_statistics(logits, cases.labels(2, 50257), 1.0)
-        normaliser = gpu.log_softmax(logits, 1.0, torch.empty_like(logits))
-        gpu.log_softmax_backward(logits, logits, normaliser, 1.0, torch.empty_like(logits))
-        gpu.scale_(logits, torch.ones(()))
-    assert len(kernels) == 4
-    for kernel in kernels:
-        assert resources(kernel).spills == 0
-        # AMD's compiler moves the step of the edges behind the code and back: a loop of one narrow load to the reader.
-        streaming = [loop for loop in loops(kernel) if sum(loop.load_bytes) >= 16]
-        assert {width for loop in streaming for width in loop.load_bytes} <= {16}
-
-
-@pytest.mark.parametrize("vocab", [50257, 128256])
-def test_forward_kl_moves_ten_bytes_a_logit(vocab: int) -> None:
-    """bf16: student and teacher twice, the gradient once; and on an H100 memory is the limit, not arithmetic."""
-    kernel = build("sm_90", "forward_kl", vocab, torch.bfloat16)
-    limits = bound(kernel, DEVICES["sm_90"], 2)
-    assert limits.bytes_per_logit == 10
-    assert limits.special < 1
-    assert limits.issue < 1
+@pytest.mark.parametrize("vocab", static.VOCABULARIES)
+def test_memory_is_the_limit_on_an_h100(vocab: int) -> None:
+    """Forward KL in bf16 moves 10 bytes per logit, student and teacher twice and the gradient once."""
+    case = static.kd("forward_kl")
+    found = static.read(case, "sm_90", vocab).estimate
+    assert found.bytes_per_logit == case.bytes_per_logit == 10
+    assert found.bound == "DRAM"
 
 
 def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,14 +111,38 @@ def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
         return {**blocks.launch_options(block), "maxnreg": 32}
 
     monkeypatch.setattr(rows, "launch_options", starved)
-    assert resources(build("sm_90", "jsd", 50257, torch.bfloat16)).spills > 0
+    case = static.kd("jsd")
+    assert any("spills" in budget for budget in case.broken(static.read(case, "sm_90", 50257)))
 
 
 def test_narrow_loads_are_seen() -> None:
     """Rows of student and teacher that are not aligned alike cannot both be read as vectors."""
-    student = torch.empty(2, 50257, dtype=torch.bfloat16)
-    teacher = torch.empty(2, 50258, dtype=torch.bfloat16)
-    with compiled(TARGETS["sm_90"]) as kernels:
-        spec, scale = cases.spec(fastkd.ForwardKL(), 50257), torch.ones(2)
+
+    def launch(vocab: int) -> None:
+        student = torch.empty(2, vocab, dtype=torch.bfloat16)
+        teacher = torch.empty(2, vocab + 1, dtype=torch.bfloat16)
+        spec, scale = cases.spec(fastkd.ForwardKL(), vocab), torch.ones(2)
         gpu.kd_rows(student, teacher, None, scale, None, spec, torch.empty_like(student))
-    assert min(width for loop in loops(kernels[0]) for width in loop.load_bytes) < 16
+
+    case = replace(static.kd("forward_kl"), launch=launch)
+    assert case.broken(static.read(case, "sm_90", 50257)) == ["loads of 2 bytes"]
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_a_sweep_too_many_is_seen(target: str) -> None:
+    """JSD needs the normalisers before its terms: a third sweep, 14 bytes per logit."""
+    case = replace(static.kd("forward_kl"), launch=static.kd("jsd").launch)
+    assert case.broken(static.read(case, target, 50257)) == ["14 bytes per logit instead of 10"]
+
+
+def test_unrolled_steps_are_counted() -> None:
+    """AMD's compiler makes two steps of the backward's first sweep one: as many bytes per logit as ever."""
+    (case,) = (case for case in CASES if case.name == "log_softmax_backward")
+    reading = static.read(case, "gfx942", 128256)
+    assert [sweep.columns for sweep in reading.sweeps] == [32, 16]
+    assert reading.estimate.bytes_per_logit == case.bytes_per_logit == 8
+
+
+def loaded(kernel: Any) -> set[int]:
+    """The widths of a kernel's loads of columns."""
+    return {width for sweep in sweeps(kernel) for width in sweep.load_bytes}

@@ -29,7 +29,7 @@ import triton.runtime.interpreter as stock
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from tests.triton_offline import TARGETS, stand_in_driver
+from bench.offline import TARGETS, stand_in_driver
 
 
 class Fault(AssertionError):
