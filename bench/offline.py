@@ -29,7 +29,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["TARGETS", "Resources", "Sweep", "compiled", "resources", "stand_in_driver", "sweeps", "threads"]
+__all__ = ["TARGETS", "Resources", "Sweep", "compiled", "loads", "resources", "stand_in_driver", "sweeps", "threads"]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -230,6 +230,11 @@ def _spans(code: list[str], labels: dict[str, int]) -> list[range]:
             if start < index - 1:  # a jump to itself is the trap behind the last EXIT
                 stops[start] = index + 1
     return [range(start, stop) for start, stop in sorted(stops.items())]
+
+
+def loads(kernel: Any) -> tuple[int, ...]:
+    """Bytes per thread of every load from global memory, in sweeps or not."""
+    return _widths(_machine_code(kernel)[0], _LOAD)
 
 
 _LOAD = r"LDG\b|(global|buffer)_load"

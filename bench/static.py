@@ -29,7 +29,7 @@ __all__ = ["CASES", "VOCABULARIES", "Case", "Reading", "kd", "read", "sparse", "
 
 VOCABULARIES = (50257, 128256)
 _RESULTS = pathlib.Path(__file__).parent / "results" / "static.md"
-#: Of the tensors that are compiled for; `scale_` loads vectors where the number of elements is a multiple of 16.
+#: Of the tensors that are compiled for; `scale_` has no tail where the number of elements is a multiple of 16.
 _ROWS = 16
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 #: Of the batch that times are estimated for.

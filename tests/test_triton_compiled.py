@@ -10,7 +10,7 @@ import torch
 
 import fastkd
 from bench import static
-from bench.offline import TARGETS, compiled, resources, sweeps
+from bench.offline import TARGETS, compiled, loads, resources, sweeps
 from bench.static import CASES, Case
 from fastkd.backend import Tile
 from fastkd.divergences import TABLE
@@ -141,6 +141,14 @@ def test_unrolled_steps_are_counted() -> None:
     reading = static.read(case, "gfx942", 128256)
     assert [sweep.columns for sweep in reading.sweeps] == [32, 16]
     assert reading.estimate.bytes_per_logit == case.bytes_per_logit == 8
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_gradient_of_an_odd_number_of_elements_is_scaled_in_vectors(target: str) -> None:
+    """But for the tail."""
+    with compiled(TARGETS[target]) as kernels:
+        gpu.scale_(torch.empty(3, 50257, dtype=torch.bfloat16), torch.ones(()))
+    assert 16 in loads(kernels[0])
 
 
 def loaded(kernel: Any) -> set[int]:

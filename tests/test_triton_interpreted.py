@@ -502,10 +502,11 @@ def test_statistics_and_log_softmax(family: str, vocab: int, temperature: float)
     compare.assert_gradient(grad, slope, truth)
 
 
+@pytest.mark.parametrize("count", [3, 4096, 4099, 4112, 5997])
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-def test_scale(dtype: torch.dtype) -> None:
-    """In place by a scalar on the device; by 1 without touching the gradient."""
-    original = torch.randn(3, 1999).to(dtype)
+def test_scale(dtype: torch.dtype, count: int) -> None:
+    """In place by a scalar on the device, whole vectors and what is left; by 1 without touching the gradient."""
+    original = torch.randn(1, count).to(dtype)
     for factor, touched in ((0.3, 1), (1.0, 0)):
         grad = original.clone()
         with interpreted() as trace:

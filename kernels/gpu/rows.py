@@ -283,12 +283,20 @@ _SCALE_BLOCK = 4096
 
 
 @triton.jit
-def _scale_kernel(values, factor, count, BLOCK: tl.constexpr):
+def _scale_kernel(values, factor, count, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if by != 1:
-        offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        x = tl.load(values + offsets, offsets < count).to(tl.float32)
-        tl.store(values + offsets, x * by, offsets < count)
+        # A mask that may end anywhere would make every load a single element: what is beyond whole vectors goes apart.
+        whole = count // 16 * 16
+        _scale_step(values, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), whole, by)
+        if TAIL:
+            _scale_step(values, whole + tl.arange(0, 16), tl.where(tl.program_id(0) == 0, count, whole), by)
+
+
+@triton.jit
+def _scale_step(values, offsets, stop, by):
+    x = tl.load(values + offsets, offsets < stop).to(tl.float32)
+    tl.store(values + offsets, x * by, offsets < stop)
 
 
 def scale_(grad: Tensor, upstream: Tensor) -> Tensor:
@@ -297,6 +305,9 @@ def scale_(grad: Tensor, upstream: Tensor) -> Tensor:
         return grad.mul_(upstream)
     if grad.numel() > 0:
         with device_of(grad):
-            grid = (triton.cdiv(grad.numel(), _SCALE_BLOCK),)
-            _scale_kernel[grid](grad, upstream, grad.numel(), _SCALE_BLOCK, num_warps=8, enable_fp_fusion=True)
+            count = grad.numel()
+            grid = (triton.cdiv(count, _SCALE_BLOCK),)
+            _scale_kernel[grid](
+                grad, upstream, count, count % 16 != 0, _SCALE_BLOCK, num_warps=8, enable_fp_fusion=True
+            )
     return grad
