@@ -9,8 +9,9 @@ import sys
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastkd
-from bench import machine, rivals, shapes
+from bench import machine, peers, rivals, shapes
 from bench.cases import BUDGETS, MIB, ONE_GRADIENT, Case, beyond_gradients, predicted
+from bench.projections import hidden_loss
 from bench.race import describe
 
 CASES = shapes.MEMORY + shapes.PROJECTION_MEMORY + shapes.TRAINING_MEMORY
@@ -19,7 +20,7 @@ _ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # beside the gradie
 
 def bench_memory(benchmark: BenchmarkFixture, case: Case) -> None:
     judged = dict.fromkeys(bar.ours for bar in case.bars)  # every contender has a bar, if only one without a limit
-    names = [name for name in judged if rivals.can_compile() or name != "compile"]
+    names = [name for name in judged if _runs(name)]
     peaks = _yardsticks(case, names)
 
     def measure() -> None:
@@ -29,6 +30,12 @@ def bench_memory(benchmark: BenchmarkFixture, case: Case) -> None:
     describe(benchmark, case)
     benchmark.pedantic(measure, rounds=1)
     benchmark.extra_info["peaks"] = peaks
+
+
+def _runs(name: str) -> bool:
+    if name in peers.PEERS:
+        return hidden_loss(name) is not None
+    return rivals.can_compile() or name != "compile"
 
 
 def _yardsticks(case: Case, names: list[str]) -> dict[str, float]:

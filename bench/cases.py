@@ -7,22 +7,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 
-__all__ = ["BUDGETS", "MIB", "QUESTIONS", "Bar", "Case", "Question", "faster", "near", "within"]
+__all__ = [
+    "BUDGETS",
+    "COMPILING",
+    "MIB",
+    "OBJECTIVES",
+    "QUESTIONS",
+    "Bar",
+    "Case",
+    "Objective",
+    "Question",
+    "faster",
+    "near",
+    "within",
+]
 
 FRESH, IN_PLACE, LOSS_ONLY = "fastkd", "fastkd in place", "fastkd loss only"
 ONE_GRADIENT = "one gradient"
 CROSS_ENTROPY, CROSS_ENTROPY_IN_PLACE = "cross-entropy", "cross-entropy in place"
 CHUNKED, PRODUCTS, WIDENED = "chunked", "products", "fastkd fp32"
 SMALL, LARGE = "fastkd 32 MiB", "fastkd 1 GiB"
+LIGER, LIGER_TRITON, TRL = "liger", "liger triton", "trl"
+LINEAR_CE, LINEAR_CE_CHUNKED = "linear_cross_entropy", "linear_cross_entropy chunked"  # torch's own, since 2.13
+CUT_CE = "cut-cross-entropy"
+ROUNDED_TRUTH, ALLOWED = "rounded truth", "2 × eager + 1e-6"
 STEP, EAGER_STEP = "fastkd step", "eager step"
 LIVE_STEP, CACHED_STEP = "fastkd step, live teacher", "fastkd step, cached teacher"
 MIB = 2**20
 #: Contenders given hidden states → their `memory_budget`; None is the default one.
 BUDGETS: dict[str, int | None] = {FRESH: None, WIDENED: None, SMALL: 32 * MIB, LARGE: 1024 * MIB}
+#: Contenders that compile, themselves or inside, and therefore warm up at the very shape they are measured at.
+COMPILING = ("compile", "compile fp32", LIGER, CUT_CE)
+
+
+class Objective(NamedTuple):
+    """What is minimised: soft · T² · divergence(teacher, student) + hard · cross-entropy, mean over rows."""
+
+    soft: float
+    hard: float
+
+
+BOTH, SOFT, HARD = Objective(0.5, 0.5), Objective(1, 0), Objective(0, 1)
+#: Of the questions that are not about both terms.
+OBJECTIVES = {"projections_soft": SOFT, "projections_hard": HARD, "accuracy": SOFT, "projection_accuracy": SOFT}
 
 
 def beyond_gradients(budget: str) -> str:
@@ -82,16 +113,19 @@ class Case:
     dtype: torch.dtype
     bars: tuple[Bar, ...]
     divergence: str = "forward_kl"
-    hidden: tuple[int, int] | None = None  # H of student and teacher, where logits come from hidden states
+    hidden: tuple[int, ...] | None = None  # H of student and teacher, if any, where logits come from hidden states
     entries: int | None = None  # of each row, where the teacher is sparse
+    family: str | None = None  # how the student's rows differ from the teacher's, where that is the question
     in_quick: bool = False  # part of `--quick`, with at most 256 rows
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.vocab} {str(self.dtype).removeprefix('torch.')}"
         if self.hidden is not None:
-            name += f" hidden {self.hidden[0]}/{self.hidden[1]}"
+            name += " hidden " + "/".join(map(str, self.hidden))
         if self.entries is not None:
             name += f" K = {self.entries}"
+        if self.family is not None:
+            name = f"{self.family} {name}"
         return name if self.divergence == "forward_kl" else f"{self.divergence} {name}"
 
     @property
@@ -107,10 +141,10 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the four matrix products: both logits, d hidden, d weight."""
+        """Of the matrix products: both logits, or the student's without a teacher, d hidden, d weight."""
         assert self.hidden is not None
-        student, teacher = self.hidden
-        return 2 * self.rows * self.vocab * (3 * student + teacher)
+        student, *teacher = self.hidden
+        return 2 * self.rows * self.vocab * (3 * student + sum(teacher))
 
     @property
     def work(self) -> int:
@@ -161,6 +195,33 @@ QUESTIONS: dict[str, Question] = {
         0,
         "Matrix products: 2·N·V·(3·H of the student + H of the teacher) FLOPs",
         measure="flops",
+    ),
+    "projections_soft": Question(
+        "From hidden states to T²·forward KL alone (T = 2), d hidden and d weight included",
+        0,
+        "Matrix products: 2·N·V·(3·H of the student + H of the teacher) FLOPs",
+        measure="flops",
+    ),
+    "projections_hard": Question(
+        "From hidden states to cross-entropy alone, d hidden and d weight included",
+        0,
+        "Matrix products: 2·N·V·3·H FLOPs",
+        measure="flops",
+    ),
+    "accuracy": Question(
+        "How far the gradient is off: of a divergence alone (T = 2), w.r.t. the student's logits",
+        1,
+        "Relative L2 error against float64 on the same rounded inputs. Rounded truth: float64's own gradient, rounded "
+        "to the inputs' dtype",
+        unit="relative error",
+    ),
+    "projection_accuracy": Question(
+        "How far the gradient is off: of forward KL alone (T = 2), from hidden states; the worse of d hidden and "
+        "d weight",
+        1,
+        "Relative L2 error against float64 on the same rounded inputs. Rounded truth: float64's own gradient, rounded "
+        "to the inputs' dtype",
+        unit="relative error",
     ),
     "sparse": Question(
         "Forward KL (T = 2) to K tokens and the mass of the others, and cross-entropy, forward and backward",

@@ -11,16 +11,22 @@ from bench.cases import (
     CHUNKED,
     CROSS_ENTROPY,
     CROSS_ENTROPY_IN_PLACE,
+    CUT_CE,
     EAGER_STEP,
     FRESH,
     IN_PLACE,
     LARGE,
+    LIGER,
+    LIGER_TRITON,
+    LINEAR_CE,
+    LINEAR_CE_CHUNKED,
     LIVE_STEP,
     LOSS_ONLY,
     ONE_GRADIENT,
     PRODUCTS,
     SMALL,
     STEP,
+    TRL,
     WIDENED,
     Bar,
     Case,
@@ -42,6 +48,8 @@ __all__ = [
     "LOG_SOFTMAX",
     "MEMORY",
     "PROJECTIONS",
+    "PROJECTIONS_HARD",
+    "PROJECTIONS_SOFT",
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
     "SAMPLE",
@@ -121,6 +129,7 @@ def _projection_bars(over_products: float) -> tuple[Bar, ...]:
         faster(FRESH, "eager", 1.4),
         faster(FRESH, "compile", 1.0),
         faster(FRESH, CHUNKED, 1.5),
+        faster(FRESH, LIGER),
     )
 
 
@@ -139,10 +148,23 @@ PROJECTIONS = (
     Case(
         "projections",
         *_PROJECTION_BF16,
-        (within(FRESH, WIDENED, 1.2), faster(FRESH, "eager", 20)),
+        (within(FRESH, WIDENED, 1.2), faster(FRESH, "eager", 20), faster(FRESH, LIGER)),
         hidden=(256, 768),
     ),
 )
+
+
+def _against_peers(question: str, hidden: tuple[int, ...], *peers: str) -> tuple[Case, ...]:
+    """One objective of those that peers compute."""
+    bars = tuple(faster(FRESH, name) for name in ("eager", "compile", *peers))
+    return (
+        Case(question, 1024, 50257, torch.float32, (within(FRESH, PRODUCTS), *bars), hidden=hidden, in_quick=True),
+        Case(question, *_PROJECTION_BF16, (within(FRESH, WIDENED), *bars), hidden=hidden),
+    )
+
+
+PROJECTIONS_SOFT = _against_peers("projections_soft", (256, 768), LIGER_TRITON, TRL, LINEAR_CE)
+PROJECTIONS_HARD = _against_peers("projections_hard", (256,), LINEAR_CE, LINEAR_CE_CHUNKED, CUT_CE)
 
 
 def _budgeted(contender: str, budget: str) -> tuple[Bar, ...]:
@@ -152,7 +174,7 @@ def _budgeted(contender: str, budget: str) -> tuple[Bar, ...]:
 _PROJECTION_MEMORY_BARS = (
     *_budgeted(FRESH, "256 MiB"),
     *_budgeted(SMALL, "32 MiB"),
-    *(within(name, "gradients") for name in ("eager", "compile", CHUNKED)),
+    *(within(name, "gradients") for name in ("eager", "compile", CHUNKED, LIGER)),
 )
 PROJECTION_MEMORY = (
     *(
