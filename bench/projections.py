@@ -41,9 +41,8 @@ _RIVALS = {
     "projections_soft": ("eager", "compile", LIGER_TRITON, TRL, LINEAR_CE),
     "projections_hard": ("eager", "compile", LINEAR_CE, LINEAR_CE_CHUNKED, CUT_CE),
 }
-#: Not in bf16: products in bf16 are slow without hardware for them, so one recipe is enough; and on CPUs the chunked
-#: cross-entropy takes 60 times as long as the whole one.
-_FP32_ONLY = ("compile", CHUNKED, LINEAR_CE_CHUNKED)
+#: Products in bf16 are slow without hardware for them: one recipe is enough.
+_FP32_ONLY = ("compile", CHUNKED)
 
 
 class HiddenTruth(NamedTuple):

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from bench.cases import (
+    ALLOWED,
     CACHED_STEP,
     CHUNKED,
     CROSS_ENTROPY,
@@ -24,6 +25,7 @@ from bench.cases import (
     LOSS_ONLY,
     ONE_GRADIENT,
     PRODUCTS,
+    ROUNDED_TRUTH,
     SMALL,
     STEP,
     TRL,
@@ -39,6 +41,7 @@ from bench.cases import (
 from fastkd.divergences import TABLE
 
 __all__ = [
+    "ACCURACY",
     "CACHE_GRADIENT",
     "CACHE_READ",
     "CACHE_SIZE",
@@ -50,6 +53,7 @@ __all__ = [
     "PROJECTIONS",
     "PROJECTIONS_HARD",
     "PROJECTIONS_SOFT",
+    "PROJECTION_ACCURACY",
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
     "SAMPLE",
@@ -194,6 +198,32 @@ PROJECTION_MEMORY = (
 )
 
 
+#: The promise in fp32, where `ALLOWED` is measured beside them, and in bf16: nothing but the rounding of the result.
+_EXACT_FP32, _EXACT_BF16 = within(FRESH, ALLOWED, 1.0), within(FRESH, ROUNDED_TRUTH, 1.1)
+
+
+def _accuracy(question: str, *divergences: str, hidden: tuple[int, ...] | None = None) -> tuple[Case, ...]:
+    """Families innermost: what is compiled serves all of them."""
+    return tuple(
+        Case(
+            question,
+            64,
+            32768,
+            dtype,
+            (bar, within(FRESH, "eager")),
+            divergence,
+            hidden=hidden,
+            family=family,
+            in_quick=family.startswith("near-equal"),
+        )
+        for divergence in divergences
+        for dtype, bar in ((torch.float32, _EXACT_FP32), (torch.bfloat16, _EXACT_BF16))
+        for family in ("near-equal 1e-3", "near-equal 1e-2", "far", "peaked", "flat")
+    )
+
+
+ACCURACY = _accuracy("accuracy", "forward_kl", "jsd")
+PROJECTION_ACCURACY = _accuracy("projection_accuracy", "forward_kl", hidden=(256, 192))
 _SPARSE_BARS = (
     within(FRESH, CROSS_ENTROPY, 1.15),
     within(IN_PLACE, CROSS_ENTROPY_IN_PLACE),
