@@ -1,8 +1,8 @@
 """Peers: what other projects offer for these losses from hidden states, where it is installed, and as it comes.
 
-Each is given the same objective and keeps its own defaults, but for one that would take half a minute. What a user would
-have to add is part of the contender: T², which none of them multiplies by, and the teacher's probabilities where a loss
-asks for those.
+Each is given the same objective and keeps its own defaults, but for one that would take half a minute. What a user
+would have to add is part of the contender: T², which none of them multiplies by, and the teacher's probabilities where
+a loss asks for those.
 """
 
 from __future__ import annotations
