@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fastkd.cache
 from bench import machine, shapes, teachers
-from bench.cases import FRESH, Case
+from bench.cases import Case
 from bench.contenders import Contender
+from bench.names import FRESH
 from bench.race import race
 from fastkd import Projection
 

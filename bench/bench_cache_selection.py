@@ -9,8 +9,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import check, machine, shapes
-from bench.cases import FRESH, Case
+from bench.cases import Case
 from bench.contenders import TEMPERATURE, Contender
+from bench.names import FRESH
 from bench.race import race
 from fastkd import backend, reference
 

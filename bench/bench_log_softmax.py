@@ -10,8 +10,9 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals, shapes
-from bench.cases import FRESH, Case
+from bench.cases import Case
 from bench.contenders import TEMPERATURE, Contender, add_floors
+from bench.names import FRESH
 from bench.race import race
 
 CASES = shapes.LOG_SOFTMAX

@@ -9,8 +9,10 @@ import sys
 from pytest_benchmark.fixture import BenchmarkFixture
 
 import fastkd
-from bench import machine, rivals, shapes
-from bench.cases import BUDGETS, MIB, ONE_GRADIENT, Case, beyond_gradients, predicted
+from bench import machine, peers, rivals, shapes
+from bench.cases import Case
+from bench.names import BUDGETS, MIB, ONE_GRADIENT, beyond_gradients, predicted
+from bench.projections import hidden_loss
 from bench.race import measure
 
 CASES = shapes.MEMORY + shapes.PROJECTION_MEMORY + shapes.TRAINING_MEMORY
@@ -19,8 +21,14 @@ _ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # beside the gradie
 
 def bench_memory(benchmark: BenchmarkFixture, case: Case) -> None:
     judged = dict.fromkeys(bar.ours for bar in case.bars)  # every contender has a bar, if only one without a limit
-    names = [name for name in judged if rivals.can_compile() or name != "compile"]
+    names = [name for name in judged if _runs(name)]
     measure(benchmark, case, lambda: {name: _peak(name, case) / MIB for name in names} | _yardsticks(case, names))
+
+
+def _runs(name: str) -> bool:
+    if name in peers.PEERS:
+        return hidden_loss(name) is not None
+    return rivals.can_compile() or name != "compile"
 
 
 def _yardsticks(case: Case, names: list[str]) -> dict[str, float]:

@@ -10,7 +10,7 @@ from bench.cases import Case
 from bench.projections import projection_contenders
 from bench.race import race
 
-CASES = shapes.PROJECTIONS
+CASES = shapes.PROJECTIONS + shapes.PROJECTIONS_SOFT + shapes.PROJECTIONS_HARD
 
 
 def bench_projection(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:

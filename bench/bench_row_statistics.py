@@ -12,8 +12,9 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals, shapes
-from bench.cases import FRESH, Case
+from bench.cases import Case
 from bench.contenders import TEMPERATURE, Contender
+from bench.names import FRESH
 from bench.race import race
 from fastkd import reference
 

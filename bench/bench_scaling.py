@@ -9,8 +9,9 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import check, shapes
-from bench.cases import FRESH, Case
+from bench.cases import Case
 from bench.contenders import TEMPERATURE, Contender, add_floors, kd_contender
+from bench.names import FRESH
 from bench.projections import Hidden, products, projection_contender
 from bench.race import race
 from fastkd.divergences import ForwardKL

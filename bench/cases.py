@@ -1,4 +1,4 @@
-"""What is asked, on which inputs, and what is to be reached: `Question`, `Case`, `Bar`.
+"""On which inputs a question is asked, and what is to be reached: `Case`, `Bar`.
 
 A bar compares two contenders of a race by name; one without a limit is reported and not judged.
 """
@@ -7,37 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 
-__all__ = ["ALLOCATORS", "BUDGETS", "MIB", "QUESTIONS", "RIVALS", "Bar", "Case", "Question", "faster", "near", "within"]
+from bench.questions import QUESTIONS
 
-#: As torch comes, and with huge pages for its tensors.
-ALLOCATORS = ("default", "huge_pages")
-
-FRESH, IN_PLACE, LOSS_ONLY = "fastkd", "fastkd in place", "fastkd loss only"
-ONE_GRADIENT = "one gradient"
-CROSS_ENTROPY, CROSS_ENTROPY_IN_PLACE = "cross-entropy", "cross-entropy in place"
-CHUNKED, PRODUCTS, WIDENED = "chunked", "products", "fastkd fp32"
-SMALL, LARGE = "fastkd 32 MiB", "fastkd 1 GiB"
-STEP, EAGER_STEP = "fastkd step", "eager step"
-LIVE_STEP, CACHED_STEP = "fastkd step, live teacher", "fastkd step, cached teacher"
-#: What a user would take instead of fastkd; other contenders are fastkd itself, floors and yardsticks.
-RIVALS = ("eager", "eager fp32", "compile", "compile fp32", "torch", CHUNKED, EAGER_STEP)
-MIB = 2**20
-#: Contenders given hidden states → their `memory_budget`; None is the default one.
-BUDGETS: dict[str, int | None] = {FRESH: None, WIDENED: None, SMALL: 32 * MIB, LARGE: 1024 * MIB}
-
-
-def beyond_gradients(budget: str) -> str:
-    """What a contender with this much working memory may need."""
-    return f"gradients + {budget}"
-
-
-def predicted(contender: str) -> str:
-    """What `fastkd.plan` says it will need."""
-    return contender.replace(FRESH, "predicted", 1)
+__all__ = [
+    "Bar",
+    "Case",
+    "faster",
+    "near",
+    "within",
+]
 
 
 @dataclass(frozen=True)
@@ -87,19 +68,22 @@ class Case:
     dtype: torch.dtype
     bars: tuple[Bar, ...]
     divergence: str = "forward_kl"
-    hidden: tuple[int, int] | None = None  # H of student and teacher, where logits come from hidden states
+    hidden: tuple[int, ...] | None = None  # H of student and teacher, if any, where logits come from hidden states
     entries: int | None = None  # of each row, where the teacher is sparse
     threads: int | None = None  # None: as many as torch takes
+    family: str | None = None  # how the student's rows differ from the teacher's, where that is the question
     in_quick: bool = False  # part of `--quick`, with at most 256 rows
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.vocab} {str(self.dtype).removeprefix('torch.')}"
         if self.hidden is not None:
-            name += f" hidden {self.hidden[0]}/{self.hidden[1]}"
+            name += " hidden " + "/".join(map(str, self.hidden))
         if self.entries is not None:
             name += f" K = {self.entries}"
         if self.threads is not None:
             name += f", {self.threads} thread" + "s" * (self.threads > 1)
+        if self.family is not None:
+            name = f"{self.family} {name}"
         return name if self.divergence == "forward_kl" else f"{self.divergence} {name}"
 
     @property
@@ -115,150 +99,13 @@ class Case:
 
     @property
     def flops(self) -> int:
-        """Of the four matrix products: both logits, d hidden, d weight."""
+        """Of the matrix products: both logits, or the student's without a teacher, d hidden, d weight."""
         assert self.hidden is not None
-        student, teacher = self.hidden
-        return 2 * self.rows * self.vocab * (3 * student + teacher)
+        student, *teacher = self.hidden
+        return 2 * self.rows * self.vocab * (3 * student + sum(teacher))
 
     @property
     def work(self) -> int:
         """The least this case takes, in the measure of its question."""
         question = QUESTIONS[self.question]
         return self.flops if question.measure == "flops" else question.passes * self.matrix_bytes
-
-
-@dataclass(frozen=True)
-class Question:
-    """What a benchmark file asks, and the least work it takes.
-
-    That is `passes` × rows × vocab × bytes per element, or a case's FLOPs.
-    """
-
-    title: str
-    passes: int
-    least: str
-    unit: str = "ms"
-    measure: Literal["bytes", "flops"] = "bytes"
-    floor: str | None = None  # the contender that does this least work and nothing else
-    #: In the README, which then quotes the less kind of both allocators.
-    headline: bool = False
-
-    @property
-    def allocators(self) -> tuple[str, ...]:
-        """Under which it is asked."""
-        return ALLOCATORS if self.headline else ALLOCATORS[:1]
-
-
-_FROM_LOGITS = "read student and teacher, write the gradient: 3·N·V·b bytes"
-_FROM_HIDDEN = "2·N·V·(3·H of the student + H of the teacher) FLOPs"
-
-QUESTIONS: dict[str, Question] = {
-    "logits": Question(
-        "Forward KL (T = 2) and cross-entropy on logits, forward and backward",
-        3,
-        f"Least traffic: {_FROM_LOGITS}",
-        floor="add",
-        headline=True,
-    ),
-    "divergences": Question(
-        "The other divergences (T = 2) with cross-entropy, forward and backward",
-        3,
-        f"Least traffic: {_FROM_LOGITS}",
-        floor="add",
-        headline=True,
-    ),
-    "log_softmax": Question(
-        "log_softmax(z / 2), forward and backward",
-        5,
-        "Least traffic: read z, write the result; read z and the upstream gradient, write the gradient: 5·N·V·b bytes",
-    ),
-    "row_statistics": Question("Row statistics (T = 2)", 1, "Least traffic: read z: N·V·b bytes", floor="sum"),
-    "memory": Question(
-        "Peak memory above the resident inputs, forward and backward, a process each, default allocator",
-        1,
-        "One gradient: N·V·b bytes",
-        unit="MiB",
-    ),
-    "projections": Question(
-        "From hidden states to forward KL (T = 2) and cross-entropy, d hidden and d weight included",
-        0,
-        f"Matrix products: {_FROM_HIDDEN}",
-        measure="flops",
-        floor=PRODUCTS,
-        headline=True,
-    ),
-    "sparse": Question(
-        "Forward KL (T = 2) to K tokens and the mass of the others, and cross-entropy, forward and backward",
-        2,
-        "Least traffic: read the student, write the gradient: 2·N·V·b bytes",
-        floor=CROSS_ENTROPY,
-        headline=True,
-    ),
-    "top_k": Question(
-        "The 64 likeliest tokens of a row, their log-probabilities and the mass that is left (T = 2)",
-        1,
-        "Least traffic: read z: N·V·b bytes",
-    ),
-    "sample": Question(
-        "A sample of 12 tokens of a row, its weights and the row's entropy (T = 2)",
-        1,
-        "Least traffic: read z: N·V·b bytes",
-    ),
-    "cache_write": Question(
-        "Writing a sampled cache, k = 12, from SmolLM2-135M on 128-token windows of IMDB reviews",
-        1,
-        "The teacher's bare forward, its output head included; GB/s are of its logits",
-        floor="teacher forward",
-    ),
-    "cache_read": Question(
-        "Reading a cache, k = 12: one of many shuffled batches of 32 sequences of 128 tokens",
-        0,
-        "No floor is given; 8.192 ms are 500,000 tokens per second",
-    ),
-    "cache_size": Question(
-        "Files of a finished cache, everything included",
-        1,
-        "What K ids and log-probabilities take: 16 bits an id at this vocabulary",
-        unit="bytes per token",
-    ),
-    "cache_gradient": Question(
-        "Angle between the gradient of the student's head from a cache and from the teacher's whole rows (T = 1), "
-        "SmolLM2-135M on IMDB reviews",
-        1,
-        "None: 0 is dense distillation. The student is the teacher seen through so many of its principal directions",
-        unit="degrees",
-    ),
-    "training": Question(
-        "A training step of the demo's student (GPT-2, 4 layers, 256 wide; 128-token windows; T = 2; AdamW included), "
-        "the teacher's hidden states given, or its whole forward included, or its predictions in a cache",
-        0,
-        f"Matrix products of the output heads: {_FROM_HIDDEN}",
-        measure="flops",
-        headline=True,
-    ),
-    "training_memory": Question(
-        "Peak memory above the resident model, optimizer and inputs of that training step, default allocator",
-        0,
-        "Gradients of the output head: (N + V)·H·b bytes",
-        unit="MiB",
-    ),
-    "scaling_logits": Question(
-        "Forward KL (T = 2) and cross-entropy on logits, by tokens, vocabulary and threads",
-        3,
-        f"Least traffic: {_FROM_LOGITS}",
-        floor="add",
-    ),
-    "scaling_hidden": Question(
-        "Forward KL (T = 2) and cross-entropy from hidden states, by tokens, vocabulary, hidden size and threads",
-        0,
-        f"Matrix products: {_FROM_HIDDEN}",
-        measure="flops",
-        floor=PRODUCTS,
-    ),
-    "projection_memory": Question(
-        "Peak memory above the resident inputs, from hidden states to loss and gradients, default allocator",
-        1,
-        "Gradients: (N + V)·H·b bytes. Predicted: `fastkd.plan(...).peak_bytes`",
-        unit="MiB",
-    ),
-}

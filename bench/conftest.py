@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from bench import machine, report, shapes, store
-from bench.cases import ALLOCATORS, Case
+from bench.cases import Case
+from bench.names import ALLOCATORS
 
 _asked: dict[str, str] = {}  # test → its question
 _failed: dict[str, list[str]] = {}  # question → tests

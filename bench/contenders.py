@@ -10,8 +10,8 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals
-from bench.cases import FRESH, IN_PLACE, LOSS_ONLY
 from bench.check import Batch, Truth
+from bench.names import FRESH, IN_PLACE, LOSS_ONLY
 from fastkd.divergences import Divergence
 
 __all__ = ["TEMPERATURE", "Contender", "add_floors", "kd_contender", "kd_contenders"]

@@ -7,7 +7,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from bench.cases import QUESTIONS, RIVALS, Bar, Question
+from bench.cases import Bar
+from bench.names import RIVALS
+from bench.questions import QUESTIONS, Question
 
 __all__ = ["Result", "Verdict", "by_case", "in_order", "results_of", "slower_allocator", "worst_of"]
 

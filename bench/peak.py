@@ -21,9 +21,9 @@ from collections.abc import Callable
 import torch
 
 from bench import machine, training
-from bench.cases import EAGER_STEP, STEP
 from bench.check import Batch
 from bench.contenders import Contender, kd_contender
+from bench.names import EAGER_STEP, STEP
 from bench.projections import Hidden, products, projection_contender
 from fastkd.divergences import resolve
 

@@ -9,35 +9,60 @@ import torch
 from torch import Tensor
 
 import fastkd
-from bench import check, rivals
-from bench.cases import BUDGETS, CHUNKED, FRESH, PRODUCTS, WIDENED, Case
+from bench import check, machine, peers, rivals
+from bench.cases import Case
 from bench.contenders import TEMPERATURE, Contender
+from bench.names import (
+    BOTH,
+    BUDGETS,
+    CHUNKED,
+    CUT_CE,
+    FRESH,
+    LIGER,
+    LIGER_TRITON,
+    LINEAR_CE,
+    LINEAR_CE_CHUNKED,
+    PRODUCTS,
+    TRL,
+    WIDENED,
+    Objective,
+)
+from bench.questions import OBJECTIVES
+from bench.rivals import HiddenLoss, Operands
 from fastkd import Projection
 from fastkd.divergences import ForwardKL
 
-__all__ = ["Hidden", "HiddenTruth", "products", "projection_contender", "projection_contenders"]
+__all__ = ["Hidden", "HiddenTruth", "hidden_loss", "products", "projection_contender", "projection_contenders"]
 
 _DIVERGENCE = ForwardKL()
+#: Contenders beside fastkd, per question and in this order; those that cannot run here are left out.
+_RIVALS = {
+    "projections": ("eager", "compile", CHUNKED, LIGER),
+    "projections_soft": ("eager", "compile", LIGER_TRITON, TRL, LINEAR_CE),
+    "projections_hard": ("eager", "compile", LINEAR_CE, LINEAR_CE_CHUNKED, CUT_CE),
+}
+#: Products in bf16 are slow without hardware for them: one recipe is enough.
+_FP32_ONLY = ("compile", CHUNKED)
 
 
 class HiddenTruth(NamedTuple):
     loss: float
-    hidden: Tensor  # [N, H] fp32
-    weight: Tensor  # [V, H] fp32
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
 
 
 @dataclass
 class Hidden:
-    """Random inputs of one case. The student's hidden states and weight are leaves that take gradients."""
+    """Inputs of one case. The student's hidden states and weight are leaves that take gradients."""
 
     student: Projection
-    teacher: Projection
+    teacher: Projection | None
     labels: Tensor
 
     @classmethod
-    def random(cls, rows: int, vocab: int, hidden: tuple[int, int], dtype: torch.dtype, seed: int = 0) -> Hidden:
+    def random(cls, rows: int, vocab: int, hidden: tuple[int, ...], dtype: torch.dtype, seed: int = 0) -> Hidden:
         """Logits of a standard deviation of 6, as those of `check.Batch`, and for the same reason."""
-        generator = torch.Generator().manual_seed(seed)
+        generator = machine.generator(seed)
 
         def projection(size: int, trained: bool) -> Projection:
             states = torch.randn(rows, size, generator=generator).to(dtype)
@@ -45,7 +70,8 @@ class Hidden:
             return Projection(states.requires_grad_(trained), weight.requires_grad_(trained))
 
         labels = torch.randint(vocab, (rows,), generator=generator)
-        return cls(projection(hidden[0], True), projection(hidden[1], False), labels)
+        student, *teacher = hidden
+        return cls(projection(student, True), projection(*teacher, False) if teacher else None, labels)
 
     def widened(self) -> Hidden:
         """A copy in fp32."""
@@ -54,75 +80,94 @@ class Hidden:
             copies = (tensor.detach().to(torch.float32, copy=True) for tensor in (projection.hidden, projection.weight))
             return Projection(*(copy.requires_grad_(projection.hidden.requires_grad) for copy in copies))
 
-        return Hidden(wide(self.student), wide(self.teacher), self.labels)
+        return Hidden(wide(self.student), self.teacher and wide(self.teacher), self.labels)
 
-    def truth(self) -> HiddenTruth:
-        """Loss and gradients in float64."""
-        student, teacher = self.student.detach(), self.teacher
-        weight, head = student.weight.double(), teacher.weight.double()
-        loss, d_hidden, d_weight = 0.0, torch.empty(student.hidden.shape), torch.zeros_like(weight)
-        for slab in check.slabs(len(d_hidden)):
-            states = student.hidden[slab].double()
-            logits, above = states @ weight.T, teacher.hidden[slab].double() @ head.T
-            part, slope = check.kd_slab(logits, above, self.labels[slab], len(d_hidden), _DIVERGENCE, TEMPERATURE)
+    def operands(self) -> Operands:
+        above, head = (self.teacher.hidden, self.teacher.weight) if self.teacher else (None, None)
+        return Operands(self.student.hidden, self.student.weight, above, head, self.labels)
+
+    def truth(self, objective: Objective = BOTH, kept: torch.dtype = torch.float32) -> HiddenTruth:
+        """Loss and gradients in float64, the gradients kept in another dtype."""
+        hidden, weight, above, head, labels = self.operands()
+        weight, head = weight.detach().double(), None if head is None else head.double()
+        loss, d_hidden, d_weight = 0.0, torch.empty(hidden.shape, dtype=kept), torch.zeros_like(weight)
+        for slab in check.slabs(len(hidden)):
+            states = hidden.detach()[slab].double()
+            taught = None if above is None or head is None else above[slab].double() @ head.T
+            part, slope = check.kd_slab(
+                states @ weight.T, taught, labels[slab], len(hidden), _DIVERGENCE, TEMPERATURE, objective
+            )
             loss += part
             d_hidden[slab] = slope @ weight
             d_weight.addmm_(slope.T, states)
-        return HiddenTruth(loss, d_hidden, d_weight.float())
+        return HiddenTruth(loss, d_hidden, d_weight.to(kept))
 
 
-def projection_contender(name: str, batch: Hidden, truth: HiddenTruth | None = None) -> Contender:
+def _ours(memory_budget: int | None, objective: Objective) -> HiddenLoss:
+    weights = {"soft_weight": objective.soft, "hard_weight": objective.hard}
+    kd = fastkd.KDLoss(TEMPERATURE, divergence=_DIVERGENCE, memory_budget=memory_budget, **weights)
+
+    def loss(x: Operands) -> Tensor:
+        teacher = None if x.above is None or x.head is None else Projection(x.above, x.head)
+        return kd(Projection(x.hidden, x.weight), teacher, x.labels)
+
+    return loss
+
+
+def hidden_loss(name: str, objective: Objective = BOTH) -> HiddenLoss | None:
+    """The loss called `name`, or None where it cannot run here."""
+    if name in BUDGETS:
+        return _ours(BUDGETS[name], objective)
+    if name in peers.PEERS:
+        return peers.PEERS[name](objective, TEMPERATURE)
+    recipe = rivals.kd_loss(_DIVERGENCE, TEMPERATURE, objective)
+    if name == CHUNKED:
+        return rivals.chunked(recipe)
+    whole = rivals.from_hidden(recipe)
+    if name == "compile":
+        return rivals.compiled(whole) if rivals.can_compile() else None
+    return whole
+
+
+def projection_contender(
+    name: str, batch: Hidden, truth: HiddenTruth | None = None, objective: Objective = BOTH
+) -> Contender:
     """The contender called `name`; without a truth it cannot be verified."""
-    if name == WIDENED:
-        batch = batch.widened()
-    low = batch.student.dtype != torch.float32
-    hidden, weight = batch.student.hidden, batch.student.weight
-    operands = (hidden, weight, batch.teacher.hidden, batch.teacher.weight, batch.labels)
-    recipe = rivals.kd_loss(_DIVERGENCE, TEMPERATURE)
+    loss = hidden_loss(name, objective)
+    assert loss is not None, f"{name} cannot run here"
+    x = (batch.widened() if name == WIDENED else batch).operands()
 
     def prepare() -> None:
-        hidden.grad = weight.grad = None
+        x.hidden.grad = x.weight.grad = None
 
-    if name in BUDGETS:
-        ours = fastkd.KDLoss(TEMPERATURE, divergence=_DIVERGENCE, memory_budget=BUDGETS[name])
-
-        def run() -> Tensor:
-            value = ours(batch.student, batch.teacher, batch.labels)
+    def run() -> Tensor:
+        value = loss(x)
+        if value.requires_grad:  # otherwise the gradients are there already
             value.backward()
-            return value
-
-    elif name == CHUNKED:
-        loop = rivals.chunked(recipe)
-
-        def run() -> Tensor:
-            return loop(*operands)
-
-    else:
-        loss = rivals.from_hidden(recipe)
-        if name == "compile":
-            loss = rivals.compiled(loss)
-
-        def run() -> Tensor:
-            value = loss(*operands)
-            value.backward()
-            return value
+        return value
 
     def verify(value: object) -> float:
         assert truth is not None
-        return check.verified(name, value, truth.loss, [(hidden.grad, truth.hidden), (weight.grad, truth.weight)], low)
+        low = x.hidden.dtype != torch.float32
+        limit = check.OBJECTIVE if low and name in peers.PEERS else None
+        gradients = [(x.hidden.grad, truth.hidden), (x.weight.grad, truth.weight)]
+        return check.verified(name, value, truth.loss, gradients, low, limit)
 
     return Contender(name, run, prepare, verify)
 
 
 def projection_contenders(case: Case) -> list[Contender]:
-    """All of one race: fastkd first, then the recipes, then the floor."""
+    """All of one race: fastkd first, then its rivals, then the floor."""
     assert case.hidden is not None
+    objective = OBJECTIVES.get(case.question, BOTH)
     batch = Hidden.random(case.rows, case.vocab, case.hidden, case.dtype)
-    truth = batch.truth()
-    if case.dtype != torch.float32:  # products in bf16 are slow without hardware for them: one recipe is enough
-        return [projection_contender(name, batch, truth) for name in (FRESH, WIDENED, "eager")]
-    names = [FRESH, "eager", *(["compile"] if rivals.can_compile() else []), CHUNKED]
-    return [*(projection_contender(name, batch, truth) for name in names), products(batch)]
+    truth = batch.truth(objective)
+    names = [FRESH, *_RIVALS[case.question]]
+    low = case.dtype != torch.float32
+    if low:
+        names = [FRESH, WIDENED, *(name for name in _RIVALS[case.question] if name not in _FP32_ONLY)]
+    contenders = [projection_contender(name, batch, truth, objective) for name in names if hidden_loss(name, objective)]
+    return contenders if low else [*contenders, products(batch)]
 
 
 def products(batch: Hidden) -> Contender:
@@ -134,7 +179,8 @@ def products(batch: Hidden) -> Contender:
 
     def run() -> None:
         torch.mm(student.hidden, student.weight.T, out=logits)
-        torch.mm(teacher.hidden, teacher.weight.T, out=above)
+        if teacher is not None:
+            torch.mm(teacher.hidden, teacher.weight.T, out=above)
         torch.mm(logits, student.weight, out=d_hidden)
         torch.mm(logits.T, student.hidden, out=d_weight)
 

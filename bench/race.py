@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING
 import torch
 
 from bench import machine
-from bench.cases import QUESTIONS, Case
+from bench.cases import Case
 from bench.contenders import Contender
+from bench.questions import QUESTIONS
 
 if TYPE_CHECKING:
     from pytest_benchmark.fixture import BenchmarkFixture

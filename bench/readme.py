@@ -6,13 +6,21 @@ import pathlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from bench.cases import FRESH, IN_PLACE, QUESTIONS, RIVALS
 from bench.measured import Result, by_case, in_order, slower_allocator, worst_of
+from bench.names import FRESH, IN_PLACE, RIVALS
+from bench.questions import QUESTIONS
 
 __all__ = ["block", "update"]
 
 _BEGIN, _END = "<!-- {}: begin, written by python -m bench.report -->", "<!-- {}: end -->"
 _RECIPES = ("eager", "compile")
+#: Title, question, format, and the cases that are shown.
+_VALUES = (
+    ("Peak memory beside the inputs, MiB, from logits", "memory", "{:.3g}", ""),
+    ("Peak memory beside the inputs, MiB, from hidden states", "projection_memory", "{:.0f}", ""),
+    ("Relative error of a gradient w.r.t. logits, where the student is near its teacher", "accuracy", "{:.0e}", "near"),
+    ("The same from hidden states (d hidden or d weight, whichever is worse)", "projection_accuracy", "{:.0e}", "near"),
+)
 
 
 def update(readme: pathlib.Path, folder: pathlib.Path, results: list[Result], runs: Mapping[Any, Any]) -> None:
@@ -52,12 +60,10 @@ def _lines(path: str, results: list[Result], runs: Mapping[Any, Any]) -> Iterato
             yield f"| **{question.title}** | | | | | |"
             yield from (_speed(case, group) for case, group in by_case(mine).items())
     yield f"\n![How many times as fast as each rival]({path}/speedups.png)\n"
-    for title, form, mine in (
-        ("Peak memory beside the inputs, MiB", "{:.3g}", [r for r in results if r.question.endswith("memory")]),
-        ("Relative error of the gradient", "{:.0e}", [r for r in results if r.question == "accuracy"]),
-    ):
+    for title, question, form, shown in _VALUES:
+        mine = [result for result in results if result.question == question and shown in result.case]
         if mine:
-            yield f"{title} ({', '.join(in_order(result.asked.title for result in mine))}):\n"
+            yield f"{title}:\n"
             yield from _values(mine, form)
             yield ""
     yield "#### Where something else is faster\n"

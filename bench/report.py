@@ -14,8 +14,9 @@ from typing import Any
 from tabulate import tabulate
 
 from bench import machine, plots, readme, store
-from bench.cases import QUESTIONS, Bar, Question
+from bench.cases import Bar
 from bench.measured import Result, Verdict, in_order, results_of
+from bench.questions import QUESTIONS, Question
 
 __all__ = ["lines", "write"]
 

@@ -11,16 +11,20 @@ import functools
 import os
 import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.names import BOTH, Objective
 from fastkd.divergences import Divergence
 
 __all__ = [
     "RECIPES",
+    "HiddenLoss",
+    "Loss",
+    "Operands",
     "can_compile",
     "chunked",
     "compiled",
@@ -32,9 +36,9 @@ __all__ = [
     "row_statistics",
 ]
 
-Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
-#: `(student hidden [N, H], student weight [V, H], teacher's two, labels [N])` → mean over rows
-HiddenLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+#: `(student [N, V], teacher [N, V] or None, labels [N])` → mean over rows
+Loss = Callable[[Tensor, Tensor | None, Tensor], Tensor]
+HiddenLoss = Callable[["Operands"], Tensor]  # → mean over rows
 #: `(student [N, V], the teacher's ids and log-probabilities [N, K], log mass of the others [N], labels [N])` → mean
 SparseLoss = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 _kl = functools.partial(F.kl_div, reduction="batchmean", log_target=True)  # _kl(log q, log p) = KL(p ‖ q)
@@ -92,25 +96,31 @@ RECIPES: dict[str, Callable[..., Tensor]] = {
 }
 
 
-def kd_loss(divergence: Divergence, temperature: float) -> Loss:
-    """`(student [N, V], teacher [N, V], labels [N])` → ½·T²·divergence + ½·cross-entropy, in their dtype."""
+def kd_loss(divergence: Divergence, temperature: float, objective: Objective = BOTH) -> Loss:
+    """The objective in the logits' dtype; a term without weight, and then the teacher, is left out."""
 
-    def loss(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        hard = F.cross_entropy(student, labels)
+    def loss(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        total = student.new_zeros(())
+        if objective.hard:
+            total = total + objective.hard * F.cross_entropy(student, labels)
+        if objective.soft and teacher is not None:
+            total = total + objective.soft * soft(student, teacher)
+        return total
+
+    def soft(student: Tensor, teacher: Tensor) -> Tensor:
         if not divergence.tempered:  # mse: raw logits
-            return 0.5 * F.mse_loss(student, teacher) + 0.5 * hard
+            return F.mse_loss(student, teacher)
         log_q = F.log_softmax(student / temperature, -1)
         log_p = F.log_softmax(teacher / temperature, -1)
-        soft = RECIPES[divergence.name](log_p, log_q, *divergence.parameters)
-        return 0.5 * temperature**2 * soft + 0.5 * hard
+        return temperature**2 * RECIPES[divergence.name](log_p, log_q, *divergence.parameters)
 
     return loss
 
 
-def kd_loss_fp32(divergence: Divergence, temperature: float) -> Loss:
+def kd_loss_fp32(divergence: Divergence, temperature: float, objective: Objective = BOTH) -> Loss:
     """The same with low-precision logits widened first: slower, and right."""
-    loss = kd_loss(divergence, temperature)
-    return lambda student, teacher, labels: loss(student.float(), teacher.float(), labels)
+    loss = kd_loss(divergence, temperature, objective)
+    return lambda student, teacher, labels: loss(student.float(), None if teacher is None else teacher.float(), labels)
 
 
 def ghost_kd_loss(temperature: float) -> SparseLoss:
@@ -129,11 +139,22 @@ def ghost_kd_loss(temperature: float) -> SparseLoss:
     return loss
 
 
+class Operands(NamedTuple):
+    """Hidden states and output heads; `above` and `head` are the teacher's, where there is one."""
+
+    hidden: Tensor  # [N, H]
+    weight: Tensor  # [V, H]
+    above: Tensor | None  # [N, H of the teacher]
+    head: Tensor | None  # [V, H of the teacher]
+    labels: Tensor  # [N]
+
+
 def from_hidden(loss: Loss) -> HiddenLoss:
     """Both logits as a whole, then the loss."""
 
-    def projected(hidden: Tensor, weight: Tensor, above: Tensor, head: Tensor, labels: Tensor) -> Tensor:
-        return loss(hidden @ weight.T, above @ head.T, labels)
+    def projected(x: Operands) -> Tensor:
+        teacher = None if x.above is None or x.head is None else x.above @ x.head.T
+        return loss(x.hidden @ x.weight.T, teacher, x.labels)
 
     return projected
 
@@ -142,17 +163,19 @@ def chunked(loss: Loss, tokens: int = 128) -> HiddenLoss:
     """A loop over tokens that keeps the logits of one chunk at a time; sets the gradients itself, needs no backward."""
     projected = from_hidden(loss)
 
-    def loop(hidden: Tensor, weight: Tensor, above: Tensor, head: Tensor, labels: Tensor) -> Tensor:
+    def loop(x: Operands) -> Tensor:
         total = torch.zeros(())
-        d_hidden, d_weight = torch.empty_like(hidden), torch.zeros_like(weight)
-        for start in range(0, len(hidden), tokens):
+        d_hidden, d_weight = torch.empty_like(x.hidden), torch.zeros_like(x.weight)
+        for start in range(0, len(x.hidden), tokens):
             rows = slice(start, start + tokens)
-            chunk = hidden[rows].detach().requires_grad_()
-            share = projected(chunk, weight, above[rows], head, labels[rows]) * (len(chunk) / len(hidden))
-            d_hidden[rows], part = torch.autograd.grad(share, (chunk, weight))
+            chunk = x.hidden[rows].detach().requires_grad_()
+            above = None if x.above is None else x.above[rows]
+            mean = projected(Operands(chunk, x.weight, above, x.head, x.labels[rows]))
+            share = mean * (len(chunk) / len(x.hidden))
+            d_hidden[rows], part = torch.autograd.grad(share, (chunk, x.weight))
             d_weight += part
             total += share.detach()
-        hidden.grad, weight.grad = d_hidden, d_weight
+        x.hidden.grad, x.weight.grad = d_hidden, d_weight
         return total
 
     return loop

@@ -7,34 +7,39 @@ from dataclasses import replace
 import torch
 
 from bench import machine
-from bench.cases import (
+from bench.cases import Bar, Case, faster, near, within
+from bench.names import (
+    ALLOWED,
     CACHED_STEP,
     CHUNKED,
     CROSS_ENTROPY,
     CROSS_ENTROPY_IN_PLACE,
+    CUT_CE,
     EAGER_STEP,
     FRESH,
     IN_PLACE,
     LARGE,
+    LIGER,
+    LIGER_TRITON,
+    LINEAR_CE,
+    LINEAR_CE_CHUNKED,
     LIVE_STEP,
     LOSS_ONLY,
     ONE_GRADIENT,
     PRODUCTS,
-    QUESTIONS,
+    ROUNDED_TRUTH,
     SMALL,
     STEP,
+    TRL,
     WIDENED,
-    Bar,
-    Case,
     beyond_gradients,
-    faster,
-    near,
     predicted,
-    within,
 )
+from bench.questions import QUESTIONS
 from fastkd.divergences import TABLE
 
 __all__ = [
+    "ACCURACY",
     "CACHE_GRADIENT",
     "CACHE_READ",
     "CACHE_SIZE",
@@ -44,6 +49,9 @@ __all__ = [
     "LOG_SOFTMAX",
     "MEMORY",
     "PROJECTIONS",
+    "PROJECTIONS_HARD",
+    "PROJECTIONS_SOFT",
+    "PROJECTION_ACCURACY",
     "PROJECTION_MEMORY",
     "ROW_STATISTICS",
     "SAMPLE",
@@ -125,6 +133,7 @@ def _projection_bars(over_products: float) -> tuple[Bar, ...]:
         faster(FRESH, "eager", 1.4),
         faster(FRESH, "compile", 1.0),
         faster(FRESH, CHUNKED, 1.5),
+        faster(FRESH, LIGER),
     )
 
 
@@ -143,10 +152,23 @@ PROJECTIONS = (
     Case(
         "projections",
         *_PROJECTION_BF16,
-        (within(FRESH, WIDENED, 1.2), faster(FRESH, "eager", 20)),
+        (within(FRESH, WIDENED, 1.2), faster(FRESH, "eager", 20), faster(FRESH, LIGER)),
         hidden=(256, 768),
     ),
 )
+
+
+def _against_peers(question: str, hidden: tuple[int, ...], *peers: str) -> tuple[Case, ...]:
+    """One objective of those that peers compute."""
+    bars = tuple(faster(FRESH, name) for name in ("eager", "compile", *peers))
+    return (
+        Case(question, 1024, 50257, torch.float32, (within(FRESH, PRODUCTS), *bars), hidden=hidden, in_quick=True),
+        Case(question, *_PROJECTION_BF16, (within(FRESH, WIDENED), *bars), hidden=hidden),
+    )
+
+
+PROJECTIONS_SOFT = _against_peers("projections_soft", (256, 768), LIGER_TRITON, TRL, LINEAR_CE)
+PROJECTIONS_HARD = _against_peers("projections_hard", (256,), LINEAR_CE, LINEAR_CE_CHUNKED, CUT_CE)
 
 
 def _budgeted(contender: str, budget: str) -> tuple[Bar, ...]:
@@ -156,7 +178,7 @@ def _budgeted(contender: str, budget: str) -> tuple[Bar, ...]:
 _PROJECTION_MEMORY_BARS = (
     *_budgeted(FRESH, "256 MiB"),
     *_budgeted(SMALL, "32 MiB"),
-    *(within(name, "gradients") for name in ("eager", "compile", CHUNKED)),
+    *(within(name, "gradients") for name in ("eager", "compile", CHUNKED, LIGER)),
 )
 PROJECTION_MEMORY = (
     *(
@@ -176,6 +198,32 @@ PROJECTION_MEMORY = (
 )
 
 
+#: The promise in fp32, where `ALLOWED` is measured beside them, and in bf16: nothing but the rounding of the result.
+_EXACT_FP32, _EXACT_BF16 = within(FRESH, ALLOWED, 1.0), within(FRESH, ROUNDED_TRUTH, 1.1)
+
+
+def _accuracy(question: str, *divergences: str, hidden: tuple[int, ...] | None = None) -> tuple[Case, ...]:
+    """Families innermost: what is compiled serves all of them."""
+    return tuple(
+        Case(
+            question,
+            64,
+            32768,
+            dtype,
+            (bar, within(FRESH, "eager")),
+            divergence,
+            hidden=hidden,
+            family=family,
+            in_quick=family.startswith("near-equal"),
+        )
+        for divergence in divergences
+        for dtype, bar in ((torch.float32, _EXACT_FP32), (torch.bfloat16, _EXACT_BF16))
+        for family in ("near-equal 1e-3", "near-equal 1e-2", "far", "peaked", "flat")
+    )
+
+
+ACCURACY = _accuracy("accuracy", "forward_kl", "jsd")
+PROJECTION_ACCURACY = _accuracy("projection_accuracy", "forward_kl", hidden=(256, 192))
 _SPARSE_BARS = (
     within(FRESH, CROSS_ENTROPY, 1.15),
     within(IN_PLACE, CROSS_ENTROPY_IN_PLACE),

@@ -9,9 +9,10 @@ from torch import Tensor
 
 import fastkd
 from bench import check, rivals
-from bench.cases import CROSS_ENTROPY, CROSS_ENTROPY_IN_PLACE, FRESH, IN_PLACE, Case
+from bench.cases import Case
 from bench.check import Truth
 from bench.contenders import TEMPERATURE, Contender
+from bench.names import CROSS_ENTROPY, CROSS_ENTROPY_IN_PLACE, FRESH, IN_PLACE
 from fastkd import SparseTargets
 
 __all__ = ["sparse_contenders"]

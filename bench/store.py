@@ -11,7 +11,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from bench.cases import ALLOCATORS, QUESTIONS
+from bench.names import ALLOCATORS
+from bench.questions import QUESTIONS
 
 __all__ = ["drop", "load", "split"]
 

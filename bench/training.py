@@ -15,8 +15,8 @@ from torch import Tensor
 import fastkd
 import fastkd.cache
 from bench import machine, rivals
-from bench.cases import CACHED_STEP, EAGER_STEP, LIVE_STEP, STEP
 from bench.contenders import TEMPERATURE, Contender
+from bench.names import CACHED_STEP, EAGER_STEP, LIVE_STEP, STEP
 from fastkd import Projection
 from fastkd.divergences import ForwardKL
 

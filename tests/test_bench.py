@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from bench import gate, machine, race, readme, report, store
-from bench.cases import ALLOCATORS, faster, within
+from bench.cases import faster, within
 from bench.contenders import Contender
 from bench.measured import Result, results_of, slower_allocator, worst_of
+from bench.names import ALLOCATORS
 
 _ROOT = Path(__file__).parent.parent
 _SHOWN = re.findall(r"<!-- (bench/results/\S+): begin", (_ROOT / "README.md").read_text())
