@@ -52,8 +52,8 @@ class Objective(NamedTuple):
 
 
 BOTH, SOFT, HARD = Objective(0.5, 0.5), Objective(1, 0), Objective(0, 1)
-#: Of the questions that are not about both terms.
-OBJECTIVES = {"projections_soft": SOFT, "projections_hard": HARD, "accuracy": SOFT, "projection_accuracy": SOFT}
+#: Of the questions from hidden states that are not about both terms.
+OBJECTIVES = {"projections_soft": SOFT, "projections_hard": HARD}
 
 
 def beyond_gradients(budget: str) -> str:
