@@ -20,6 +20,6 @@ A contender that computes something wrong fails its test. A bar that is missed d
 MISSED. Peers that are not installed are no contenders.
 
 `names` → `questions` → `cases` → `shapes` say what is asked; `check` judges; `rivals`, `peers`, `contenders`,
-`projections`, `sparse`, `training` are who competes; `race` times and `peak` weighs them; `store` → `measured` → `report`,
-`plots`, `readme` say what came of it.
+`projections`, `sparse`, `training` are who competes; `race` times and `peak` weighs them; `store` → `measured` →
+`report`, `plots`, `readme` say what came of it.
 """

@@ -23,7 +23,7 @@ import torch
 from bench import machine, training
 from bench.check import Batch
 from bench.contenders import Contender, kd_contender
-from bench.names import EAGER_STEP, STEP
+from bench.names import COMPILING, EAGER_STEP, STEP
 from bench.projections import Hidden, products, projection_contender
 from fastkd.divergences import resolve
 
@@ -45,7 +45,7 @@ def peak_bytes(
     contender = contending(rows, vocab)
     if hidden is not None:
         products(Hidden.random(min(rows, 512), vocab, hidden, torch.float32)).run()
-    warm_up = contender if name.startswith("compile") else contending(128, 1024)
+    warm_up = contender if name in COMPILING else contending(128, 1024)
     for _ in range(2):
         warm_up.prepare()
         warm_up.run()

@@ -16,6 +16,7 @@ from tabulate import tabulate
 from bench import machine, plots, readme, store
 from bench.cases import Bar
 from bench.measured import Result, Verdict, in_order, results_of
+from bench.names import RIVALS
 from bench.questions import QUESTIONS, Question
 
 __all__ = ["lines", "write"]
@@ -27,7 +28,7 @@ before; `products` is the matrix products alone, `chunked` a loop over 128 token
 `× faster` is the other's time ÷ ours; `÷` is ours ÷ the other's. Least work is the formula above each table;
 GB/s and GFLOP/s are it ÷ the time of `fastkd`, and "of floor" is how much of our time the floor takes, which does
 that work and nothing else. Noise: the widest interquartile range of a contender ÷ its median. Error: relative L2 of
-the gradient (row statistics: largest relative) against float64, of `fastkd` and of the first rival. fastkd asks
+the gradient (row statistics: largest relative) against float64, of `fastkd` and of its rivals. fastkd asks
 for huge pages for its own gradients of logits under either allocator."""
 
 _SIZES = {"bytes": "MB", "flops": "GFLOP"}
@@ -104,18 +105,26 @@ def _table(results: list[Result], question: Question) -> str:
         if floor is not None:
             row += [f"{result.values[floor] / result.values[result.ours]:.0%}" if floor in result.values else "–"]
         if timed:
-            rival = next((name for name in result.errors if not name.startswith("fastkd")), "")
             row += [
                 f"{result.work / (1e6 if question.measure == 'bytes' else 1e9):.0f}",
                 f"{result.work / result.values[result.ours] / 1e6:.1f}",
                 f"{result.noise:.0%}",
-                " / ".join(f"{result.errors[name]:.0e}" for name in (result.ours, rival) if name in result.errors),
+                ", ".join(_errors(result)),
             ]
         rows.append(row)
     columns = ["case", "allocator", *contenders, *heads]
     columns += [f"of floor ({floor})"] if floor is not None else []
     columns += [f"least {_SIZES[question.measure]}", _RATES[question.measure], "noise", "error"] if timed else []
     return _github(rows, columns)
+
+
+def _errors(result: Result) -> Iterator[str]:
+    """Of fastkd, and of the rivals by name."""
+    for name, error in result.errors.items():
+        if name == result.ours:
+            yield f"{error:.0e}"
+        elif name in RIVALS:
+            yield f"{name} {error:.0e}"
 
 
 def _bars(judged: Iterable[Verdict]) -> str:
