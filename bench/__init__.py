@@ -1,7 +1,7 @@
 """Benchmarks of fastkd against what a user would take instead: one file per question, one way to time.
 
     pytest bench/ --benchmark-only             everything, with torch's allocator and again with huge pages
-    pytest bench/ --benchmark-only --quick     fewer cases and rounds, at most 256 rows
+    pytest bench/ --benchmark-only --quick     fewer cases and rounds, at most 256 rows, one pass
     pytest bench/ --benchmark-disable --quick  no timing: is every contender right?
     python -m bench.report                     tables and plots again, from the stored JSON
     python -m bench.gate                       have ratios become worse than the committed baseline?

@@ -25,7 +25,7 @@ _SECOND_PASS = "FASTKD_BENCH_SECOND_PASS"  # set for the pytest that this one st
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="fewer cases and rounds, at most 256 rows per case")
+    parser.addoption("--quick", action="store_true", help="fewer cases and rounds, at most 256 rows per case, one pass")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -46,8 +46,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.stash[_STORED] = folder
 
 
-def _both_passes() -> bool:
-    return machine.HUGE_PAGES not in os.environ and machine.DEVICE.type == "cpu"
+def _both_passes(config: pytest.Config) -> bool:
+    return not config.option.quick and machine.HUGE_PAGES not in os.environ and machine.DEVICE.type == "cpu"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -78,7 +78,7 @@ def pytest_runtest_setup(item: pytest.Function) -> None:
     question = item.callspec.params["case"].question
     folder = item.config.stash[_STORED]
     if folder is not None and question not in _asked.values():
-        for name in ALLOCATORS if _both_passes() else (machine.allocator(),):
+        for name in ALLOCATORS if _both_passes(item.config) else (machine.allocator(),):
             store.drop(folder, question, name)
     _asked[item.nodeid] = question
 
@@ -106,7 +106,7 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
         store.split(json.loads(document.read_text()), _failed, folder, machine.allocator())
     if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
         return
-    if _both_passes():
+    if _both_passes(session.config):
         print("\n\nAgain, with huge pages for torch's tensors:", flush=True)
         invocation = session.config.invocation_params
         second = subprocess.run(

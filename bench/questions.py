@@ -13,8 +13,8 @@ __all__ = [
     "Question",
 ]
 
-#: Of the questions that are not about both terms.
-OBJECTIVES = {"projections_soft": SOFT, "projections_hard": HARD, "accuracy": SOFT, "projection_accuracy": SOFT}
+#: Of the questions from hidden states that are not about both terms.
+OBJECTIVES = {"projections_soft": SOFT, "projections_hard": HARD}
 
 
 @dataclass(frozen=True)

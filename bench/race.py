@@ -31,8 +31,8 @@ if TYPE_CHECKING:
 __all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
-_FEWEST, _MOST, _SECONDS = 5, 25, 5.0  # rounds of a full run: as many as fit the seconds, within limits
-_FEWEST_SLOW, _SLOW_SECONDS = 3, 6.0  # where one turn of all contenders takes longer than this
+_FEWEST, _MOST, _SECONDS = 5, 25, 4.0  # rounds of a full run: as many as fit the seconds, within limits
+_FEWEST_SLOW, _SLOW_SECONDS = 3, 2.5  # where one turn of all contenders takes longer than this
 _QUICK_ROUNDS, _QUICK_ROUNDS_SLOW = 5, 2
 
 

@@ -42,7 +42,7 @@ def windows(tokens: int) -> Tensor:
     from fastkd.training.data import token_windows
 
     _, tokenizer, documents = _parts()
-    return token_windows(documents, tokenizer, _CONTEXT, tokens // _CONTEXT)
+    return token_windows(documents, tokenizer, _CONTEXT, _CONTEXT, tokens // _CONTEXT)
 
 
 @functools.lru_cache(maxsize=1)
