@@ -15,10 +15,12 @@ __all__ = [
     "CROSS_ENTROPY",
     "CROSS_ENTROPY_IN_PLACE",
     "CUT_CE",
+    "DISTILLED",
     "EAGER_STEP",
     "FRESH",
     "HARD",
     "IN_PLACE",
+    "LABELS_ALONE",
     "LARGE",
     "LIGER",
     "LIGER_TRITON",
@@ -54,6 +56,7 @@ LINEAR_CE, LINEAR_CE_CHUNKED = "linear_cross_entropy", "linear_cross_entropy chu
 CUT_CE = "cut-cross-entropy"
 ROUNDED_TRUTH, ALLOWED = "rounded truth", "2 × eager + 1e-6"
 STEP, EAGER_STEP = "fastkd step", "eager step"
+DISTILLED, LABELS_ALONE = "distilled", "labels alone"
 LIVE_STEP, CACHED_STEP = "fastkd step, live teacher", "fastkd step, cached teacher"
 #: What a user would take instead of fastkd; other contenders are fastkd itself, floors and yardsticks.
 RIVALS = (

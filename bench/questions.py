@@ -182,4 +182,16 @@ QUESTIONS: dict[str, Question] = {
         "Gradients: (N + V)·H·b bytes. Predicted: `fastkd.plan(...).peak_bytes`",
         unit="MiB",
     ),
+    "demo_perplexity": Question(
+        "What `make demo` came to: perplexity on held-out reviews (one seed, 21 windows)",
+        0,
+        "The same student, data and steps, with the teacher and on the labels alone",
+        unit="perplexity",
+    ),
+    "demo_kl": Question(
+        "What `make demo` came to: KL to the teacher on held-out reviews",
+        0,
+        "The same student, data and steps, with the teacher and on the labels alone",
+        unit="nats",
+    ),
 }

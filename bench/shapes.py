@@ -15,9 +15,11 @@ from bench.names import (
     CROSS_ENTROPY,
     CROSS_ENTROPY_IN_PLACE,
     CUT_CE,
+    DISTILLED,
     EAGER_STEP,
     FRESH,
     IN_PLACE,
+    LABELS_ALONE,
     LARGE,
     LIGER,
     LIGER_TRITON,
@@ -44,6 +46,7 @@ __all__ = [
     "CACHE_READ",
     "CACHE_SIZE",
     "CACHE_WRITE",
+    "DEMO",
     "DIVERGENCES",
     "LOGITS",
     "LOG_SOFTMAX",
@@ -90,11 +93,16 @@ _MEMORY_BARS = (
 )
 
 
-def _cases(question: str, float32: tuple[Bar, ...], bfloat16: tuple[Bar, ...]) -> tuple[Case, ...]:
+def _cases(
+    question: str,
+    float32: tuple[Bar, ...],
+    bfloat16: tuple[Bar, ...],
+    shapes: tuple[tuple[int, int], ...] = _SHAPES,
+) -> tuple[Case, ...]:
     return tuple(
         Case(question, rows, vocab, dtype, bars, in_quick=(rows, vocab) == (256, 50257))
         for dtype, bars in ((torch.float32, float32), (torch.bfloat16, bfloat16))
-        for rows, vocab in _SHAPES
+        for rows, vocab in shapes
     )
 
 
@@ -102,7 +110,7 @@ LOGITS = _cases("logits", _FP32_BARS, _BF16_BARS)
 DIVERGENCES = tuple(
     Case(
         "divergences",
-        1024,
+        1024 if name in ("reverse_kl", "jsd") else 512,
         50257,
         torch.float32,
         (
@@ -117,8 +125,8 @@ DIVERGENCES = tuple(
     for name in TABLE
     if name != "forward_kl"
 )
-LOG_SOFTMAX = _cases("log_softmax", _LOG_SOFTMAX_BARS, _LOG_SOFTMAX_BARS)
-ROW_STATISTICS = _cases("row_statistics", _ROW_STATISTICS_BARS, _ROW_STATISTICS_BARS)
+LOG_SOFTMAX = _cases("log_softmax", _LOG_SOFTMAX_BARS, _LOG_SOFTMAX_BARS, _SHAPES[:2])
+ROW_STATISTICS = _cases("row_statistics", _ROW_STATISTICS_BARS, _ROW_STATISTICS_BARS, _SHAPES[:2])
 MEMORY = (
     Case("memory", 1024, 50257, torch.float32, _MEMORY_BARS, in_quick=True),
     Case("memory", 1024, 50257, torch.bfloat16, _MEMORY_BARS),
@@ -248,7 +256,7 @@ _SELECTION_BARS = (
 )
 TOP_K, SAMPLE = (
     tuple(
-        Case(question, 1024, 50257, dtype, _SELECTION_BARS, in_quick=dtype == torch.float32)
+        Case(question, 512, 50257, dtype, _SELECTION_BARS, in_quick=dtype == torch.float32)
         for dtype in (torch.float32, torch.bfloat16)
     )
     for question in ("top_k", "sample")
@@ -305,6 +313,13 @@ TRAINING_MEMORY = (
         (within(STEP, EAGER_STEP, 0.4), within(EAGER_STEP, None)),
         hidden=(256, 576),
     ),
+)
+
+
+#: Its training tokens; the distilled student has to be better, and its KL at least 10 % lower.
+DEMO = tuple(
+    Case(question, 3 * 448 * 128, _TEACHER_VOCAB, torch.float32, (within(DISTILLED, LABELS_ALONE, limit),))
+    for question, limit in (("demo_perplexity", 1.0), ("demo_kl", 0.9))
 )
 
 

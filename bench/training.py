@@ -23,7 +23,7 @@ from fastkd.divergences import ForwardKL
 __all__ = ["step", "steps"]
 
 _LENGTH, _TEACHER_HIDDEN = 128, 576
-_TOLERANCE = 1e-4  # of the loss, relative to the eager one: both in fp32
+_TOLERANCE = 1e-4  # of the losses, relative: both in fp32
 
 
 @dataclass
@@ -85,12 +85,14 @@ def step(name: str, rows: int, vocab: int) -> Contender:
 def steps(rows: int, vocab: int) -> list[Contender]:
     """All of one race."""
     lesson = _Lesson.of(rows, vocab)
-    expected = _eager(lesson)().item()
+    losses: list[float] = []
 
     def verify(value: object) -> float:
+        """Of fastkd's step and of the eager one, whichever comes second."""
         assert isinstance(value, Tensor)
-        off = abs(value.item() - expected) / expected
-        assert off < _TOLERANCE, f"loss {value.item():.7g}, but the eager recipe says {expected:.7g}"
+        losses.append(value.item())
+        off = abs(losses[-1] - losses[0]) / losses[0]
+        assert off < _TOLERANCE, f"the eager recipe and fastkd disagree on the loss: {losses}"
         return off
 
     return [
