@@ -103,10 +103,17 @@ def _shown(name: str) -> bool:
     return name in RIVALS or name.startswith(FRESH) or name.startswith(("predicted", "rounded"))
 
 
+def _errors(result: Result, rival: str) -> str:
+    if result.ours not in result.errors or rival not in result.errors:
+        return ""
+    return f"; relative error of its gradient {result.errors[rival]:.0e}, of fastkd's {result.errors[result.ours]:.0e}"
+
+
 def _faster(results: Iterable[Result]) -> Iterator[str]:
     """Every rival that beats fastkd in time, under either allocator."""
     found = [
         f"- {rival}: {1 / ratio:.2f} times as fast as fastkd on {result.question}, {result.case} ({result.allocator})"
+        + _errors(result, rival)
         for result in results
         if result.asked.unit == "ms"
         for rival, ratio in result.rivals()
