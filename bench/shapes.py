@@ -292,7 +292,7 @@ CACHE_GRADIENT = tuple(
         hidden=(directions, _TEACHER_HIDDEN),
         in_quick=directions == 16,
     )
-    for directions in (16, 256)
+    for directions in (16, 64, 256)
 )
 
 
