@@ -19,7 +19,9 @@ _METRICS = machine.ROOT / "runs" / "demo" / "metrics.json"
 def bench_demo(benchmark: BenchmarkFixture, case: Case) -> None:
     if not _METRICS.exists():
         pytest.skip("make demo has not been run")
-    models = json.loads(_METRICS.read_text())["models"]
+    record = json.loads(_METRICS.read_text())
+    models, tokens = record["models"], record["training"]["student"]["tokens"]
+    assert tokens == case.rows, f"that run trained on {tokens:,} tokens, not on the demo's {case.rows:,}: run make demo"
     metric = {"demo_perplexity": "perplexity", "demo_kl": "kl"}[case.question]
     measure(
         benchmark,

@@ -110,7 +110,7 @@ LOGITS = _cases("logits", _FP32_BARS, _BF16_BARS)
 DIVERGENCES = tuple(
     Case(
         "divergences",
-        1024 if name in ("reverse_kl", "jsd") else 512,
+        1024,
         50257,
         torch.float32,
         (
