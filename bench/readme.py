@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from bench.measured import Result, by_case, in_order, slower_allocator, worst_of
-from bench.names import FRESH, IN_PLACE, RIVALS
+from bench.names import CACHED_STEP, FRESH, IN_PLACE, LIVE_STEP, RIVALS
 from bench.questions import QUESTIONS
 
 __all__ = ["block", "update"]
 
 _BEGIN, _END = "<!-- {}: begin, written by python -m bench.report -->", "<!-- {}: end -->"
 _RECIPES = ("eager", "compile")
+#: Other ways of using fastkd, shown beside the first.
+_WAYS = {IN_PLACE: "in place", LIVE_STEP: "live teacher", CACHED_STEP: "cached teacher"}
 #: Title, question, format, and the cases that are shown.
 _VALUES = (
     ("Peak memory beside the inputs, MiB, from logits", "memory", "{:.3g}", ""),
@@ -21,6 +23,12 @@ _VALUES = (
     ("Relative error of a gradient w.r.t. logits, where the student is near its teacher", "accuracy", "{:.0e}", "near"),
     ("The same from hidden states (d hidden or d weight, whichever is worse)", "projection_accuracy", "{:.0e}", "near"),
 )
+#: Unit → in what a rival may beat fastkd, and how that is said.
+_ASPECTS = {
+    "ms": ("time", "times as fast as fastkd"),
+    "MiB": ("memory", "times less memory than fastkd"),
+    "relative error": ("error", "times less error than fastkd"),
+}
 
 
 def update(readme: pathlib.Path, folder: pathlib.Path, results: list[Result], runs: Mapping[Any, Any]) -> None:
@@ -66,16 +74,15 @@ def _lines(path: str, results: list[Result], runs: Mapping[Any, Any]) -> Iterato
             yield f"{title}:\n"
             yield from _values(mine, form)
             yield ""
-    yield "#### Where something else is faster\n"
+    yield "#### Where something else is faster, or smaller\n"
     yield from _faster(results)
 
 
 def _speed(case: str, group: list[Result]) -> str:
     """A row: our time as torch comes, ratios under the allocator that is less kind to us."""
     result, ratios = group[0], slower_allocator(group)
-    ours = _time(result.values[result.ours])
-    if IN_PLACE in result.values:
-        ours += f", in place {_time(result.values[IN_PLACE])}"
+    ways = [f"{way} {_time(result.values[name])}" for name, way in _WAYS.items() if name in result.values]
+    ours = ", ".join([_time(result.values[result.ours]), *ways])
     recipes = [_times(next((ratios[name] for name in ratios if name.startswith(recipe)), None)) for recipe in _RECIPES]
     others = ", ".join(f"{name} {_times(ratio)}" for name, ratio in ratios.items() if not name.startswith(_RECIPES))
     floor = result.asked.floor
@@ -109,14 +116,15 @@ def _errors(result: Result, rival: str) -> str:
     return f"; relative error of its gradient {result.errors[rival]:.0e}, of fastkd's {result.errors[result.ours]:.0e}"
 
 
-def _faster(results: Iterable[Result]) -> Iterator[str]:
-    """Every rival that beats fastkd in time, under either allocator."""
-    found = [
-        f"- {rival}: {1 / ratio:.2f} times as fast as fastkd on {result.question}, {result.case} ({result.allocator})"
-        + _errors(result, rival)
-        for result in results
-        if result.asked.unit == "ms"
-        for rival, ratio in result.rivals()
-        if ratio < 1
-    ]
-    yield from found or ["Nowhere in these tables."]
+def _faster(results: list[Result]) -> Iterator[str]:
+    """Every rival that beats fastkd, under either allocator: in time, then in memory and in error."""
+    for unit, (aspect, words) in _ASPECTS.items():
+        found = [
+            f"- {rival}: {1 / ratio:.2f} {words} on {result.question}, {result.case} ({result.allocator})"
+            + _errors(result, rival)
+            for result in results
+            if result.asked.unit == unit
+            for rival, ratio in result.rivals()
+            if ratio < 1
+        ]
+        yield from found or [f"- In {aspect}, nothing."]

@@ -49,6 +49,7 @@ def test_whatever_beats_fastkd_is_named() -> None:
     runs: Any = {("logits", name): run() for name in ALLOCATORS}
     said = readme.block(Path("results/here"), [result(fastkd=1.0, eager=20.0, add=1.0), slow], runs)
     assert "- eager: 2.00 times as fast as fastkd on logits, 2x3 (huge_pages)" in said
+    assert "- In memory, nothing." in said
     assert "| 2x3 | 1 ms | 0.5× |" in said
     assert "3 of the 4 bars" in said
 
