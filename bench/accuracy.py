@@ -81,8 +81,8 @@ def _hidden(case: Case) -> Hidden:
 def logit_errors(case: Case) -> dict[str, float]:
     """Contender → relative error of the gradient w.r.t. the student's logits."""
     batch = _logits(case)
-    student, teacher = batch.student.detach().double(), batch.teacher.double()
-    _, truth = check.kd_slab(student, teacher, batch.labels, case.rows, resolve(case.divergence), TEMPERATURE, SOFT)
+    given = batch.student.detach(), batch.teacher, batch.labels
+    _, truth = check.kd_rows(*given, resolve(case.divergence), TEMPERATURE, SOFT, kept=torch.float64)
     found = {}
     for name, loss in _logit_losses(case.divergence, case.dtype).items():
         batch.student.grad = None

@@ -32,7 +32,7 @@ def _contenders(case: Case) -> list[Contender]:
     more = (uniforms,) if sampled else ()
     parts = [
         getattr(reference, case.question)(logits[slab].double(), k, TEMPERATURE, *(part[slab] for part in more))
-        for slab in check.slabs(case.rows)
+        for slab in check.slabs(*logits.shape)
     ]
     truth = [torch.cat(part) for part in zip(*parts, strict=True)]
 

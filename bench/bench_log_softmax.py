@@ -62,7 +62,7 @@ def _contender(
 def _truth(logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:
     """Value and gradient `[N, V]` in float64, written out rather than taken from torch, and kept in fp32."""
     value, gradient = torch.empty(logits.shape), torch.empty(logits.shape)
-    for slab in check.slabs(len(logits)):
+    for slab in check.slabs(*logits.shape):
         scaled, above = logits.detach()[slab].double() / TEMPERATURE, upstream[slab].double()
         log_q = scaled - torch.logsumexp(scaled, -1, keepdim=True)
         value[slab] = log_q

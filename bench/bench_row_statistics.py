@@ -51,6 +51,7 @@ def bench_row_statistics(benchmark: BenchmarkFixture, case: Case, quick: bool) -
 def _truth(logits: Tensor, labels: Tensor) -> Tensor:
     """`[3, N]` float64: log-sum-exp, entropy, label log-probability."""
     parts = [
-        reference.row_statistics(logits[slab].double(), labels[slab], TEMPERATURE) for slab in check.slabs(len(logits))
+        reference.row_statistics(logits[slab].double(), labels[slab], TEMPERATURE)
+        for slab in check.slabs(*logits.shape)
     ]
     return torch.stack([torch.cat([part[place] for part in parts]) for place in (0, 1, 3)])

@@ -1,7 +1,7 @@
 """Is a contender right? Judged before it is timed, by the float64 reference, on the inputs it is timed on.
 
-The reference runs in slabs of rows, since a float64 copy of a whole case would not fit beside the contenders.
-Its results are kept in fp32, whose rounding (6e-8) is far below the limits here.
+The reference runs in slabs of rows that stay in a core's cache: float64 copies of a whole case would take minutes, and
+not fit beside the contenders. Its results are kept in fp32, whose rounding (6e-8) is far below the limits here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "Batch",
     "Truth",
     "error",
-    "kd_slab",
+    "kd_rows",
     "kd_truth",
     "recipe_is_right",
     "slabs",
@@ -46,12 +46,12 @@ ARITHMETIC_BF16 = 3e-2
 #: the terms, T² or ½ the gradient is at least 0.28 off here (measured), by rounding peers are 0.02.
 OBJECTIVE = 0.1
 
-_SLAB = 64
+_SLAB = 2**18  # elements
 
 
 class Truth(NamedTuple):
     loss: float
-    gradient: Tensor  # [N, V] fp32
+    gradient: Tensor  # [N, V]
 
 
 @dataclass
@@ -74,15 +74,16 @@ class Batch:
         return cls(logits().requires_grad_(), logits(), labels)
 
 
-def slabs(rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + _SLAB, rows)) for start in range(0, rows, _SLAB))
+def slabs(rows: int, columns: int) -> Iterator[slice]:
+    size = max(1, _SLAB // columns)
+    return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 
 
 def error(actual: Tensor, truth: Tensor) -> float:
     """‖actual − truth‖₂ / ‖truth‖₂ in float64; infinite where anything is not finite."""
     assert actual.shape == truth.shape, f"shapes {tuple(actual.shape)} and {tuple(truth.shape)}"
     difference = size = 0.0
-    for slab in slabs(len(truth)):
+    for slab in slabs(len(truth), truth[0].numel()):
         expected = truth[slab].double()
         difference += (actual[slab].detach().double() - expected).square().sum().item()
         size += expected.square().sum().item()
@@ -91,33 +92,38 @@ def error(actual: Tensor, truth: Tensor) -> float:
 
 
 def kd_truth(batch: Batch, divergence: Divergence, temperature: float) -> Truth:
-    """Loss and student gradient of ½·T²·divergence + ½·cross-entropy, mean over rows, in float64."""
-    loss, gradient = 0.0, torch.empty(batch.student.shape)
-    for slab in slabs(len(gradient)):
-        student, teacher = batch.student.detach()[slab].double(), batch.teacher[slab].double()
-        part, gradient[slab] = kd_slab(student, teacher, batch.labels[slab], len(gradient), divergence, temperature)
-        loss += part
-    return Truth(loss, gradient)
+    """Of ½·T²·divergence + ½·cross-entropy."""
+    return kd_rows(batch.student.detach(), batch.teacher, batch.labels, divergence, temperature)
 
 
-def kd_slab(
+def kd_rows(
     student: Tensor,
     teacher: Tensor | None,
     labels: Tensor,
-    rows: int,
     divergence: Divergence,
     temperature: float,
     objective: Objective = BOTH,
-) -> tuple[float, Tensor]:
-    """What a slab of a batch of `rows` contributes to the loss, and the gradient of its logits; float64."""
+    *,
+    of: int | None = None,
+    kept: torch.dtype = torch.float32,
+) -> Truth:
+    """The loss, mean over rows, and the gradient of the student's logits, in float64 and the gradient then `kept`.
+
+    Where these rows are a part of a batch, it has `of` rows.
+    """
+    rows, vocab = student.shape
     t2 = temperature**2 if divergence.tempered else 1.0
-    vocab = student.shape[1]
     weights = objective.soft * t2, objective.hard
     spec = RowSpec(divergence.name, divergence.parameters, temperature, temperature, *weights, vocab)
-    scale = torch.full((len(student),), 1 / rows, dtype=torch.float64)
-    slope = torch.empty_like(student)
-    soft, hard = reference.kd_rows(student, teacher, labels, scale, scale, spec, slope)
-    return ((spec.soft_weight * soft + spec.hard_weight * hard) * scale).sum().item(), slope
+    loss, gradient = 0.0, torch.empty(student.shape, dtype=kept)
+    for slab in slabs(rows, vocab):
+        logits, above = student[slab].double(), None if teacher is None else teacher[slab].double()
+        scale = torch.full((len(logits),), 1 / (of or rows), dtype=torch.float64)
+        slope = torch.empty_like(logits)
+        soft, hard = reference.kd_rows(logits, above, labels[slab], scale, scale, spec, slope)
+        loss += ((spec.soft_weight * soft + spec.hard_weight * hard) * scale).sum().item()
+        gradient[slab] = slope
+    return Truth(loss, gradient)
 
 
 @functools.cache

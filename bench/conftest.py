@@ -74,13 +74,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Function) -> None:
-    """A question's first case drops what is stored on it, for every pass that will follow."""
-    question = item.callspec.params["case"].question
-    folder = item.config.stash[_STORED]
-    if folder is not None and question not in _asked.values():
-        for name in ALLOCATORS if _both_passes(item.config) else (machine.allocator(),):
-            store.drop(folder, question, name)
-    _asked[item.nodeid] = question
+    _asked[item.nodeid] = item.callspec.params["case"].question
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -102,11 +96,13 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     folder = session.config.stash[_STORED]
     if folder is None:
         return
-    if (document := session.config.option.benchmark_json).exists():
-        store.split(json.loads(document.read_text()), _failed, folder, machine.allocator())
     if session.exitstatus not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return
-    if _both_passes(session.config):
+        return  # stopped halfway: what is stored stays
+    written = session.config.option.benchmark_json
+    document = json.loads(written.read_text()) if written.exists() else None
+    both = _both_passes(session.config)
+    store.replace(document, _failed, folder, machine.allocator(), ALLOCATORS if both else (machine.allocator(),))
+    if both:
         print("\n\nAgain, with huge pages for torch's tensors:", flush=True)
         invocation = session.config.invocation_params
         second = subprocess.run(

@@ -74,6 +74,8 @@ def _version(distribution: str) -> str | None:
 
 
 def results() -> pathlib.Path:
-    """Where this machine's results are kept."""
-    name = re.sub(r"[^a-z0-9]+", "-", processor().lower()).strip("-")
-    return ROOT / "bench" / "results" / (name if DEVICE.type == "cuda" else f"{name}-{_cores()}-cores")
+    """Where this machine's results are kept. A virtual machine may not name its CPU: its vectors tell more."""
+    name = processor()
+    if DEVICE.type == "cpu":
+        name += f" {_cores()} cores {torch.backends.cpu.get_cpu_capability()}"
+    return ROOT / "bench" / "results" / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

@@ -43,6 +43,7 @@ _RIVALS = {
 }
 #: Products in bf16 are slow without hardware for them: one recipe is enough.
 _FP32_ONLY = ("compile", CHUNKED)
+_SLAB = 128  # rows whose logits the reference computes at a time
 
 
 class HiddenTruth(NamedTuple):
@@ -91,12 +92,12 @@ class Hidden:
         hidden, weight, above, head, labels = self.operands()
         weight, head = weight.detach().double(), None if head is None else head.double()
         loss, d_hidden, d_weight = 0.0, torch.empty(hidden.shape, dtype=kept), torch.zeros_like(weight)
-        for slab in check.slabs(len(hidden)):
+        for start in range(0, len(hidden), _SLAB):
+            slab = slice(start, start + _SLAB)
             states = hidden.detach()[slab].double()
             taught = None if above is None or head is None else above[slab].double() @ head.T
-            part, slope = check.kd_slab(
-                states @ weight.T, taught, labels[slab], len(hidden), _DIVERGENCE, TEMPERATURE, objective
-            )
+            given = states @ weight.T, taught, labels[slab]
+            part, slope = check.kd_rows(*given, _DIVERGENCE, TEMPERATURE, objective, of=len(hidden), kept=torch.float64)
             loss += part
             d_hidden[slab] = slope @ weight
             d_weight.addmm_(slope.T, states)

@@ -4,7 +4,8 @@ them.
 What fresh memory costs depends on who used it last: pages that a neighbour has just given back by the gigabyte are
 dearer than one's own. So a contender that is done within `_SETTLED_BELOW` runs once unmeasured in each of its turns,
 right before it is measured: it meets the memory as it left it itself, as in a training loop. For slower ones the
-difference is small, and time short.
+difference is small, and time short: where a turn of all takes `_LONG` seconds, the run that is checked is the first
+round.
 
 CPUs are timed by the wall clock, GPUs by events on the stream. pytest-benchmark times the first contender as well, in
 its pedantic mode; the times that count are in `extra_info`, for all alike, and `report.py` makes tables of them.
@@ -33,8 +34,7 @@ __all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
 _FEWEST, _MOST, _SECONDS = 5, 25, 3.0  # rounds of a full run: as many as fit the seconds, within limits
-_FEWEST_SLOW, _SLOW_SECONDS = 3, 2.5  # where one turn of all contenders takes longer than this
-_QUICK_ROUNDS, _QUICK_ROUNDS_SLOW = 5, 2
+_SLOW, _LONG, _LONGEST = 2.5, 10.0, 30.0  # seconds of a turn of all contenders, above which there are fewer rounds
 
 
 def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Case, *, quick: bool) -> None:
@@ -46,12 +46,8 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
     benchmark.extra_info["errors"] = errors
     gc.collect()
     turn = sum(warm_up.values())
-    if quick:
-        rounds = _QUICK_ROUNDS if turn <= _SLOW_SECONDS else _QUICK_ROUNDS_SLOW
-    else:
-        fewest = _FEWEST if turn <= _SLOW_SECONDS else _FEWEST_SLOW
-        rounds = min(max(int(_SECONDS / turn), fewest), _MOST)
-    times: dict[str, list[float]] = {contender.name: [] for contender in contenders}
+    times = {name: [seconds] if turn > _LONG else [] for name, seconds in warm_up.items()}
+    rounds = _rounds(turn, quick) - len(times[contenders[0].name])
 
     ours, *others = contenders
 
@@ -70,6 +66,13 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
     benchmark.pedantic(lambda: times[ours.name].append(timed(ours)), setup=take_turns, rounds=rounds)
     ours.prepare()
     benchmark.extra_info["times"] = times
+
+
+def _rounds(turn: float, quick: bool) -> int:
+    """Of so many seconds each."""
+    if turn > _SLOW:
+        return 2 if quick or turn > _LONGEST else 3
+    return _FEWEST if quick else min(max(int(_SECONDS / turn), _FEWEST), _MOST)
 
 
 def measure(benchmark: BenchmarkFixture, case: Case, function: Callable[[], Mapping[str, float]]) -> None:

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pathlib
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from bench.measured import Result, by_case, in_order, slower_allocator, worst_of
+from bench import store
+from bench.measured import Result, by_case, in_order, results_of, slower_allocator, worst_of
 from bench.names import CACHED_STEP, FRESH, IN_PLACE, LIVE_STEP, RIVALS
 from bench.questions import QUESTIONS
 
-__all__ = ["block", "update"]
+__all__ = ["block", "lines", "shown", "update"]
 
 _BEGIN, _END = "<!-- {}: begin, written by python -m bench.report -->", "<!-- {}: end -->"
+_Runs = Mapping[tuple[str, str], Mapping[str, Any]]  # what `store.load` returns
 _RECIPES = ("eager", "compile")
 #: Other ways of using fastkd, shown beside the first.
 _WAYS = {IN_PLACE: "in place", LIVE_STEP: "live teacher", CACHED_STEP: "cached teacher"}
@@ -31,51 +34,70 @@ _ASPECTS = {
 }
 
 
-def update(readme: pathlib.Path, folder: pathlib.Path, results: list[Result], runs: Mapping[Any, Any]) -> None:
-    """Write the block of `folder` anew, if the README has one."""
-    name = _name(folder)
-    text, begin, end = readme.read_text(), _BEGIN.format(name), _END.format(name)
-    if begin not in text:
-        return
-    before, rest = text.split(begin)
-    _, after = rest.split(end)
-    readme.write_text(f"{before}{begin}\n{block(folder, results, runs)}\n{end}{after}")
+def update(readme: pathlib.Path) -> None:
+    """Write every block anew, from the folders beside the README that they name."""
+    text = readme.read_text()
+    for name in shown(text):
+        begin, end = _BEGIN.format(name), _END.format(name)
+        before, rest = text.split(begin)
+        _, after = rest.split(end)
+        text = f"{before}{begin}\n{block(readme.parent / name)}\n{end}{after}"
+    readme.write_text(text)
 
 
-def _name(folder: pathlib.Path) -> str:
-    return f"bench/results/{folder.name}"
+def shown(text: str) -> list[str]:
+    """The folders of a README's blocks."""
+    return re.findall(_BEGIN.format(r"(\S+)"), text)
 
 
-def block(folder: pathlib.Path, results: list[Result], runs: Mapping[Any, Any]) -> str:
-    """Markdown: machine, speed, memory, accuracy, and what is faster than fastkd."""
-    return "\n".join(_lines(_name(folder), results, runs))
+def block(folder: pathlib.Path) -> str:
+    """Markdown: machine, speed, memory, accuracy, and what is faster than fastkd, on other stored machines too."""
+    others = {other: store.load(other) for other in sorted(folder.parent.iterdir()) if other != folder}
+    return "\n".join(lines(folder, store.load(folder), {other: runs for other, runs in others.items() if runs}))
 
 
-def _lines(path: str, results: list[Result], runs: Mapping[Any, Any]) -> Iterator[str]:
-    days = sorted(run["datetime"][:10] for run in runs.values())
-    facts = next(iter(runs.values()))["machine_info"]["bench"]
-    device = facts.get("gpu", f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_capability']}")
-    judged = [verdict for result in results for verdict in result.verdicts() if verdict.met is not None]
-    yield f"`make bench` on {device}, torch {facts['torch']}, {' to '.join(in_order((days[0], days[-1])))}."
-    yield (
-        f"{sum(bool(verdict.met) for verdict in judged)} of the {len(judged)} bars fastkd sets itself are met: "
-        f"[all of them, every table, noise and versions]({path}/report.md).\n"
-    )
+def lines(folder: pathlib.Path, runs: _Runs, others: Mapping[pathlib.Path, _Runs]) -> Iterator[str]:
+    """The block, line by line."""
+    results = results_of(runs)
+    yield f"`make bench` on {_machine(runs)}. {_score(folder, results)}\n"
     yield "| | fastkd | eager | `torch.compile` | others | floor |\n|---|---|---|---|---|---|"
     for name, question in QUESTIONS.items():
         mine = [result for result in results if result.question == name and question.headline]
         if mine:
             yield f"| **{question.title}** | | | | | |"
             yield from (_speed(case, group) for case, group in by_case(mine).items())
-    yield f"\n![How many times as fast as each rival]({path}/speedups.png)\n"
-    for title, question, form, shown in _VALUES:
-        mine = [result for result in results if result.question == question and shown in result.case]
+    yield f"\n![How many times as fast as each rival]({_path(folder)}/speedups.png)\n"
+    for title, question, form, selected in _VALUES:
+        mine = [result for result in results if result.question == question and selected in result.case]
         if mine:
             yield f"{title}:\n"
             yield from _values(mine, form)
             yield ""
-    yield "#### Where something else is faster, or smaller\n"
+    yield "#### Where something else is faster\n"
     yield from _faster(results)
+    for other, stored in others.items():
+        yield f"\nOn {_machine(stored)}. {_score(other, results_of(stored))}\n"
+        yield from _faster(results_of(stored))
+
+
+def _path(folder: pathlib.Path) -> str:
+    return f"bench/results/{folder.name}"
+
+
+def _machine(runs: _Runs) -> str:
+    days = sorted(run["datetime"][:10] for run in runs.values())
+    facts = next(iter(runs.values()))["machine_info"]["bench"]
+    device = facts.get("gpu", f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_capability']}")
+    return f"{device}, torch {facts['torch']}, {' to '.join(in_order((days[0], days[-1])))}"
+
+
+def _score(folder: pathlib.Path, results: list[Result]) -> str:
+    judged = [verdict for result in results for verdict in result.verdicts() if verdict.met is not None]
+    met = sum(bool(verdict.met) for verdict in judged)
+    return (
+        f"{met} of the {len(judged)} bars fastkd sets itself are met: "
+        f"[all of them, every table, noise and versions]({_path(folder)}/report.md)."
+    )
 
 
 def _speed(case: str, group: list[Result]) -> str:

@@ -36,7 +36,7 @@ _RATES = {"bytes": "GB/s", "flops": "GFLOP/s"}
 
 
 def write(folder: str | pathlib.Path) -> str:
-    """Make the report of a folder of results; return its text. The README follows where it shows this folder."""
+    """Make the report of a folder of results; return its text. The README follows."""
     folder = pathlib.Path(folder)
     runs = store.load(folder)
     if not runs:
@@ -45,7 +45,7 @@ def write(folder: str | pathlib.Path) -> str:
     text = "\n".join(lines(runs, results))
     (folder / "report.md").write_text(text + "\n")
     plots.draw(results, folder)
-    readme.update(machine.ROOT / "README.md", folder, results, runs)
+    readme.update(machine.ROOT / "README.md")
     return text
 
 

@@ -167,11 +167,11 @@ PROJECTIONS = (
 
 
 def _against_peers(question: str, hidden: tuple[int, ...], *peers: str) -> tuple[Case, ...]:
-    """One objective of those that peers compute."""
+    """One objective of those that peers compute; few rows in bf16, which takes eager a minute where no unit does it."""
     bars = tuple(faster(FRESH, name) for name in ("eager", "compile", *peers))
     return (
         Case(question, 1024, 50257, torch.float32, (within(FRESH, PRODUCTS), *bars), hidden=hidden, in_quick=True),
-        Case(question, *_PROJECTION_BF16, (within(FRESH, WIDENED), *bars), hidden=hidden),
+        Case(question, 128, 50257, torch.bfloat16, (within(FRESH, WIDENED), *bars), hidden=hidden),
     )
 
 

@@ -20,7 +20,7 @@ __all__ = ["sparse_contenders"]
 
 def _targets(teacher: Tensor, entries: int) -> SparseTargets:
     """The likeliest tokens of each row as a cache hands them out: ids ascending, the mass of the others beside them."""
-    rows = [_kept(teacher[slab].double(), entries) for slab in check.slabs(len(teacher))]
+    rows = [_kept(teacher[slab].double(), entries) for slab in check.slabs(*teacher.shape)]
     ids, logprobs, rest = (torch.cat(parts) for parts in zip(*rows, strict=True))
     return SparseTargets(ids, logprobs, "ghost", TEMPERATURE, rest=rest)
 
@@ -35,7 +35,7 @@ def _kept(teacher: Tensor, entries: int) -> tuple[Tensor, Tensor, Tensor]:
 def _truth(student: Tensor, targets: SparseTargets, labels: Tensor) -> Truth:
     """As `check.kd_truth`."""
     loss, gradient = 0.0, torch.empty(student.shape)
-    for slab in check.slabs(len(student)):
+    for slab in check.slabs(*student.shape):
         logits = student.detach()[slab].double().requires_grad_()
         part = SparseTargets(
             targets.ids[slab],
