@@ -34,7 +34,7 @@ class Result:
     work: int  # the least there is to do: bytes or FLOPs
     errors: dict[str, float]
     shape: dict[str, int | None]  # rows, vocab, hidden size of the student
-    noise: float  # the widest interquartile range of a contender ÷ its median
+    noise: float | None  # the widest interquartile range of a contender ÷ its median; None: one ran only once
 
     @property
     def asked(self) -> Question:
@@ -69,10 +69,11 @@ def _result(allocator: str, extra: Mapping[str, Any]) -> Result:
     bars = tuple(Bar(**bar) for bar in extra["bars"])
     errors = {name: error for name, error in extra.get("errors", {}).items() if error is not None}
     if "values" in extra:
-        values, noise = extra["values"], 0.0
+        values, noise = extra["values"], None
     else:
         values = {name: 1e3 * statistics.median(samples) for name, samples in extra["times"].items()}
-        noise = max(map(_spread, extra["times"].values()))
+        several = all(len(samples) > 1 for samples in extra["times"].values())
+        noise = max(map(_spread, extra["times"].values())) if several else None
     work = extra[QUESTIONS[extra["question"]].measure]
     return Result(extra["question"], extra["case"], allocator, values, bars, work, errors, extra["shape"], noise)
 

@@ -46,9 +46,8 @@ def peak_bytes(
     if hidden is not None:
         products(Hidden.random(min(rows, 512), vocab, hidden, torch.float32)).run()
     warm_up = contender if name in COMPILING else contending(128, 1024)
-    for _ in range(2):
-        warm_up.prepare()
-        warm_up.run()
+    warm_up.prepare()
+    warm_up.run()
     warm_up.prepare()
     contender.prepare()
     gc.collect()

@@ -5,7 +5,7 @@ What fresh memory costs depends on who used it last: pages that a neighbour has 
 dearer than one's own. So a contender that is done within `_SETTLED_BELOW` runs once unmeasured in each of its turns,
 right before it is measured: it meets the memory as it left it itself, as in a training loop. For slower ones the
 difference is small, and time short: where a turn of all takes `_LONG` seconds, the run that is checked is the first
-round.
+round, and the only one of the others where a turn takes more than a minute.
 
 CPUs are timed by the wall clock, GPUs by events on the stream. pytest-benchmark times the first contender as well, in
 its pedantic mode; the times that count are in `extra_info`, for all alike, and `report.py` makes tables of them.
@@ -34,7 +34,7 @@ __all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
 _FEWEST, _MOST, _SECONDS = 5, 25, 3.0  # rounds of a full run: as many as fit the seconds, within limits
-_SLOW, _LONG, _LONGEST = 2.5, 10.0, 30.0  # seconds of a turn of all contenders, above which there are fewer rounds
+_SLOW, _LONG, _LONGER, _LONGEST = 2.5, 10.0, 20.0, 60.0  # seconds of a turn of all: the longer, the fewer rounds
 
 
 def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Case, *, quick: bool) -> None:
@@ -47,8 +47,7 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
     gc.collect()
     turn = sum(warm_up.values())
     times = {name: [seconds] if turn > _LONG else [] for name, seconds in warm_up.items()}
-    rounds = _rounds(turn, quick) - len(times[contenders[0].name])
-
+    rounds = _rounds(turn, quick)
     ours, *others = contenders
 
     def settle(contender: Contender) -> None:
@@ -58,20 +57,25 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
 
     def take_turns() -> None:
         for contender in others:
+            if len(times[contender.name]) == rounds:
+                continue
             settle(contender)
             times[contender.name].append(timed(contender))
             contender.prepare()
         settle(ours)
 
-    benchmark.pedantic(lambda: times[ours.name].append(timed(ours)), setup=take_turns, rounds=rounds)
+    left = max(rounds - len(times[ours.name]), 1)
+    benchmark.pedantic(lambda: times[ours.name].append(timed(ours)), setup=take_turns, rounds=left)
     ours.prepare()
     benchmark.extra_info["times"] = times
 
 
 def _rounds(turn: float, quick: bool) -> int:
     """Of so many seconds each."""
+    if turn > _LONGEST:
+        return 1
     if turn > _SLOW:
-        return 2 if quick or turn > _LONGEST else 3
+        return 2 if quick or turn > _LONGER else 3
     return _FEWEST if quick else min(max(int(_SECONDS / turn), _FEWEST), _MOST)
 
 
