@@ -104,9 +104,7 @@ def hidden_errors(case: Case) -> dict[str, float]:
     found = {}
     for name, loss in _hidden_losses(case.dtype).items():
         x.hidden.grad = x.weight.grad = None
-        value = loss(x)
-        if value.requires_grad:
-            value.backward()
+        rivals.differentiated(loss, x)
         assert x.hidden.grad is not None
         assert x.weight.grad is not None
         found[name] = worse(x.hidden.grad, x.weight.grad)

@@ -30,6 +30,7 @@ __all__ = [
     "error",
     "kd_rows",
     "kd_truth",
+    "limit",
     "recipe_is_right",
     "slabs",
     "verified",
@@ -139,23 +140,21 @@ def recipe_is_right(divergence: Divergence, temperature: float) -> None:
     assert abs(loss.item() - truth.loss) < 1e-9 * abs(truth.loss), f"the eager recipe of {divergence} has a wrong value"
 
 
+def limit(name: str, low: bool) -> float:
+    """Of a contender's relative error; `low`: its inputs are of low precision."""
+    if not low:
+        return FP32
+    return ARITHMETIC_BF16 if name == "eager" else ROUNDED
+
+
 def verified(
-    name: str,
-    value: object,
-    loss: float,
-    gradients: list[tuple[Tensor | None, Tensor]],
-    low: bool,
-    limit: float | None = None,
+    name: str, value: object, loss: float, gradients: list[tuple[Tensor | None, Tensor]], limit: float
 ) -> float:
     """The largest relative gradient error of a contender; AssertionError where that or its loss is off by too much.
 
-    `gradients` are (actual, truth); `low`: the inputs are of low precision; `limit`: another one than theirs.
+    `gradients` are (actual, truth).
     """
     assert isinstance(value, Tensor)
-    if limit is None:
-        limit = FP32
-        if low:
-            limit = ARITHMETIC_BF16 if name == "eager" else ROUNDED
     off = abs(value.item() - loss) / abs(loss)
     assert off <= limit, f"{name}: loss {value.item():.9g}, but the float64 reference says {loss:.9g}"
     errors = []

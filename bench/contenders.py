@@ -36,7 +36,7 @@ class Contender:
 
 def kd_contender(name: str, batch: Batch, divergence: Divergence, truth: Truth | None = None) -> Contender:
     """The contender called `name`; without a truth it cannot be verified."""
-    low = batch.student.dtype != torch.float32
+    limit = check.limit(name, low=batch.student.dtype != torch.float32)
     recipe = rivals.kd_loss_fp32 if name.endswith("fp32") else rivals.kd_loss
     if name == IN_PLACE:
         loss: rivals.Loss = fastkd.KDLoss(TEMPERATURE, divergence=divergence, inplace=True)
@@ -66,7 +66,7 @@ def kd_contender(name: str, batch: Batch, divergence: Divergence, truth: Truth |
 
     def verify(value: object) -> float:
         assert truth is not None
-        return check.verified(name, value, truth.loss, [(student.grad, truth.gradient)], low)
+        return check.verified(name, value, truth.loss, [(student.grad, truth.gradient)], limit)
 
     return Contender(name, run, prepare, verify)
 

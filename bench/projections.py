@@ -141,20 +141,14 @@ def projection_contender(
     def prepare() -> None:
         x.hidden.grad = x.weight.grad = None
 
-    def run() -> Tensor:
-        value = loss(x)
-        if value.requires_grad:  # otherwise the gradients are there already
-            value.backward()
-        return value
-
     def verify(value: object) -> float:
         assert truth is not None
         low = x.hidden.dtype != torch.float32
-        limit = check.OBJECTIVE if low and name in peers.PEERS else None
+        limit = check.OBJECTIVE if low and name in peers.PEERS else check.limit(name, low)
         gradients = [(x.hidden.grad, truth.hidden), (x.weight.grad, truth.weight)]
-        return check.verified(name, value, truth.loss, gradients, low, limit)
+        return check.verified(name, value, truth.loss, gradients, limit)
 
-    return Contender(name, run, prepare, verify)
+    return Contender(name, lambda: rivals.differentiated(loss, x), prepare, verify)
 
 
 def projection_contenders(case: Case) -> list[Contender]:

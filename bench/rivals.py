@@ -28,6 +28,7 @@ __all__ = [
     "can_compile",
     "chunked",
     "compiled",
+    "differentiated",
     "from_hidden",
     "ghost_kd_loss",
     "kd_loss",
@@ -147,6 +148,14 @@ class Operands(NamedTuple):
     above: Tensor | None  # [N, H of the teacher]
     head: Tensor | None  # [V, H of the teacher]
     labels: Tensor  # [N]
+
+
+def differentiated(loss: HiddenLoss, x: Operands) -> Tensor:
+    """The loss; its gradients are those of `x` then. Some losses leave them there themselves."""
+    value = loss(x)
+    if value.requires_grad:
+        value.backward()
+    return value
 
 
 def from_hidden(loss: Loss) -> HiddenLoss:

@@ -74,7 +74,8 @@ def sparse_contenders(case: Case) -> list[Contender]:
             return value
 
         def verify(value: object) -> float | None:
-            return check.verified(name, value, truth.loss, [(logits.grad, truth.gradient)], low) if judged else None
+            gradients = [(logits.grad, truth.gradient)]
+            return check.verified(name, value, truth.loss, gradients, check.limit(name, low)) if judged else None
 
         return Contender(name, run, prepare, verify)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +11,9 @@ import torch
 from torch import Tensor, distributed, nn
 
 from fastkd.models import project
-from fastkd.sources import Projection
+from tests.causal_lms import DECODER, B, H, T, V, agrees, batch, build, gradients, llama, same_gradients
 
 transformers = pytest.importorskip("transformers")
-
-B, T, V, H = 2, 7, 61, 16
-
-DECODER = {
-    "vocab_size": V,
-    "hidden_size": H,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-    "max_position_embeddings": 32,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
 
 # (model_type, config, expected factor, expected softcap)
 ARCHITECTURES: dict[str, tuple[str, dict[str, Any], float, float | None]] = {
@@ -56,60 +38,6 @@ ARCHITECTURES: dict[str, tuple[str, dict[str, Any], float, float | None]] = {
         2.0,
     ),
 }
-
-
-def build(model_type: str, **config: Any) -> Any:
-    """A small float64 model with logits large enough for a softcap to bend."""
-    try:
-        settings = transformers.AutoConfig.for_model(model_type, **config)
-    except ValueError as error:
-        pytest.skip(f"transformers {transformers.__version__} has no {model_type}: {error}")
-    model = transformers.AutoModelForCausalLM.from_config(settings).double().eval()
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return model
-
-
-def llama(**config: Any) -> Any:
-    return build("llama", **DECODER, **config)
-
-
-def batch(padding: str | None = None) -> dict[str, Tensor]:
-    inputs = {"input_ids": torch.randint(3, V, (B, T)), "attention_mask": torch.ones(B, T, dtype=torch.long)}
-    if padding is not None:
-        inputs["attention_mask"][1, slice(0, 3) if padding == "left" else slice(T - 3, T)] = 0
-    return inputs
-
-
-def gradients(model: nn.Module, logits: Tensor, upstream: Tensor) -> dict[str, Tensor | None]:
-    model.zero_grad(set_to_none=True)
-    logits.backward(upstream)
-    return {name: parameter.grad for name, parameter in model.named_parameters()}
-
-
-def same_gradients(ours: dict[str, Tensor | None], truth: dict[str, Tensor | None], tolerance: float = 1e-9) -> None:
-    assert any(gradient is not None and gradient.abs().max() > 1e-3 for gradient in truth.values())
-    for name, expected in truth.items():
-        gradient = ours[name]
-        if expected is None or gradient is None:
-            assert expected is gradient, name
-        else:
-            distance = (gradient - expected).abs().max()
-            assert distance <= tolerance * (1 + expected.abs().max()), name
-
-
-def agrees(model: Any, **inputs: Any) -> Projection:
-    """Logits and every parameter's gradient are those of the model's own forward."""
-    # A copy, without a cache: in transformers 4, RecurrentGemma keeps state, with its graph, between forwards.
-    reference = copy.deepcopy(model)
-    projection, expected = project(model, **inputs), reference(**inputs, use_cache=False).logits
-    tolerance = {torch.float64: 1e-9, torch.float32: 1e-5}[expected.dtype]
-    torch.testing.assert_close(projection.logits(), expected, rtol=tolerance, atol=tolerance)
-    assert projection.shape == expected.shape
-    upstream = torch.randn_like(expected)
-    ours = gradients(model, projection.logits(), upstream)
-    same_gradients(ours, gradients(reference, expected, upstream), tolerance)
-    return projection
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -293,143 +221,6 @@ def test_compiled_body() -> None:
     model = llama()
     model.base_model.compile(backend="eager")
     agrees(model, **batch())
-
-
-@pytest.mark.parametrize(
-    "compile_whole",
-    [lambda model: torch.compile(model, backend="eager"), lambda model: model.compile(backend="eager") or model],
-)
-def test_refuses_a_model_compiled_as_a_whole(compile_whole: Callable[[Any], Any]) -> None:
-    with pytest.raises(TypeError, match="compile its body"):
-        project(compile_whole(llama()), **batch())
-
-
-def test_refuses_labels() -> None:
-    inputs = batch()
-    with pytest.raises(ValueError, match="labels go to the loss"):
-        project(llama(), **inputs, labels=inputs["input_ids"])
-
-
-def test_refuses_what_is_not_a_causal_lm() -> None:
-    with pytest.raises(TypeError, match="needs a transformers causal LM, got Linear"):
-        project(nn.Linear(2, 3), **batch())
-    with pytest.raises(TypeError, match="LlamaModel has no output head"):
-        project(llama().base_model, **batch())
-    config = transformers.T5Config(
-        vocab_size=V, d_model=H, d_kv=8, d_ff=8, num_layers=1, num_heads=2, decoder_start_token_id=0
-    )
-    with pytest.raises(TypeError, match="encoder-decoder T5ForConditionalGeneration"):
-        project(transformers.T5ForConditionalGeneration(config), **batch())
-
-
-class QuantisedLinear(nn.Linear):
-    pass
-
-
-class QuantisedTensor(Tensor):
-    pass
-
-
-def quantised_layer(model: Any) -> None:
-    model.lm_head = QuantisedLinear(H, V)
-
-
-def quantised_weight(model: Any) -> None:
-    model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().as_subclass(QuantisedTensor))
-
-
-def sharded_weight(model: Any) -> None:
-    model.lm_head.weight.data = torch.empty(0)
-
-
-def offloaded_weight(model: Any) -> None:
-    model.lm_head.to("meta")
-
-
-@pytest.mark.parametrize(
-    ("spoil", "error", "message"),
-    [
-        (quantised_layer, TypeError, "QuantisedLinear with a weight of type Parameter, not a plain nn.Linear"),
-        (quantised_weight, TypeError, "weight of type QuantisedTensor, not a plain nn.Linear"),
-        (sharded_weight, ValueError, r"weight \(0,\) on cpu: project\(\) needs it whole"),
-        (offloaded_weight, ValueError, "on meta: project.. needs it whole"),
-    ],
-)
-def test_refuses_a_head_that_is_not_a_plain_linear(
-    spoil: Callable[[Any], None], error: type[Exception], message: str
-) -> None:
-    model = llama(tie_word_embeddings=False)
-    spoil(model)
-    with pytest.raises(error, match=message):
-        project(model, **batch())
-
-
-class Custom(nn.Module):
-    """What a model of remote code might do after its body."""
-
-    def __init__(self, tail: Callable[[nn.Linear, Tensor], Tensor]) -> None:
-        super().__init__()
-        self.head = nn.Linear(H, V)
-        self.tail = tail
-
-    def get_output_embeddings(self) -> nn.Linear:
-        return self.head
-
-    def forward(self, hidden: Tensor) -> dict[str, Tensor]:
-        return {"logits": self.tail(self.head, hidden)}
-
-
-def masked(head: nn.Linear, hidden: Tensor) -> Tensor:
-    logits: Tensor = head(hidden)
-    logits[..., 5] = torch.finfo(logits.dtype).min
-    return logits
-
-
-def gathered(head: nn.Linear, hidden: Tensor) -> Tensor:
-    handle = head.register_forward_hook(lambda module, args, output: torch.cat((output, output), -1))
-    # Before project's own hook, as tensor parallelism puts it there at load time.
-    head._forward_hooks = OrderedDict(sorted(head._forward_hooks.items(), key=lambda item: item[0] != handle.id))
-    logits: Tensor = head(hidden)
-    return logits
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.0625, 1 / 7, 12.0])
-@pytest.mark.parametrize("softcap", [None, 0.5, 30.0, 100.0])
-def test_any_factor_and_softcap_are_measured(scale: float, softcap: float | None) -> None:
-    def tail(head: nn.Linear, hidden: Tensor) -> Tensor:
-        logits = scale * head(hidden).float()
-        return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-    model, hidden = Custom(tail), torch.randn(B, T, H)
-    projection = project(model, hidden=hidden)
-    assert projection.logit_scale == pytest.approx(scale, rel=1e-6)
-    assert projection.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
-    torch.testing.assert_close(projection.logits(), model(hidden)["logits"])
-
-
-@pytest.mark.parametrize(
-    ("tail", "message"),
-    [
-        (lambda head, hidden: head(hidden) + 0.1, "does more to the logits"),
-        (lambda head, hidden: -head(hidden), "does more to the logits"),
-        (lambda head, hidden: 0 * head(hidden), "does more to the logits"),
-        (lambda head, hidden: torch.nan * head(hidden), "does more to the logits"),
-        (lambda head, hidden: head(hidden).clamp(-30, 30), "does more to the logits"),
-        (lambda head, hidden: head(hidden).log_softmax(-1), "does more to the logits"),
-        (lambda head, hidden: head(hidden) * torch.linspace(1, 2, V), "does more to the logits"),
-        (masked, "does more to the logits"),
-        (lambda head, hidden: head(hidden)[..., : V - 2], r"makes logits \(1, 1, 59\) of its head's 61 outputs"),
-        (lambda head, hidden: head(hidden)[0], r"makes logits \(1, 61\) of its head's 61 outputs"),
-        (lambda head, hidden: head(hidden) + head(hidden), "calls its output head 2 times"),
-        (lambda head, hidden: hidden @ head.weight.T, "calls its output head 0 times"),
-        (gathered, "holds 61 of its 122 rows"),
-    ],
-)
-def test_refuses_logits_that_a_projection_cannot_hold(
-    tail: Callable[[nn.Linear, Tensor], Tensor], message: str
-) -> None:
-    with pytest.raises(ValueError, match=message):
-        project(Custom(tail), hidden=torch.randn(B, T, H))
 
 
 def test_peft_adapters() -> None:
