@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
+from bench.names import ALLOCATORS
 from bench.questions import QUESTIONS
 
 __all__ = [
@@ -73,6 +74,7 @@ class Case:
     threads: int | None = None  # None: as many as torch takes
     family: str | None = None  # how the student's rows differ from the teacher's, where that is the question
     in_quick: bool = False  # part of `--quick`, with at most 256 rows
+    headline: bool = True  # where its question is one: in the README, which quotes the less kind of both allocators
 
     def __str__(self) -> str:
         name = f"{self.rows}x{self.vocab} {str(self.dtype).removeprefix('torch.')}"
@@ -85,6 +87,11 @@ class Case:
         if self.family is not None:
             name = f"{self.family} {name}"
         return name if self.divergence == "forward_kl" else f"{self.divergence} {name}"
+
+    @property
+    def allocators(self) -> tuple[str, ...]:
+        """Under which it is run."""
+        return ALLOCATORS if self.headline and QUESTIONS[self.question].headline else ALLOCATORS[:1]
 
     @property
     def matrix_bytes(self) -> int:

@@ -34,6 +34,7 @@ class Result:
     work: int  # the least there is to do: bytes or FLOPs
     errors: dict[str, float]
     shape: dict[str, int | None]  # rows, vocab, hidden size of the student
+    headline: bool  # in the README
     noise: float | None  # the widest interquartile range of a contender ÷ its median; None: one ran only once
 
     @property
@@ -75,7 +76,18 @@ def _result(allocator: str, extra: Mapping[str, Any]) -> Result:
         several = all(len(samples) > 1 for samples in extra["times"].values())
         noise = max(map(_spread, extra["times"].values())) if several else None
     work = extra[QUESTIONS[extra["question"]].measure]
-    return Result(extra["question"], extra["case"], allocator, values, bars, work, errors, extra["shape"], noise)
+    return Result(
+        extra["question"],
+        extra["case"],
+        allocator,
+        values,
+        bars,
+        work,
+        errors,
+        extra["shape"],
+        extra["headline"],
+        noise,
+    )
 
 
 def _spread(samples: list[float]) -> float:

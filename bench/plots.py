@@ -26,7 +26,7 @@ def draw(results: list[Result], folder: pathlib.Path) -> None:
         import matplotlib.figure  # noqa: F401
     except ImportError:
         return
-    _speedups([result for result in results if result.asked.headline], folder / "speedups.png")
+    _speedups([result for result in results if result.headline], folder / "speedups.png")
     _scaling([result for result in results if result.question.startswith("scaling")], folder / "scaling.png")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from bench.names import ALLOCATORS, CROSS_ENTROPY, HARD, PRODUCTS, SOFT
+from bench.names import CROSS_ENTROPY, HARD, PRODUCTS, SOFT
 
 __all__ = [
     "OBJECTIVES",
@@ -30,13 +30,7 @@ class Question:
     unit: str = "ms"
     measure: Literal["bytes", "flops"] = "bytes"
     floor: str | None = None  # the contender that does this least work and nothing else
-    #: In the README, which then quotes the less kind of both allocators.
-    headline: bool = False
-
-    @property
-    def allocators(self) -> tuple[str, ...]:
-        """Under which it is asked."""
-        return ALLOCATORS if self.headline else ALLOCATORS[:1]
+    headline: bool = False  # its cases are in the README, if they are headlines too
 
 
 _FROM_LOGITS = "read student and teacher, write the gradient: 3·N·V·b bytes"

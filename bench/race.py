@@ -4,7 +4,7 @@ them.
 What fresh memory costs depends on who used it last: pages that a neighbour has just given back by the gigabyte are
 dearer than one's own. So a contender that is done within `_SETTLED_BELOW` runs once unmeasured in each of its turns,
 right before it is measured: it meets the memory as it left it itself, as in a training loop. For slower ones the
-difference is small, and time short: where a turn of all takes `_LONG` seconds, the run that is checked is the first
+difference is small, and time short: where a turn of all takes `_SLOW` seconds, the run that is checked is the first
 round, and the only one of the others where a turn takes more than a minute.
 
 CPUs are timed by the wall clock, GPUs by events on the stream. pytest-benchmark times the first contender as well, in
@@ -34,7 +34,8 @@ __all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
 _FEWEST, _MOST, _SECONDS = 5, 25, 3.0  # rounds of a full run: as many as fit the seconds, within limits
-_SLOW, _LONG, _LONGER, _LONGEST = 2.5, 10.0, 20.0, 60.0  # seconds of a turn of all: the longer, the fewer rounds
+_SLOW, _SLOWER, _SLOWEST = 2.5, 10.0, 60.0  # seconds of a turn of all: the longer, the fewer rounds
+_COMPILING_IS_SMALL = 30.0  # seconds of a run, compiling included
 
 
 def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Case, *, quick: bool) -> None:
@@ -46,7 +47,7 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
     benchmark.extra_info["errors"] = errors
     gc.collect()
     turn = sum(warm_up.values())
-    times = {name: [seconds] if turn > _LONG else [] for name, seconds in warm_up.items()}
+    times = {name: [seconds] if turn > _SLOW else [] for name, seconds in warm_up.items()}
     rounds = _rounds(turn, quick)
     ours, *others = contenders
 
@@ -72,10 +73,10 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
 
 def _rounds(turn: float, quick: bool) -> int:
     """Of so many seconds each."""
-    if turn > _LONGEST:
+    if turn > _SLOWEST:
         return 1
     if turn > _SLOW:
-        return 2 if quick or turn > _LONGER else 3
+        return 2 if quick or turn > _SLOWER else 3
     return _FEWEST if quick else min(max(int(_SECONDS / turn), _FEWEST), _MOST)
 
 
@@ -90,11 +91,12 @@ def _describe(benchmark: BenchmarkFixture, case: Case) -> None:
     benchmark.group = case.question
     benchmark.extra_info.update(question=case.question, case=str(case), bars=[vars(bar) for bar in case.bars])
     benchmark.extra_info[QUESTIONS[case.question].measure] = case.work
+    benchmark.extra_info["headline"] = len(case.allocators) > 1
     benchmark.extra_info["shape"] = {"rows": case.rows, "vocab": case.vocab, "hidden": case.hidden and case.hidden[0]}
 
 
 def _checked(contender: Contender) -> tuple[float, float | None]:
-    """Seconds of a run, and the error; of one that compiles, seconds of the run after."""
+    """Seconds of a run, and the error; of one that compiles, seconds of the run after, unless the first takes long."""
     contender.prepare()
     stop = _clock()
     value = contender.run()
@@ -102,7 +104,7 @@ def _checked(contender: Contender) -> tuple[float, float | None]:
     error = contender.verify(value)
     del value
     contender.prepare()
-    if contender.name in COMPILING:
+    if contender.name in COMPILING and seconds < _COMPILING_IS_SMALL:
         seconds = timed(contender)
         contender.prepare()
     return seconds, error

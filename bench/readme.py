@@ -62,7 +62,7 @@ def lines(folder: pathlib.Path, runs: _Runs, others: Mapping[pathlib.Path, _Runs
     yield f"`make bench` on {_machine(runs)}. {_score(folder, results)}\n"
     yield "| | fastkd | eager | `torch.compile` | others | floor |\n|---|---|---|---|---|---|"
     for name, question in QUESTIONS.items():
-        mine = [result for result in results if result.question == name and question.headline]
+        mine = [result for result in results if result.question == name and result.headline]
         if mine:
             yield f"| **{question.title}** | | | | | |"
             yield from (_speed(case, group) for case, group in by_case(mine).items())

@@ -37,7 +37,6 @@ from bench.names import (
     beyond_gradients,
     predicted,
 )
-from bench.questions import QUESTIONS
 from fastkd.divergences import TABLE
 
 __all__ = [
@@ -121,6 +120,7 @@ DIVERGENCES = tuple(
         ),
         name,
         in_quick=name in ("reverse_kl", "jsd"),
+        headline=name in ("reverse_kl", "jsd"),
     )
     for name in TABLE
     if name != "forward_kl"
@@ -236,7 +236,7 @@ _SPARSE_BARS = (
     faster(FRESH, "compile"),
 )
 SPARSE = tuple(
-    Case("sparse", rows, vocab, dtype, _SPARSE_BARS, entries=entries, in_quick=number == 0)
+    Case("sparse", rows, vocab, dtype, _SPARSE_BARS, entries=entries, in_quick=number == 0, headline=number < 2)
     for number, (rows, vocab, dtype, entries) in enumerate(
         (
             (1024, 50257, torch.float32, 64),
@@ -260,7 +260,7 @@ TOP_K, SAMPLE = (
 )
 _TEACHER_VOCAB, _TEACHER_HIDDEN = 49152, 576
 CACHE_WRITE = (
-    Case("cache_write", 1024, _TEACHER_VOCAB, torch.float32, (within(FRESH, "teacher forward", 1.15),), in_quick=True),
+    Case("cache_write", 512, _TEACHER_VOCAB, torch.float32, (within(FRESH, "teacher forward", 1.15),), in_quick=True),
 )
 CACHE_READ = (
     Case("cache_read", 32 * 128, 50257, torch.float32, (within(FRESH, None, 32 * 128 / 500),), in_quick=True),
@@ -346,7 +346,6 @@ def selected(cases: tuple[Case, ...], quick: bool) -> list[Case]:
     here = [
         case
         for case in cases
-        if machine.allocator() in QUESTIONS[case.question].allocators
-        and (case.threads is None or machine.DEVICE.type == "cpu")
+        if machine.allocator() in case.allocators and (case.threads is None or machine.DEVICE.type == "cpu")
     ]
     return [replace(case, rows=min(case.rows, 256)) for case in here if case.in_quick] if quick else here
