@@ -20,7 +20,7 @@ from bench.race import race
 from fastkd import Projection
 
 CASES = shapes.CACHE_WRITE + shapes.CACHE_READ
-_SEQUENCE, _BATCHES = 128, 32
+_SEQUENCE, _BATCHES = 128, 16
 
 
 def bench_cache(benchmark: BenchmarkFixture, case: Case, quick: bool, tmp_path: pathlib.Path) -> None:
@@ -56,7 +56,7 @@ def _writing(case: Case, folder: pathlib.Path) -> list[Contender]:
 
 
 def _reading(case: Case, folder: pathlib.Path) -> list[Contender]:
-    """A cache of 32 batches, read in a shuffled order that never repeats within an epoch."""
+    """A cache of 16 batches, read in a shuffled order that never repeats within an epoch."""
     size, generator = case.rows // _SEQUENCE, machine.generator()
     ids = torch.randint(case.vocab, (size * _BATCHES, _SEQUENCE), generator=generator)
     states, head = torch.randn(case.vocab, 8, generator=generator), torch.randn(case.vocab, 8, generator=generator)

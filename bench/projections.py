@@ -35,14 +35,8 @@ from fastkd.divergences import ForwardKL
 __all__ = ["Hidden", "HiddenTruth", "hidden_loss", "products", "projection_contender", "projection_contenders"]
 
 _DIVERGENCE = ForwardKL()
-#: Contenders beside fastkd, per question and in this order; those that cannot run here are left out.
-_RIVALS = {
-    "projections": ("eager", "compile", CHUNKED, LIGER),
-    "projections_soft": ("eager", "compile", LIGER_TRITON, TRL, LINEAR_CE),
-    "projections_hard": ("eager", "compile", LINEAR_CE, LINEAR_CE_CHUNKED, CUT_CE),
-}
-#: Products in bf16 are slow without hardware for them: one recipe is enough.
-_FP32_ONLY = ("compile", CHUNKED)
+#: Contenders beside fastkd, in this order: those that a case's bars name, but for what cannot run here.
+_OTHERS = (WIDENED, "eager", "compile", CHUNKED, LIGER, LIGER_TRITON, TRL, LINEAR_CE, LINEAR_CE_CHUNKED, CUT_CE)
 _SLAB = 128  # rows whose logits the reference computes at a time
 
 
@@ -157,12 +151,10 @@ def projection_contenders(case: Case) -> list[Contender]:
     objective = OBJECTIVES.get(case.question, BOTH)
     batch = Hidden.random(case.rows, case.vocab, case.hidden, case.dtype)
     truth = batch.truth(objective)
-    names = [FRESH, *_RIVALS[case.question]]
-    low = case.dtype != torch.float32
-    if low:
-        names = [FRESH, WIDENED, *(name for name in _RIVALS[case.question] if name not in _FP32_ONLY)]
+    named = {bar.other for bar in case.bars}
+    names = (FRESH, *(name for name in _OTHERS if name in named))
     contenders = [projection_contender(name, batch, truth, objective) for name in names if hidden_loss(name, objective)]
-    return contenders if low else [*contenders, products(batch)]
+    return [*contenders, products(batch)] if PRODUCTS in named else contenders
 
 
 def products(batch: Hidden) -> Contender:

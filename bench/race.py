@@ -34,7 +34,7 @@ __all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
 _FEWEST, _MOST, _SECONDS = 5, 25, 3.0  # rounds of a full run: as many as fit the seconds, within limits
-_SLOW, _SLOWER, _SLOWEST = 2.5, 10.0, 60.0  # seconds of a turn of all: the longer, the fewer rounds
+_SLOW, _SLOWER, _SLOWEST = 2.5, 5.0, 60.0  # seconds of a turn of all: the longer, the fewer rounds
 _COMPILING_IS_SMALL = 30.0  # seconds of a run, compiling included
 
 
