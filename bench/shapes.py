@@ -153,7 +153,7 @@ _FROM_HIDDEN = (
 )
 _PROJECTION_BF16 = (512, 50257, torch.bfloat16)
 #: In bf16 torch's recipe takes a minute where no unit multiplies it: what has no bar of its own gets few rows, once.
-_PEERS_BF16 = (128, 50257, torch.bfloat16)
+_PEERS_BF16 = (64, 50257, torch.bfloat16)
 PROJECTIONS = (
     *(
         Case("projections", rows, vocab, torch.float32, _projection_bars(over), hidden=hidden, in_quick=number == 0)
