@@ -27,8 +27,8 @@ over the logits; `add` is torch.add of student and teacher into fresh memory, `a
 before; `products` is the matrix products alone, `chunked` a loop over 128 tokens at a time. A ratio
 `× faster` is the other's time ÷ ours; `÷` is ours ÷ the other's. Least work is the formula above each table;
 GB/s and GFLOP/s are it ÷ the time of `fastkd`, and "of floor" is how much of our time the floor takes, which does
-that work and nothing else. Noise: the widest interquartile range of a contender ÷ its median; once: all together take
-more than a minute, and others than fastkd ran once. Error: relative L2 of
+that work and nothing else. Noise: the widest interquartile range of a contender ÷ its median; once: a rival took more
+than ten seconds, and ran once. Error: relative L2 of
 the gradient (row statistics: largest relative) against float64, of `fastkd` and of its rivals. fastkd asks
 for huge pages for its own gradients of logits under either allocator."""
 
