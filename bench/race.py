@@ -4,7 +4,7 @@ them.
 What fresh memory costs depends on who used it last: pages that a neighbour has just given back by the gigabyte are
 dearer than one's own. So a contender that is done within `_SETTLED_BELOW` runs once unmeasured in each of its turns,
 right before it is measured: it meets the memory as it left it itself, as in a training loop. For slower ones the
-difference is small, and time short: where a turn of all takes `_SLOW` seconds, the run that is checked is the first
+difference is small, and time short: where a turn of all takes `_SLOW` seconds, the run that is checked is their first
 round, and the only one of a rival that takes more than `_ONCE`: that long a run averages over slow spells by itself.
 
 CPUs are timed by the wall clock, GPUs by events on the stream. pytest-benchmark times the first contender as well, in
@@ -48,7 +48,8 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
     benchmark.extra_info["errors"] = errors
     gc.collect()
     turn = sum(warm_up.values())
-    times = {name: [seconds] if turn > _SLOW else [] for name, seconds in warm_up.items()}
+    first = {name for name, seconds in warm_up.items() if turn > _SLOW and seconds > _SETTLED_BELOW}
+    times = {name: [seconds] if name in first else [] for name, seconds in warm_up.items()}
     rounds = _rounds(turn, quick)
     ours, *others = contenders
 
@@ -59,7 +60,8 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
 
     def take_turns() -> None:
         for contender in others:
-            if times[contender.name] and warm_up[contender.name] > _ONCE:
+            done = times[contender.name]
+            if len(done) == rounds or (done and warm_up[contender.name] > _ONCE):
                 continue
             settle(contender)
             times[contender.name].append(timed(contender))
