@@ -5,7 +5,7 @@ What fresh memory costs depends on who used it last: pages that a neighbour has 
 dearer than one's own. So a contender that is done within `_SETTLED_BELOW` runs once unmeasured in each of its turns,
 right before it is measured: it meets the memory as it left it itself, as in a training loop. For slower ones the
 difference is small, and time short: where a turn of all takes `_SLOW` seconds, the run that is checked is their first
-round, and the only one of a rival that takes more than `_ONCE`: that long a run averages over slow spells by itself.
+of three rounds, and the only one of a rival that takes more than `_ONCE`: so long a run averages over slow spells.
 
 CPUs are timed by the wall clock, GPUs by events on the stream. pytest-benchmark times the first contender as well, in
 its pedantic mode; the times that count are in `extra_info`, for all alike, and `report.py` makes tables of them.
@@ -34,7 +34,7 @@ __all__ = ["measure", "race", "timed"]
 
 _SETTLED_BELOW = 0.5  # seconds
 _FEWEST, _MOST, _SECONDS = 5, 25, 3.0  # rounds of a full run: as many as fit the seconds, within limits
-_SLOW, _SLOWER = 2.5, 5.0  # seconds of a turn of all: the longer, the fewer rounds
+_SLOW, _SLOW_ROUNDS = 2.5, 3  # seconds of a turn of all, above which there are so many
 _ONCE = 10.0  # seconds of a run
 _COMPILING_IS_SMALL = 30.0  # likewise, compiling included
 
@@ -77,7 +77,7 @@ def race(benchmark: BenchmarkFixture, contenders: Sequence[Contender], case: Cas
 def _rounds(turn: float, quick: bool) -> int:
     """Of so many seconds each."""
     if turn > _SLOW:
-        return 2 if quick or turn > _SLOWER else 3
+        return 2 if quick else _SLOW_ROUNDS
     return _FEWEST if quick else min(max(int(_SECONDS / turn), _FEWEST), _MOST)
 
 
