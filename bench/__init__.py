@@ -12,7 +12,7 @@ comes, and in a second pytest with `THP_MEM_ALLOC_ENABLE=1` (huge pages for torc
 variable yourself, to 0 or 1, to get that pass alone. Where there is a GPU everything runs there, timed by events, once.
 
 Results land in `results/<machine>/`: the JSON of pytest-benchmark per question and allocator, `report.md`, and plots
-where matplotlib is installed; the README's tables are written anew where it shows this machine. A run of some
+where matplotlib is installed; the README's tables are written anew from what is stored. A run of some
 questions (`-k projections`, one file) replaces theirs and keeps the others'; a run of some cases of a question
 replaces all of it; a run that is stopped replaces nothing of the pass it was in. Name another place with
 `--benchmark-json=PATH` (one pass, no report) to keep what is there.

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gate, machine, race, readme, report, store
+from bench import gate, machine, race, readme, report, shapes, store
 from bench.cases import faster, within
 from bench.contenders import Contender
 from bench.measured import Result, results_of, slower_allocator, worst_of
@@ -89,6 +89,43 @@ def test_a_pass_replaces_the_questions_it_asked_and_no_others(tmp_path: Path) ->
     assert kept == {("logits", ALLOCATORS[0]): "now"} | {("sparse", name): "then" for name in ALLOCATORS}
     store.replace(None, {"sparse": ["bench_sparse"]}, tmp_path, ALLOCATORS[0], ALLOCATORS)
     assert list(store.load(tmp_path)) == [("logits", ALLOCATORS[0])]
+
+
+# --- taking turns ---------------------------------------------------------------------------------------------
+
+
+class _Pedantic:
+    """pytest-benchmark's fixture, without its own timing."""
+
+    def __init__(self) -> None:
+        self.extra_info: dict[str, Any] = {}
+
+    def pedantic(self, run: Callable[[], None], setup: Callable[[], None], rounds: int) -> None:
+        for _ in range(rounds):
+            setup()
+            run()
+
+
+def test_who_counts_from_its_first_run_and_who_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a slow race the quick settle before each round, the slow count the checked run, the slowest has no other."""
+    now, runs, benchmark = [0.0], dict.fromkeys(("fastkd", "eager", "compile", "add"), 0), _Pedantic()
+
+    def contender(name: str, seconds: float) -> Contender:
+        def run() -> None:
+            runs[name] += 1
+            now[0] += seconds if runs[name] > 1 else 2 * seconds  # cold
+
+        return Contender(name, run)
+
+    def clock() -> Callable[[], float]:
+        start = now[0]
+        return lambda: now[0] - start
+
+    monkeypatch.setattr(race, "_clock", clock)
+    contenders = [contender(*pair) for pair in (("fastkd", 0.1), ("eager", 8.0), ("compile", 3.0), ("add", 0.05))]
+    race.race(benchmark, contenders, shapes.LOGITS[0], quick=False)  # type: ignore[arg-type]
+    times = {name: [round(value, 6) for value in some] for name, some in benchmark.extra_info["times"].items()}
+    assert times == {"fastkd": [0.1] * 3, "eager": [16.0], "compile": [3.0] * 3, "add": [0.05] * 3}
 
 
 # --- the gate ---------------------------------------------------------------------------------------------------
