@@ -26,8 +26,8 @@ _VALUES = (
     ("Relative error of a gradient w.r.t. logits, where the student is near its teacher", "accuracy", "{:.0e}", "near"),
     ("The same from hidden states (d hidden or d weight, whichever is worse)", "projection_accuracy", "{:.0e}", "near"),
     (
-        "Degrees between the gradient of the student's head from a cache and from the teacher's whole rows, 4096 tokens "
-        "of reviews; SmolLM2 teaches, the student is it seen through so many of its 576 principal directions",
+        "Degrees between the gradients of a student's head from a cache and from the teacher's whole rows; 4096 "
+        "tokens of reviews; SmolLM2 teaches, the student is it seen through so many of its 576 principal directions",
         "cache_gradient",
         "{:.1f}",
         "",
