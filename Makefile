@@ -11,7 +11,7 @@ demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
 
 test: $(VENV)/test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
 	$(BIN)/ruff check
@@ -21,7 +21,7 @@ lint: $(VENV)/test
 bench: $(VENV)/bench $(VENV)/demo
 	$(BIN)/python -m pytest bench --benchmark-only
 
-bench-quick: $(VENV)/bench $(VENV)/demo
+bench-quick: $(VENV)/bench
 	$(BIN)/python -m pytest bench --benchmark-only --quick
 
 # Fails where fastkd has lost against the baseline committed for this machine; bench-accept makes a new one.

@@ -88,8 +88,8 @@ _MEMORY_BARS = (
     within(IN_PLACE, None, 1.0),
     within(LOSS_ONLY, None, 1.0),
     within("eager", ONE_GRADIENT),
-    within("compile", ONE_GRADIENT),
 )
+_COMPILED_MEMORY = within("compile", ONE_GRADIENT)
 
 
 def _cases(
@@ -128,8 +128,8 @@ DIVERGENCES = tuple(
 LOG_SOFTMAX = _cases("log_softmax", _LOG_SOFTMAX_BARS, _LOG_SOFTMAX_BARS, _SHAPES[:2])[:3]
 ROW_STATISTICS = _cases("row_statistics", _ROW_STATISTICS_BARS, _ROW_STATISTICS_BARS, _SHAPES[:2])[:3]
 MEMORY = (
-    Case("memory", 1024, 50257, torch.float32, _MEMORY_BARS, in_quick=True),
-    Case("memory", 1024, 50257, torch.bfloat16, _MEMORY_BARS),
+    Case("memory", 1024, 50257, torch.float32, (*_MEMORY_BARS, _COMPILED_MEMORY), in_quick=True),
+    Case("memory", 1024, 50257, torch.bfloat16, (*_MEMORY_BARS, _COMPILED_MEMORY)),
     Case("memory", 256, 128256, torch.float32, _MEMORY_BARS),
     Case("memory", 1024, 50257, torch.float32, _MEMORY_BARS, "jsd"),
 )
@@ -164,6 +164,7 @@ PROJECTIONS = (
         *_PROJECTION_BF16,
         (within(FRESH, WIDENED, 1.2), faster(FRESH, "eager", 20)),
         hidden=(256, 768),
+        headline=False,
     ),
     Case(
         "projections",
@@ -180,7 +181,7 @@ def _against_peers(question: str, hidden: tuple[int, ...], *peers: str) -> tuple
     bars = tuple(faster(FRESH, name) for name in ("eager", *peers))
     fp32_bars = (within(FRESH, PRODUCTS), faster(FRESH, "compile"), *bars)
     return (
-        Case(question, 1024, 50257, torch.float32, fp32_bars, hidden=hidden, in_quick=True),
+        Case(question, 1024, 50257, torch.float32, fp32_bars, hidden=hidden, in_quick=question == "projections_soft"),
         Case(question, *_PEERS_BF16, (within(FRESH, WIDENED), *bars), hidden=hidden, headline=False),
     )
 
@@ -204,7 +205,7 @@ PROJECTION_MEMORY = (
             torch.float32,
             _PROJECTION_MEMORY_BARS + (_RIVALS_MEMORY if number == 0 else ()),
             hidden=hidden,
-            in_quick=number == 0,
+            in_quick=number == 1,
         )
         for number, (rows, vocab, hidden, _) in enumerate(_FROM_HIDDEN)
     ),
@@ -229,7 +230,7 @@ def _accuracy(question: str, *divergences: str, hidden: tuple[int, ...] | None =
             divergence,
             hidden=hidden,
             family=family,
-            in_quick=family.startswith("near-equal"),
+            in_quick=family == "near-equal 1e-3",
         )
         for divergence in divergences
         for dtype, bar in ((torch.float32, _EXACT_FP32), (torch.bfloat16, _EXACT_BF16))
@@ -263,15 +264,13 @@ _SELECTION_BARS = (
 )
 TOP_K, SAMPLE = (
     tuple(
-        Case(question, 512, 50257, dtype, _SELECTION_BARS, in_quick=dtype == torch.float32)
+        Case(question, 256, 50257, dtype, _SELECTION_BARS, in_quick=dtype == torch.float32)
         for dtype in (torch.float32, torch.bfloat16)
     )
     for question in ("top_k", "sample")
 )
 _TEACHER_VOCAB, _TEACHER_HIDDEN = 49152, 576
-CACHE_WRITE = (
-    Case("cache_write", 512, _TEACHER_VOCAB, torch.float32, (within(FRESH, "teacher forward", 1.15),), in_quick=True),
-)
+CACHE_WRITE = (Case("cache_write", 256, _TEACHER_VOCAB, torch.float32, (within(FRESH, "teacher forward", 1.15),)),)
 CACHE_READ = (
     Case("cache_read", 32 * 128, 50257, torch.float32, (within(FRESH, None, 32 * 128 / 500),), in_quick=True),
 )
@@ -297,7 +296,6 @@ CACHE_GRADIENT = tuple(
             within("ghost 12", None),
         ),
         hidden=(directions, _TEACHER_HIDDEN),
-        in_quick=directions == 16,
     )
     for directions in (16, 64, 256)
 )

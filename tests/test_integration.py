@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +10,7 @@ import torch
 import fastkd
 from fastkd.call import call_for
 from tests import cases
+from tests.memory import printed
 
 V = 1030
 
@@ -103,7 +103,8 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
 
 
 MEMORY = """
-import resource, sys, torch, fastkd
+import sys, torch, fastkd
+from tests.memory import peak
 N, V = 512, 50257
 inplace, dtype = sys.argv[1] == "inplace", getattr(torch, sys.argv[2])
 student, teacher = torch.rand(N, V).to(dtype), torch.rand(N, V).to(dtype)
@@ -111,13 +112,7 @@ labels = torch.randint(V, (N,))
 kd = fastkd.KDLoss(2.0, inplace=inplace)
 small = torch.rand(64, 3000, requires_grad=True)
 kd(small * 1, torch.rand(64, 3000), labels[:64] % 3000).backward()  # threads and autograd are set up
-def status(field):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(field))
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-loss = kd(student.requires_grad_(), teacher, labels)
-loss.backward()
-print(status("VmHWM") - before, N * V * student.element_size())
+print(peak(lambda: kd(student.requires_grad_(), teacher, labels).backward()), N * V * student.element_size())
 """
 
 
@@ -126,8 +121,7 @@ print(status("VmHWM") - before, N * V * student.element_size())
 @pytest.mark.parametrize("inplace", ["fresh", "inplace"])
 def test_peak_memory(inplace: str, dtype: str) -> None:
     """One gradient and nothing else; in place, row scalars and one row per thread. The allocator rounds to pages."""
-    result = subprocess.run([sys.executable, "-c", MEMORY, inplace, dtype], capture_output=True, text=True, check=True)
-    extra, gradient = map(int, result.stdout.split())
+    extra, gradient = printed(MEMORY, inplace, dtype)
     limit = 1.02 * gradient if inplace == "fresh" else 1 << 20
     assert extra <= limit + (1 << 20), f"{extra / 2**20:.2f} MiB beside a gradient of {gradient / 2**20:.2f} MiB"
     if inplace == "fresh":

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 
 import pytest
 import torch
 
 import fastkd
+from tests.memory import printed
 
 MIB = 1 << 20
 
@@ -84,7 +84,8 @@ def test_the_least_budget_is_named() -> None:
 
 
 MEMORY = """
-import ctypes, sys, torch, fastkd
+import sys, torch, fastkd
+from tests.memory import peak
 N, V, H, H_TEACHER = 768, 50257, 64, 96
 dtype, budget = getattr(torch, sys.argv[1]), int(sys.argv[2])
 hidden, weight = torch.randn(N, H).to(dtype).requires_grad_(), torch.randn(V, H).to(dtype).requires_grad_()
@@ -94,9 +95,6 @@ def run(rows, columns):
     student = fastkd.Projection(hidden[:rows], weight[:columns])
     other = fastkd.Projection(teacher.hidden[:rows], teacher.weight[:columns])
     fastkd.kd_loss(student, other, labels[:rows] % columns, memory_budget=budget).backward()
-def status(field):
-    line = next(line for line in open("/proc/self/status") if line.startswith(field))
-    return int(line.split()[1]) * 1024
 for _ in range(2):
     run(N, 4500)  # threads and autograd are set up, and the buffers the matrix products keep for good:
 with torch.no_grad():
@@ -104,19 +102,12 @@ with torch.no_grad():
     logits @ weight.float(), logits.T @ hidden.float(), teacher.hidden.float() @ teacher.weight.float().T
 del logits
 hidden.grad = weight.grad = None
-ctypes.CDLL(None).malloc_trim(0)
-open("/proc/self/clear_refs", "w").write("5")
-before = status("VmRSS")
-run(N, V)
-plan = fastkd.plan(N, V, H, H_TEACHER, dtype=dtype, memory_budget=budget)
-print((status("VmHWM") - before) / plan.peak_bytes)
+print(peak(lambda: run(N, V)), fastkd.plan(N, V, H, H_TEACHER, dtype=dtype, memory_budget=budget).peak_bytes)
 """
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 @pytest.mark.parametrize(("dtype", "mib"), [("float32", 200), ("float32", 48), ("float32", 16), ("bfloat16", 100)])
 def test_predicted_memory_is_measured_memory(dtype: str, mib: int) -> None:
-    arguments = [sys.executable, "-c", MEMORY, dtype, str(mib * MIB)]
-    child = subprocess.run(arguments, capture_output=True, text=True, check=False)
-    assert child.returncode == 0, child.stderr
-    assert 0.9 <= float(child.stdout) <= 1.1
+    measured, predicted = printed(MEMORY, dtype, str(mib * MIB))
+    assert 0.9 * predicted <= measured <= 1.1 * predicted
