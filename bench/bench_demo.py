@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from typing import TYPE_CHECKING
 
 import pytest
-from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench import machine, shapes
 from bench.cases import Case
 from bench.names import DISTILLED, LABELS_ALONE
 from bench.race import measure
+
+if TYPE_CHECKING:
+    from pytest_benchmark.fixture import BenchmarkFixture
 
 CASES = shapes.DEMO
 _METRICS = machine.ROOT / "runs" / "demo" / "metrics.json"

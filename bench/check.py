@@ -76,6 +76,7 @@ class Batch:
 
 
 def slabs(rows: int, columns: int) -> Iterator[slice]:
+    """Rows that together have at most `_SLAB` elements, or one row."""
     size = max(1, _SLAB // columns)
     return (slice(start, min(start + size, rows)) for start in range(0, rows, size))
 

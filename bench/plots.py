@@ -65,6 +65,7 @@ def _speedups(results: list[Result], path: pathlib.Path) -> None:
 def _scaling(results: list[Result], path: pathlib.Path) -> None:
     """Time per logit, which a straight line in either size leaves level."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import NullFormatter
 
     if not results:
         return
@@ -72,8 +73,12 @@ def _scaling(results: list[Result], path: pathlib.Path) -> None:
     panels = figure.subplots(2, 3).flat
     for panel, (question, axis, label, held) in zip(panels, _PANELS, strict=False):
         mine = [result for result in results if result.question == question and "thread" not in result.case]
-        _per_logit(panel, [result for result in mine if held.items() <= result.shape.items()], axis)
+        mine = [result for result in mine if held.items() <= result.shape.items()]
+        _per_logit(panel, mine, axis)
         panel.set(xscale="log", yscale="log", xlabel=label, ylabel="ns per logit")
+        sizes = sorted({result.shape[axis] or 0 for result in mine})
+        panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
+        panel.xaxis.set_minor_formatter(NullFormatter())
         panel.grid(alpha=0.3, which="both")
         panel.legend(title={"scaling_logits": "from logits", "scaling_hidden": "from hidden states"}[question])
     figure.axes[-1].set_axis_off()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gate, machine, race, readme, report, shapes, store
+from bench import bench_demo, check, gate, machine, race, readme, report, shapes, store
 from bench.cases import faster, within
 from bench.contenders import Contender
 from bench.measured import Result, results_of, slower_allocator, worst_of
@@ -89,6 +90,41 @@ def test_a_pass_replaces_the_questions_it_asked_and_no_others(tmp_path: Path) ->
     assert kept == {("logits", ALLOCATORS[0]): "now"} | {("sparse", name): "then" for name in ALLOCATORS}
     store.replace(None, {"sparse": ["bench_sparse"]}, tmp_path, ALLOCATORS[0], ALLOCATORS)
     assert list(store.load(tmp_path)) == [("logits", ALLOCATORS[0])]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "vectors", "name"),
+    [
+        ("AMD EPYC", "AVX2", "amd-epyc-2-cores-avx2"),
+        ("Intel(R) Xeon(R) @ 2.0GHz", "AVX512", "intel-r-xeon-r-2-0ghz-2-cores-avx512"),
+    ],
+)
+def test_machines_that_differ_have_folders_of_their_own(
+    monkeypatch: pytest.MonkeyPatch, cpu: str, vectors: str, name: str
+) -> None:
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(machine, "processor", lambda: cpu)
+    monkeypatch.setattr(machine, "_cores", lambda: 2)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    assert machine.results() == _ROOT / "bench" / "results" / name
+
+
+def test_a_demo_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    metrics = tmp_path / "metrics.json"
+    metrics.write_text(json.dumps({"models": {}, "training": {"student": {"tokens": 128}}}))
+    monkeypatch.setattr(bench_demo, "_METRICS", metrics)
+    with pytest.raises(AssertionError, match="trained on 128 tokens, not on the demo's 172,032: run make demo"):
+        bench_demo.bench_demo(None, shapes.DEMO[0])  # type: ignore[arg-type]
+
+
+# --- judging ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (7, 2**18 - 1), (7, 2**18), (7, 2**19), (1000, 1000)])
+def test_slabs_hold_every_row_once_and_little_at_a_time(rows: int, columns: int) -> None:
+    slabs = [range(rows)[slab] for slab in check.slabs(rows, columns)]
+    assert [row for slab in slabs for row in slab] == list(range(rows))
+    assert max(map(len, slabs)) * columns <= max(columns, 2**18)
 
 
 # --- taking turns ---------------------------------------------------------------------------------------------
