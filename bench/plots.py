@@ -55,6 +55,7 @@ def _speedups(results: list[Result], path: pathlib.Path) -> None:
         )
     panel.axvline(1, color="black", linewidth=1)
     panel.set(xscale="log", xlabel="fastkd is so many times as fast as … (left of 1: slower)")
+    _plain_numbers(panel.xaxis)
     panel.set_yticks(range(len(points)), [label for label, _ in points])
     panel.invert_yaxis()
     panel.grid(alpha=0.3)
@@ -79,10 +80,18 @@ def _scaling(results: list[Result], path: pathlib.Path) -> None:
         sizes = sorted({result.shape[axis] or 0 for result in mine})
         panel.set_xticks(sizes, [f"{size:,}" for size in sizes])
         panel.xaxis.set_minor_formatter(NullFormatter())
+        _plain_numbers(panel.yaxis)
         panel.grid(alpha=0.3, which="both")
         panel.legend(title={"scaling_logits": "from logits", "scaling_hidden": "from hidden states"}[question])
     figure.axes[-1].set_axis_off()
     figure.savefig(path, dpi=110)
+
+
+def _plain_numbers(axis: Any) -> None:
+    """1, 2, 5, 10 … along a logarithmic axis."""
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axis.set(major_locator=LogLocator(subs=(1, 2, 5)), minor_locator=NullLocator(), major_formatter="{x:g}")
 
 
 def _per_logit(panel: Any, results: Iterable[Result], axis: str) -> None:
