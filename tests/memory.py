@@ -35,9 +35,9 @@ def _status(field: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(field))
 
 
-def printed(script: str, *arguments: str) -> list[float]:
-    """The numbers that a script prints."""
-    command = [sys.executable, "-c", _NO_HUGE_PAGES + script, *arguments]
+def printed(script: str, *arguments: str, huge_pages: bool = False) -> list[float]:
+    """The numbers that a script prints. `huge_pages` leaves those it asks for, and those it is given."""
+    command = [sys.executable, "-c", script if huge_pages else _NO_HUGE_PAGES + script, *arguments]
     child = subprocess.run(
         command, cwd=_ROOT, env={**os.environ, **_NO_HEAP}, capture_output=True, text=True, check=False
     )
