@@ -224,6 +224,11 @@ def _matrix(tensor: Tensor | None) -> _Matrix:
     return _Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
 
 
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for the library to write: fp32 in main memory, whatever dtype and device torch would take."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -244,7 +249,7 @@ def kd_rows(
 ) -> tuple[Tensor, Tensor]:
     """See `backend.Backend.kd_rows`."""
     rows = _row_count(student)
-    soft, hard = torch.empty(rows), torch.empty(rows)
+    soft, hard = _new(rows), _new(rows)
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
     )
@@ -280,14 +285,14 @@ def kd_rows(
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
     """See `backend.Backend.tile_state`."""
-    return torch.empty(rows, _library().fastkd_size(b"state"), dtype=torch.uint8, device=device)
+    return _new(rows, _library().fastkd_size(b"state"), dtype=torch.uint8)
 
 
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backend.Backend.row_statistics`."""
     rows = _row_count(logits)
-    log_sum_exp, entropy, label_logprob = (torch.empty(rows) for _ in range(3))
-    argmax = torch.empty(rows, dtype=torch.int64)
+    log_sum_exp, entropy, label_logprob = (_new(rows) for _ in range(3))
+    argmax = _new(rows, dtype=torch.int64)
     labels = None if labels is None else labels.contiguous()
     _call(
         "fastkd_row_statistics",
@@ -309,7 +314,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """See `backend.Backend.log_softmax`."""
     rows = _row_count(logits)
-    normaliser = torch.empty(rows, 2)
+    normaliser = _new(rows, 2)
     arguments = _LogSoftmax(
         _matrix(logits),
         _Matrix(),
@@ -351,7 +356,7 @@ def sample(logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tupl
 
 def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows = _row_count(logits)
-    ids, log_weights, summary = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k), torch.empty(rows)
+    ids, log_weights, summary = _new(rows, k, dtype=torch.int64), _new(rows, k), _new(rows)
     _call(
         "fastkd_select",
         _Selection(

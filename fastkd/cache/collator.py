@@ -52,15 +52,18 @@ class Collator:
 
 
 def _without_padding(example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    ids = torch.as_tensor(example["input_ids"], dtype=torch.int64)
-    labels = torch.as_tensor(example.get("labels", ids), dtype=torch.int64)
-    mask = torch.as_tensor(example.get("attention_mask", torch.ones_like(ids))).bool()
+    ids = _integers(example["input_ids"])
+    labels, mask = _integers(example.get("labels", ids)), _integers(example.get("attention_mask", torch.ones_like(ids)))
     if ids.dim() != 1 or labels.shape != ids.shape or mask.shape != ids.shape:
         raise ValueError(
             f"input_ids, labels and attention_mask of an example must be [tokens] each, got {tuple(ids.shape)}, "
             f"{tuple(labels.shape)} and {tuple(mask.shape)}"
         )
-    return ids[mask], labels[mask]
+    return ids[mask != 0], labels[mask != 0]
+
+
+def _integers(tokens: Any) -> Tensor:
+    return torch.as_tensor(tokens, dtype=torch.int64, device="cpu")
 
 
 def _padded(parts: Sequence[Tensor], value: int) -> Tensor:

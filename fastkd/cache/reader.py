@@ -98,7 +98,7 @@ class Cache:
             nothing = (0, -torch.inf, 0) if isinstance(parts, Rows) else (0,)
             padded = []
             for part, fill in zip(parts if isinstance(parts, Rows) else (parts,), nothing, strict=True):
-                whole = torch.full((*shape, *part.shape[1:]), fill, dtype=part.dtype)
+                whole = torch.full((*shape, *part.shape[1:]), fill, dtype=part.dtype, device=part.device)
                 whole[real] = part
                 padded.append(whole.flatten(0, 1))
             parts = Rows(*padded) if isinstance(parts, Rows) else padded[0]

@@ -263,22 +263,27 @@ def _uniforms(keys: list[bytes], lengths: list[int], seed: int) -> Tensor:
     for key, length in zip(keys, lengths, strict=True):
         own = hashlib.blake2b(key, digest_size=8, key=str(seed).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(own, "little") >> 1)
-        parts.append(torch.rand(2, length, dtype=torch.float64, generator=generator))
+        parts.append(torch.rand(2, length, dtype=torch.float64, device="cpu", generator=generator))
     return torch.cat(parts, 1)
 
 
 def _ids_and_mask(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if "input_ids" not in batch:
         raise ValueError(f"a batch must have input_ids, got {sorted(batch)}")
-    ids = torch.as_tensor(batch["input_ids"])
+    ids = _tensor(batch["input_ids"])
     if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"input_ids must be integers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}")
     if batch.get("attention_mask") is None:
         return ids, torch.ones_like(ids, dtype=torch.bool)
-    mask = torch.as_tensor(batch["attention_mask"])
+    mask = _tensor(batch["attention_mask"])
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask {tuple(mask.shape)} must be shaped like input_ids {tuple(ids.shape)}")
     return ids, mask.bool().to(ids.device)
+
+
+def _tensor(values: Any) -> Tensor:
+    """A tensor as it is, on its device; anything else in main memory."""
+    return values if isinstance(values, Tensor) else torch.from_numpy(np.asarray(values))
 
 
 def _width(teacher: Teacher, first: list[Batch]) -> int:
