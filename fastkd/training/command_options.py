@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastkd.training.options import DistillationOptions, InputError, at_least, option
+from fastkd.training.options import DistillationOptions, InputError, at_least, expand_home, option
 
 __all__ = ["CacheOptions", "InspectOptions", "SweepOptions"]
 
@@ -23,6 +23,9 @@ class SweepOptions:
     cache_dir: str = option("", "directory of caches, one for each temperature")
     cache_format: Literal["sampled", "topk"] = option("sampled", "what a cache keeps of each prediction")
     cache_tokens: int | None = option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
+
+    def __post_init__(self) -> None:
+        expand_home(self, "cache_dir")
 
     def cells(self) -> list[DistillationOptions]:
         """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
@@ -63,6 +66,7 @@ class CacheOptions:
     seed: int = option(0, "seed of the split and of the samples")
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         at_least(self, batch_size=1)
         for name in ("cache_tokens", "shard_tokens"):
             value = getattr(self, name)
@@ -87,6 +91,7 @@ class InspectOptions:
     plot: str = option("", "a .png file to draw the last prompt's distributions at these temperatures into")
 
     def __post_init__(self) -> None:
+        expand_home(self, "plot")
         at_least(self, top_k=1)
         for temperature in self.temperatures:
             if not temperature > 0:

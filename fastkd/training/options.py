@@ -6,6 +6,7 @@ object is made; `configuration.py` reads the objects from the command line.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -98,6 +99,7 @@ class ModelOptions:
             raise InputError(
                 f"device is {self.device!r}; it is auto or cpu. CUDA_VISIBLE_DEVICES chooses among accelerators"
             )
+        expand_home(self, "teacher", "student")
         at_least(self, lora_rank=0)
         if self.lora_targets and not self.lora_rank:
             raise InputError(f"lora_targets {self.lora_targets} are given, but lora_rank is 0: set one")
@@ -134,6 +136,7 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
+        expand_home(self, "data", "mix_data", "out_of_domain")
         at_least(self, max_length=2, stride=0)
         if self.stride > self.max_length:
             raise InputError(f"stride {self.stride} is more than max_length {self.max_length}: text would be skipped")
@@ -175,6 +178,7 @@ class DistillationOptions:
     )
 
     def __post_init__(self) -> None:
+        expand_home(self, "cache_dir")
         self._resolve_weights()
         for name in ("soft_weight", "hard_weight", "final_soft_weight"):
             value = getattr(self, name)
@@ -281,6 +285,7 @@ class TrainingOptions:
     resume: bool = option(False, "go on with the interrupted run in the output directory")
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"epochs {self.epochs} and max_steps {self.max_steps} contradict each other: give one")
         if self.epochs is None and self.max_steps is None:
@@ -341,6 +346,20 @@ def at_least(options: object, **least: float) -> None:
     for name, value in least.items():
         if getattr(options, name) < value:
             raise InputError(f"{name} is {getattr(options, name)}; it must be at least {value}")
+
+
+def expand_home(options: object, *names: str) -> None:
+    """Put the user's home directory where the paths of these names begin with `~`."""
+    for name in names:
+        object.__setattr__(options, name, at_home(getattr(options, name), name))
+
+
+def at_home(path: str, name: str) -> str:
+    """A path, of which a `~` at the beginning is a home directory. Raises InputError where there is none."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise InputError(f"{name} is {path!r}, but there is no such home directory: write the path out, or ./{path}")
+    return expanded
 
 
 class Options(NamedTuple):
