@@ -96,11 +96,11 @@ _COMPARED = ("format", "packing", "k", "temperature", "vocab_size", "seed", "tok
 def check_same(directory: Path, found: Manifest, asked: Mapping[str, Any]) -> None:
     """CacheError where what is asked for is not what the cache has; None asks for nothing."""
     for name in _COMPARED:
-        _check_equal(directory, name, getattr(found.settings, name), asked[name])
-    if asked["weights"] is not None:
+        _check_equal(directory, name, getattr(found.settings, name), asked.get(name))
+    if asked.get("weights") is not None:
         check_weights(directory, found, asked["weights"])
     elif found.settings.weights is None:
-        _check_equal(directory, "teacher", found.settings.teacher, asked["teacher"])
+        _check_equal(directory, "teacher", found.settings.teacher, asked.get("teacher"))
 
 
 def _check_equal(directory: Path, name: str, found: Any, asked: Any) -> None:

@@ -27,7 +27,7 @@ from fastkd.heads import logit_chunks
 from fastkd.models import project
 from fastkd.sources import Projection
 
-__all__ = ["Format", "Progress", "write"]
+__all__ = ["Format", "Progress", "begun", "write"]
 
 Format = Literal["sampled", "topk", "dense"]
 Batch = Mapping[str, Any] | Tensor
@@ -125,11 +125,11 @@ def write(
     with ExitStack() as held, _in_eval_mode(teacher):
         with disk(f"cannot make the directory {directory}", "name another, or make room for it"):
             directory.mkdir(parents=True, exist_ok=True)
-        found = _manifest_of(directory)
+        found = begun(directory)
         lock = _Lock(directory, held)
         if found is None or not found.complete:
             lock.take()
-            found = _manifest_of(directory)  # as another writer may have left it
+            found = begun(directory)  # as another writer may have left it
         if found is None and vocab_size is None:
             new_settings({**asked, "vocab_size": 1})  # before the teacher runs
             asked["vocab_size"] = _width(teacher, first)
@@ -340,8 +340,8 @@ def _in_eval_mode(teacher: Teacher) -> Iterator[None]:
             teacher.train(training)
 
 
-def _manifest_of(directory: Path) -> Manifest | None:
-    """The manifest of a cache that was begun here, or None in an empty directory."""
+def begun(directory: Path) -> Manifest | None:
+    """The manifest of a cache that was begun in a directory, None of an empty one. CacheError for any other."""
     with disk(f"{directory} cannot be read"):
         names = {path.name for path in directory.iterdir()}
     if MANIFEST in names:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastkd.training.options import DistillationOptions, InputError, at_least, expand_home, option
+from fastkd.training.options import DistillationOptions, InputError, at_least, check_kept, expand_home, option
 
 __all__ = ["CacheOptions", "InspectOptions", "SweepOptions"]
 
@@ -68,10 +68,11 @@ class CacheOptions:
     def __post_init__(self) -> None:
         expand_home(self, "output")
         at_least(self, batch_size=1)
-        for name in ("cache_tokens", "shard_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
+        check_kept(self.cache_format, self.cache_tokens)
+        if self.plain and self.cache_format == "dense":
+            raise InputError("plain is set, but a dense cache stores 16 bits of every token: leave one of them away")
+        if self.shard_tokens is not None:
+            at_least(self, shard_tokens=1)
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}; it must be above 0")
 

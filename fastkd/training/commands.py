@@ -202,7 +202,7 @@ def _directory(action: str, description: str, arguments: Sequence[str]) -> str:
 def _show(cache: Cache) -> None:
     print(repr(cache))
     print(f"  {'size':<14}{cache.bytes / 2**20:,.1f} MiB, {cache.bytes / max(cache.tokens, 1):.1f} bytes per token")
-    for name, value in vars(cache.settings).items():
+    for name, value in {**vars(cache.settings), "columns": ", ".join(cache.columns) or None}.items():
         if value is not None:
             print(f"  {name:<14}{value}")
 

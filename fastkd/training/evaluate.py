@@ -27,7 +27,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
     models = replace(options.models, student=student, from_scratch=False, lora_rank=0, lora_targets=[])
     if models.teacher == TRAINED_TEACHER:
         models = replace(models, teacher=str(directory / "teacher"))
-    options = options._replace(models=models)
+    options = options._replace(models=models, distillation=replace(options.distillation, cache_dir=""))  # none is read
     if baseline is None and (directory / "ce-only" / "config.json").is_file():
         baseline = str(directory / "ce-only")
     setup = with_teacher(options, gather(options))

@@ -1,7 +1,7 @@
 """What the commands can be asked: one dataclass per concern, whose fields are flags and keys of a YAML file alike.
 
-Only the standard library is imported here. Contradictions that need no file and no model to see are refused when an
-object is made; `configuration.py` reads the objects from the command line.
+Only the standard library and fastkd's tables are imported here. Contradictions that need no file and no model to see
+are refused when an object is made; `configuration.py` reads the objects from the command line.
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
+
+from fastkd import served
+from fastkd.divergences import TABLE, resolve
 
 __all__ = [
     "GROUPS",
@@ -208,7 +211,20 @@ class DistillationOptions:
                 f"cache_precision is {self.cache_precision!r}, but cache_format is {self.cache_format!r}, which has an "
                 "encoding of its own: leave one of them away"
             )
-        if self.cache_dir and self.cache_format != "dense" and self.temperature_schedule != "constant":
+        check_kept(self.cache_format, self.cache_tokens)
+        if self.cache_dir and self.needs_teacher:
+            self._check_served()
+
+    def _check_served(self) -> None:
+        """What the cache keeps must be what the loss needs."""
+        kind = served.FORMATS[str(self.cache_format)]
+        reason = served.refusal(kind, resolve(self.divergence)) if self.divergence in TABLE else None
+        if reason is not None:
+            raise InputError(
+                f"divergence is {self.divergence!r}, which a {self.cache_format} cache cannot serve: {reason}; or take "
+                "cache_dir away"
+            )
+        if not served.SERVES[kind].any_temperature and self.temperature_schedule != "constant":
             raise InputError(
                 f"temperature_schedule is {self.temperature_schedule!r}, but a {self.cache_format} cache holds the "
                 "teacher at one temperature: take cache_dir away, or the schedule"
@@ -340,6 +356,16 @@ class EvaluationOptions:
             raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
+
+
+def check_kept(cache_format: str | None, cache_tokens: int | None) -> None:
+    """A cache keeps at least one token of a prediction, and a dense one all of them."""
+    if cache_tokens is None:
+        return
+    if cache_tokens < 1:
+        raise InputError(f"cache_tokens is {cache_tokens}; it must be at least 1")
+    if cache_format == "dense":
+        raise InputError(f"cache_tokens is {cache_tokens}, but a dense cache keeps all tokens: leave one of them away")
 
 
 def at_least(options: object, **least: float) -> None:

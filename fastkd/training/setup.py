@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fastkd.training import checks, loading
+from fastkd.training import caching, checks, loading
 from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.fit import arguments, distillation_loss
 from fastkd.training.judge import Judge
@@ -74,6 +74,7 @@ def gather(options: Options) -> Materials:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
     tokenizer = loading.load_tokenizer(options.models.teacher)
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
+    caching.check_cache(options, tokenizer)
     if options.models.teacher != TRAINED_TEACHER:  # that one's configuration is ours
         _configurations(options, tokenizer)
     corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
@@ -91,6 +92,7 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     vocab_size, config = _configurations(options, materials.tokenizer)
     teacher = loading.load_teacher(options.models, materials.device)
     checks.check_frozen(teacher)
+    caching.check_teacher(options, teacher)
     corpus = materials.corpus
     if on_validation:
         corpus = replace(corpus, held_out=corpus.validation)
