@@ -122,7 +122,10 @@ def test_lora_student_is_merged(options, inputs, tmp_path):
 
 
 def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
-    """The interrupted run, resumed, ends with the losses and the student of one that was not interrupted."""
+    """The interrupted run, resumed, ends with the losses and the student of one that was not interrupted.
+
+    Not bit for bit, as within one process (test_resume.py): two may take the products of matrices in other orders.
+    """
     whole = run(options, max_steps=400, logging_steps=1, output=str(tmp_path / "whole"), eval_steps=1000)
     arguments = flags(options, max_steps=400, logging_steps=1, eval_steps=1000)
     process = subprocess.Popen(
@@ -283,22 +286,6 @@ def test_a_teacher_that_knows_nothing_is_refused(options, inputs, tmp_path):
     with pytest.raises(InputError, match="has nothing to teach"):
         run(options, teacher=str(tmp_path / "teacher"))
     assert not (tmp_path / "out").exists()
-
-
-def test_output_is_never_lost(options, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
-        run(options)
-    with pytest.raises(InputError, match="no earlier run"):
-        run(options, overwrite=True)
-    assert (out / "notes").read_text() == "mine"
-    (out / "config.yaml").write_text("{}")
-    run(options, max_steps=1, overwrite=True)
-    assert not (out / "notes").exists()
-    assert (out / "config.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_failure_in_training_leaves_nothing(options, tmp_path):
