@@ -8,7 +8,6 @@ import os
 import random
 import shutil
 import socket
-import sys
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +16,7 @@ import transformers
 import yaml
 
 from fastkd.cli import main
+from fastkd.training.configuration import dump
 from fastkd.training.options import InputError, TrainingOptions
 from tests.training.conftest import changed, run
 from tests.training.killed import in_child
@@ -96,7 +96,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_run_that_fails_leaves_the_earlier_one(options, inputs, tmp_path, monkeypatch, earlier, failure):
+def test_a_run_that_fails_leaves_the_earlier_one(options, inputs, tmp_path, monkeypatch, capsys, earlier, failure):
     settings, error, patch = FAILURES[failure]
     if "adapters" in failure:
         pytest.importorskip("peft")
@@ -105,9 +105,11 @@ def test_a_run_that_fails_leaves_the_earlier_one(options, inputs, tmp_path, monk
     with pytest.raises(error):
         run(options, overwrite=True, **settings(inputs, tmp_path))
     assert content(tmp_path / "out") == earlier
+    if error is OSError:
+        assert f"go on with fastkd distill {tmp_path / 'out.new' / 'config.yaml'} --resume" in capsys.readouterr().err
     left = {path.name for path in tmp_path.iterdir()} - {"out", "teacher"}
     # What was trained is not thrown away either, though its report failed.
-    assert left == ({"out.new"} if patch and error is OSError else set())
+    assert left == ({"out.new"} if error is OSError else set())
 
 
 def test_a_new_run_replaces_what_a_run_wrote_and_nothing_else(options, tmp_path, earlier):
@@ -192,6 +194,33 @@ def test_killed_anywhere_a_replacement_loses_neither_run(options, tmp_path, earl
         assert {name for name in after if name.startswith(("cache/", "notes"))} == {
             name for name in earlier if name.startswith(("cache/", "notes"))
         }
+
+
+def test_files_in_the_way_of_the_results_cost_neither(options, tmp_path, earlier, capsys):
+    """They lie in the earlier run, or came to lie in the new one's directory."""
+    out = tmp_path / "out"
+    (out / "sweep.png").write_text("mine")
+    arguments = ["--alpha", "1", "--temperature", "1", "--output", str(out)]
+    config = tmp_path / "config.yaml"
+    config.write_text(dump(changed(options, max_steps=1)))
+    assert main(["sweep", str(config), *arguments, "--overwrite"]) == 2
+    assert "has files that no run wrote: sweep.png" in capsys.readouterr().err
+    assert (out / "model.safetensors").read_bytes() == earlier["model.safetensors"]
+    assert (tmp_path / "out.new" / "results.csv").exists()
+    (out / "sweep.png").rename(tmp_path / "mine.png")
+    assert main(["sweep", str(config), *arguments, "--resume"]) == 2
+    assert "is finished" in capsys.readouterr().err
+    assert (out / "results.csv").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "mine.png", "out"]
+
+
+@pytest.mark.parametrize("name", ["out.new", ".out.replaced"])
+def test_another_directory_of_its_names_is_in_the_way(options, tmp_path, earlier, name):
+    run(options, output=str(tmp_path / name), max_steps=1)
+    before = content(tmp_path)
+    with pytest.raises(InputError, match="in the way"):
+        run(options, overwrite=True)
+    assert content(tmp_path) == before
 
 
 @pytest.fixture
@@ -328,7 +357,8 @@ def test_the_lock_of_a_killed_process_is_free(options, tmp_path):
 @pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
 def test_one_of_several_processes_is_refused_before_any_work(tmp_path, monkeypatch, capsys, command, launcher):
     monkeypatch.setenv(launcher, "2")
-    monkeypatch.setitem(sys.modules, "fastkd.training.data", None)  # no text can be read
+    for name in ("load_tokenizer", "teacher_config"):
+        monkeypatch.setattr(f"fastkd.training.loading.{name}", lambda _: pytest.fail("work was begun"))
     arguments = {"distill": [], "sweep": [], "cache": ["write"], "eval": ["somewhere"]}[command]
     output = [] if command == "eval" else ["--output", str(tmp_path / "out")]
     assert main([command, *arguments, *output]) == 2
