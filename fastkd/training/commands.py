@@ -52,11 +52,13 @@ examples:
 _SWEEP = """\
 Train a student for every weight and temperature, and rank them by cross-entropy and KL to the teacher at T = 1.
 
-Takes the options of fastkd distill beside the grid. Writes results.csv and sweep.png.
+Takes the options of fastkd distill beside the grid. Writes results.csv and sweep.png. With --resume, an interrupted
+sweep keeps the students that are finished.
 
 examples:
   fastkd sweep --alpha 0 0.5 1 --temperature 1 2 4
   fastkd sweep config.yaml --alpha 0.2 0.5 0.8 --alpha-on soft --cache-dir caches
+  fastkd sweep runs/distill/config.yaml --resume
 """
 _INSPECT = """\
 Show what a teacher expects next: its likeliest tokens, its entropy, and what temperatures make of it.

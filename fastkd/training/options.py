@@ -297,8 +297,8 @@ class TrainingOptions:
     )
     seed: int = option(0, "seed of the split, the initial weights, the data's order and the samples")
     output: str = option("runs/distill", "directory of the run: checkpoints, then the student, metrics and report")
-    overwrite: bool = option(False, "replace an earlier run in the output directory")
-    resume: bool = option(False, "go on with the interrupted run in the output directory")
+    overwrite: bool = option(False, "replace an earlier run in the output directory, once the new one is finished")
+    resume: bool = option(False, "resume the interrupted run in the output directory")
 
     def __post_init__(self) -> None:
         expand_home(self, "output")

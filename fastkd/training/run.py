@@ -17,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -63,8 +64,12 @@ def claimed(
             if os.path.isdir(cache):
                 raise KeyboardInterrupt(f"interrupted: the same command goes on with the cache {cache}") from None
             raise
-        except BaseException:
+        except InputError:
             run.leave(interrupted=False)
+            raise
+        except BaseException:
+            if run.leave(interrupted=False):
+                print(run.hint("what was trained is kept"), file=sys.stderr)
             raise
 
 
@@ -180,7 +185,9 @@ class Run:
     def _check_same(self) -> None:
         state, config = _state(self.directory), self.directory / CONFIG_FILE
         if not state or not config.is_file():
-            raise InputError(f"{self.output} has no run to resume (no {_STATE_FILE}): leave --resume away")
+            raise InputError(
+                f"{self.output} has no run to resume (no {_STATE_FILE}, {CONFIG_FILE}): leave --resume away"
+            )
         if state.get("finished"):
             raise InputError(f"the run in {self.output} is finished: there is nothing to resume")
         if state["command"] != self.command:
@@ -208,19 +215,24 @@ class Run:
                 )
         beside, occupants = _beside(self.output), self._occupants()
         if occupants and not _state(self.output):  # or someone's work would be deleted
-            raise InputError(f"{self.output} is no earlier run (it has no {_STATE_FILE}): not overwritten")
+            raise InputError(
+                f"{self.output} is no earlier run (it has no {_STATE_FILE}), so it is not overwritten: name another"
+            )
         if occupants and os.path.ismount(self.output):
             raise InputError(f"{self.output} is a mount point, which cannot be replaced: name a directory in it")
-        if not occupants or not beside.exists():
+        if not occupants:
             return
-        if _state(beside).get("replaces") != self.output.name:
-            raise InputError(f"{beside} is in the way of a run that is to replace {self.output}: rename it")
+        ours = _state(beside).get("replaces") == self.output.name
+        for place in (_aside(self.output),) if ours else (_aside(self.output), beside):
+            if place.exists():
+                raise InputError(f"{place} is in the way of a run that is to replace {self.output}: rename it")
         if _has_work(beside):
             raise InputError(
                 f"{beside} is an interrupted run that was to replace {self.output}. Go on with fastkd "
                 f"{_state(beside)['command']} {beside / CONFIG_FILE} --resume, or delete it: rm -r {beside}"
             )
-        _delete_run(beside)
+        if beside.exists():
+            _delete_run(beside)
 
     def _inputs(self, config: str | None) -> dict[str, str]:
         """What the run reads, by name, where it is there."""
@@ -251,8 +263,10 @@ def results(directory: Path) -> Iterator[Path]:
     try:
         yield staging
         for path in sorted(staging.iterdir()):
-            _delete(directory / path.name)
-            os.replace(path, directory / path.name)
+            target = directory / path.name
+            if target.is_dir():
+                _delete(target)
+            os.replace(path, target)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 
@@ -320,6 +334,8 @@ def _settle(output: Path) -> None:
     """Complete a replacement during which a process died."""
     beside, aside = _state(_beside(output)), _aside(output)
     waiting = beside.get("replaces") == output.name and bool(beside.get("finished"))
+    with suppress(OSError):  # empty: only this was left to do
+        aside.rmdir()
     if _state(aside).get("replaced"):
         if not output.exists():
             os.rename(_beside(output) if waiting else aside, output)
@@ -336,7 +352,7 @@ def _replace(output: Path) -> None:
         if names or not _state(output):
             why = f"has files that no run wrote: {', '.join(sorted(names))}" if names else "is no earlier run any more"
             raise InputError(
-                f"the run in {beside} is finished, but {output} {why}. Move it away, and ask for the run once more"
+                f"the run in {beside} is finished, but {output} {why}. Move them away, and ask for it again"
             )
         os.sync()  # the new run is on disk before the old one goes
         _save_state(output, replaced=True)

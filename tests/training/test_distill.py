@@ -153,10 +153,10 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
     def losses(metrics):
         return [line["loss"] for line in metrics["training"]["student"]["history"] if "loss" in line]
 
-    assert losses(resumed) == pytest.approx(losses(whole), rel=1e-5)
+    assert losses(resumed) == losses(whole)
     ours, theirs = (transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("out", "whole"))
     for name, weight in ours.state_dict().items():
-        torch.testing.assert_close(weight, theirs.state_dict()[name], rtol=1e-3, atol=1e-5)
+        assert torch.equal(weight, theirs.state_dict()[name])
 
 
 @pytest.mark.parametrize("stage", ["lessons", "ce-only", "results"])
@@ -283,22 +283,6 @@ def test_a_teacher_that_knows_nothing_is_refused(options, inputs, tmp_path):
     with pytest.raises(InputError, match="has nothing to teach"):
         run(options, teacher=str(tmp_path / "teacher"))
     assert not (tmp_path / "out").exists()
-
-
-def test_output_is_never_lost(options, tmp_path):
-    out = tmp_path / "out"
-    out.mkdir()
-    (out / "notes").write_text("mine")
-    with pytest.raises(InputError, match="not empty"):
-        run(options)
-    with pytest.raises(InputError, match="no earlier run"):
-        run(options, overwrite=True)
-    assert (out / "notes").read_text() == "mine"
-    (out / "config.yaml").write_text("{}")
-    run(options, max_steps=1, overwrite=True)
-    assert not (out / "notes").exists()
-    assert (out / "config.json").exists()
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_failure_in_training_leaves_nothing(options, tmp_path):
