@@ -8,17 +8,27 @@ import fcntl
 import hashlib
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fastkd.cache import Cache, CacheError, store, write
 from fastkd.cache import open as open_cache
 from tests import cached
 
 IDS = cached.sequences(8)
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """A teacher this small only waits for other threads, hundreds of times."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 class Disk:
