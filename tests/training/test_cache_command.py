@@ -157,6 +157,8 @@ def test_distill_reads_a_finished_cache_however_it_was_written(flags, inputs, op
     finally:
         os.close(descriptor)
     assert digests(directory) == before
+    (directory / "manifest.json").write_text("damaged")
+    assert main(["eval", str(tmp_path / "0"), "--eval-windows", "1"]) == 0  # which reads no cache
 
 
 def test_other_weights_at_the_same_path_are_refused(flags, inputs, options, tmp_path):
