@@ -197,3 +197,27 @@ def test_one_text_padded_differently_is_one_row_and_the_right_one(tmp_path: Path
         assert cache.tokens == ids.numel()
         torch.testing.assert_close(cache.targets(list(ids)).logprobs, alone, rtol=1e-4, atol=1e-4)
         assert write(model, [ids], tmp_path / name, format="topk", k=97, packed=False).tokens == ids.numel()
+        counted = (batch["attention_mask"].cumsum(-1) - 1).clip(min=0)
+        given = write(model, [{**batch, "position_ids": counted}], tmp_path / f"{name} given", format="topk", k=97)
+        torch.testing.assert_close(given.targets(list(ids)).rest, cache.targets(list(ids)).rest, rtol=1e-4, atol=1e-4)
+        assert given.columns == ()
+
+
+def test_kinds_of_positions_move_with_their_tokens() -> None:
+    """`[kinds, batch, tokens]`, as of models that read images: padding goes to the end in all of them."""
+    from fastkd.cache import keys
+
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    positions = torch.arange(24).view(3, 2, 4)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "token_type_ids": ids + 1}
+    understood = keys.Batch.of(batch)
+    assert [found.columns["position_ids"].shape for found in understood.examples()] == [(3, 2), (3, 4)]
+    moved, real = keys.padded_at_the_end(batch, understood)
+    assert moved["input_ids"].tolist() == [[5, 6, 0, 0], [7, 8, 9, 4]]
+    assert moved["token_type_ids"].tolist() == [[6, 7, 1, 1], [8, 9, 10, 5]]
+    assert moved["position_ids"][:, 0].tolist() == [[2, 3, 0, 1], [10, 11, 8, 9], [18, 19, 16, 17]]
+    assert torch.equal(moved["position_ids"][:, 1], positions[:, 1])
+    assert torch.equal(moved["attention_mask"], real.long())
+    before, after = understood.examples(), keys.Batch.of(moved).examples()
+    assert [one.key() for one in before] == [one.key() for one in after]
