@@ -132,6 +132,32 @@ def test_columns_survive_a_resumed_write(tmp_path: Path) -> None:
     assert_rows(cache.targets([{"input_ids": ids[1], "pixel_values": images[1]}]), batches[1])
 
 
+def test_columns_of_earlier_shards_are_kept(tmp_path: Path) -> None:
+    ids = cached.sequences(2, TOKENS)
+    images = torch.randn(1, 1, 1, HIDDEN)
+    write(seeing, [{"input_ids": ids[:1], "pixel_values": images}], tmp_path, **EXACT)
+    assert write(seeing, [ids[1:]], tmp_path, **EXACT).columns == ("pixel_values",)
+
+
+def test_the_collator_cuts_and_pads_every_kind_of_position(tmp_path: Path) -> None:
+    """`[kinds, tokens]` of an example, `[kinds, batch, tokens]` of a batch, as models take them."""
+    ids = cached.sequences(2, TOKENS)
+    positions = torch.arange(2 * 3 * TOKENS).view(3, 2, TOKENS)  # [kinds, batch, tokens]
+
+    def teacher(batch: Mapping[str, Any]) -> fastkd.Projection:
+        return seeing({"input_ids": batch["input_ids"], "position_ids": batch["position_ids"][0] / 10})
+
+    batches = [
+        {"input_ids": ids[n : n + 1, :size], "position_ids": positions[:, n : n + 1, :size]}
+        for n, size in ((0, 9), (1, 4))
+    ]
+    cache = write(teacher, batches, tmp_path, **EXACT)
+    examples = [{"input_ids": batch["input_ids"][0], "position_ids": batch["position_ids"][:, 0]} for batch in batches]
+    found = Collator(cache, max_length=7)(examples)["position_ids"]
+    assert torch.equal(found[:, 0], positions[:, 0, :7])
+    assert torch.equal(found[:, 1], torch.nn.functional.pad(positions[:, 1, :4], (0, 3)))
+
+
 def test_the_collator_hands_on_what_the_teacher_saw(tmp_path: Path) -> None:
     """To find the rows, and to the student: through worker processes, padded and cut."""
     ids = cached.sequences(4, TOKENS)

@@ -90,7 +90,7 @@ def test_damage_is_found_before_the_teacher_runs(whole: dict[str, Path], tmp_pat
         write(never, [cached.sequences(13)], directory)
 
 
-@pytest.mark.parametrize("how", ["shifted", "descending", "short"])
+@pytest.mark.parametrize("how", ["shifted", "descending", "empty", "short"])
 def test_places_that_do_not_fit_are_found_at_open(whole: dict[str, Path], tmp_path: Path, how: str) -> None:
     """Without reading a row: the file is right to its checksum, but its places are not."""
     directory = tmp_path / "cache"
@@ -101,6 +101,7 @@ def test_places_that_do_not_fit_are_found_at_open(whole: dict[str, Path], tmp_pa
     parts["starts"] = {
         "shifted": starts + np.r_[1, np.zeros(len(starts) - 1, np.int64)],
         "descending": starts[[0, 2, 1, 3, 4]],
+        "empty": starts[[0, 1, 1, 3, 4]],
         "short": starts * 3 // 4,
     }[how]
     path.write_bytes(save(parts))

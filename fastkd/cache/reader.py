@@ -61,8 +61,7 @@ class Cache:
         return f"Cache({str(self.directory)!r}: {self.sequences:,} sequences, {self.tokens:,} tokens{state})"
 
     def __contains__(self, sequence: AnySequence) -> bool:
-        found = keys.example(sequence, self.columns)
-        return self._index.find([found.key()], [len(found.ids)])[0] is not None
+        return self._index.find([keys.example(sequence, self.columns).key()])[0] is not None
 
     @property
     def settings(self) -> Settings:
@@ -186,7 +185,7 @@ class Cache:
     def _decoded(self, examples: Sequence[keys.Example], max_length: int | None) -> Rows | Tensor:
         """The rows of the sequences, one after another."""
         whole = [len(example.ids) for example in examples]
-        places = self._index.find([example.key() for example in examples], whole)
+        places = self._index.find([example.key() for example in examples])
         lengths = [length if max_length is None else min(length, max_length) for length in whole]
         records = np.empty((sum(lengths), self._records.size), np.uint8)
         filled = 0

@@ -227,7 +227,7 @@ class _Writer:
     def _new(self, examples: list[keys.Example]) -> dict[bytes, int]:
         """Key → number in the batch, of the sequences that are not in the cache."""
         names = [example.key() for example in examples]
-        places = self._index.find(names, [len(example.ids) for example in examples])
+        places = self._index.find(names)
         new: dict[bytes, int] = {}
         for number, (key, place) in enumerate(zip(names, places, strict=True)):
             if place is None and key not in self._waiting and len(examples[number].ids):
