@@ -27,7 +27,8 @@ class Collator:
 
     Returns `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`, padded at the end with
     `pad_token_id`, 0 and `label_pad`; the cache's columns `[batch, ...]`, for the student to see what the teacher saw,
-    padded with 0 where they have an entry per token (and kinds of positions first, as models take them); and `teacher`, what `Cache.targets` returns.
+    padded with 0 where they have an entry per token (several kinds of positions are `[kinds, batch, tokens]`, as models
+    take them); and `teacher`, what `Cache.targets` returns.
 
     Raises ValueError for an example that does not fit together or beside the others, CacheError for one that is not
     in the cache. Position ids of an example always count, unless they are 0, 1, 2, …
