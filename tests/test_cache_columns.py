@@ -132,6 +132,32 @@ def test_columns_survive_a_resumed_write(tmp_path: Path) -> None:
     assert_rows(cache.targets([{"input_ids": ids[1], "pixel_values": images[1]}]), batches[1])
 
 
+def test_columns_of_earlier_shards_are_kept(tmp_path: Path) -> None:
+    ids = cached.sequences(2, TOKENS)
+    images = torch.randn(1, 1, 1, HIDDEN)
+    write(seeing, [{"input_ids": ids[:1], "pixel_values": images}], tmp_path, **EXACT)
+    assert write(seeing, [ids[1:]], tmp_path, **EXACT).columns == ("pixel_values",)
+
+
+def test_the_collator_cuts_and_pads_every_kind_of_position(tmp_path: Path) -> None:
+    """`[kinds, tokens]` of an example, `[kinds, batch, tokens]` of a batch, as models take them."""
+    ids = cached.sequences(2, TOKENS)
+    positions = torch.arange(2 * 3 * TOKENS).view(3, 2, TOKENS)  # [kinds, batch, tokens]
+
+    def teacher(batch: Mapping[str, Any]) -> fastkd.Projection:
+        return seeing({"input_ids": batch["input_ids"], "position_ids": batch["position_ids"][0] / 10})
+
+    batches = [
+        {"input_ids": ids[n : n + 1, :size], "position_ids": positions[:, n : n + 1, :size]}
+        for n, size in ((0, 9), (1, 4))
+    ]
+    cache = write(teacher, batches, tmp_path, **EXACT)
+    examples = [{"input_ids": batch["input_ids"][0], "position_ids": batch["position_ids"][:, 0]} for batch in batches]
+    found = Collator(cache, max_length=7)(examples)["position_ids"]
+    assert torch.equal(found[:, 0], positions[:, 0, :7])
+    assert torch.equal(found[:, 1], torch.nn.functional.pad(positions[:, 1, :4], (0, 3)))
+
+
 def test_the_collator_hands_on_what_the_teacher_saw(tmp_path: Path) -> None:
     """To find the rows, and to the student: through worker processes, padded and cut."""
     ids = cached.sequences(4, TOKENS)
@@ -197,3 +223,27 @@ def test_one_text_padded_differently_is_one_row_and_the_right_one(tmp_path: Path
         assert cache.tokens == ids.numel()
         torch.testing.assert_close(cache.targets(list(ids)).logprobs, alone, rtol=1e-4, atol=1e-4)
         assert write(model, [ids], tmp_path / name, format="topk", k=97, packed=False).tokens == ids.numel()
+        counted = (batch["attention_mask"].cumsum(-1) - 1).clip(min=0)
+        given = write(model, [{**batch, "position_ids": counted}], tmp_path / f"{name} given", format="topk", k=97)
+        torch.testing.assert_close(given.targets(list(ids)).rest, cache.targets(list(ids)).rest, rtol=1e-4, atol=1e-4)
+        assert given.columns == ()
+
+
+def test_kinds_of_positions_move_with_their_tokens() -> None:
+    """`[kinds, batch, tokens]`, as of models that read images: padding goes to the end in all of them."""
+    from fastkd.cache import keys
+
+    ids = torch.tensor([[0, 0, 5, 6], [7, 8, 9, 4]])
+    mask = torch.tensor([[0, 0, 1, 1], [1, 1, 1, 1]])
+    positions = torch.arange(24).view(3, 2, 4)
+    batch = {"input_ids": ids, "attention_mask": mask, "position_ids": positions, "token_type_ids": ids + 1}
+    understood = keys.Batch.of(batch)
+    assert [found.columns["position_ids"].shape for found in understood.examples()] == [(3, 2), (3, 4)]
+    moved, real = keys.padded_at_the_end(batch, understood)
+    assert moved["input_ids"].tolist() == [[5, 6, 0, 0], [7, 8, 9, 4]]
+    assert moved["token_type_ids"].tolist() == [[6, 7, 1, 1], [8, 9, 10, 5]]
+    assert moved["position_ids"][:, 0].tolist() == [[2, 3, 0, 1], [10, 11, 8, 9], [18, 19, 16, 17]]
+    assert torch.equal(moved["position_ids"][:, 1], positions[:, 1])
+    assert torch.equal(moved["attention_mask"], real.long())
+    before, after = understood.examples(), keys.Batch.of(moved).examples()
+    assert [one.key() for one in before] == [one.key() for one in after]

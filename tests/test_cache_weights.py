@@ -62,6 +62,14 @@ def test_a_fingerprint_is_of_weights_and_of_nothing_else(tmp_path: Path) -> None
     assert fastkd.cache.fingerprint(gpt2(seed=1)) != same
 
 
+def test_shapes_are_part_of_a_fingerprint() -> None:
+    """The same values in the same order are other weights in another shape."""
+    values = torch.randn(6, generator=torch.Generator().manual_seed(0))
+    shapes = [(6,), (2, 3), (3, 2)]
+    found = {fastkd.cache.fingerprint(nn.ParameterList([nn.Parameter(values.view(shape))])) for shape in shapes}
+    assert len(found) == 3
+
+
 @pytest.mark.parametrize("name", [name for name, _ in gpt2().named_parameters() if name.endswith("weight")])
 def test_training_any_tensor_further_shows(name: str) -> None:
     """By a hundredth; a norm's weights are all 1 at first, which bfloat16 tells from 1.001 by nothing."""

@@ -27,7 +27,8 @@ class Collator:
 
     Returns `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`, padded at the end with
     `pad_token_id`, 0 and `label_pad`; the cache's columns `[batch, ...]`, for the student to see what the teacher saw,
-    padded with 0 where they have an entry per token; and `teacher`, what `Cache.targets` returns.
+    padded with 0 where they have an entry per token (several kinds of positions are `[kinds, batch, tokens]`, as models
+    take them); and `teacher`, what `Cache.targets` returns.
 
     Raises ValueError for an example that does not fit together or beside the others, CacheError for one that is not
     in the cache. Position ids of an example always count, unless they are 0, 1, 2, …
@@ -63,7 +64,7 @@ class Collator:
             )
         if name in keys.PER_TOKEN:
             parts = [part[..., : self.max_length].movedim(-1, 0) for part in parts]
-            return _padded(parts, 0).movedim(1, -1)
+            return _padded(parts, 0) if parts[0].dim() == 1 else _padded(parts, 0).movedim(-1, 0)
         if len({part.shape for part in parts}) > 1:
             raise ValueError(f"{name} of the batch's examples has the shapes {[tuple(part.shape) for part in parts]}")
         return torch.stack(parts)

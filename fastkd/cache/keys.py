@@ -32,7 +32,7 @@ KEY_BYTES = 16
 TokenIds = Tensor | Sequence[int] | npt.NDArray[np.integer[Any]]
 
 #: Columns with an entry per token, on their last axis: padding is taken out of them.
-PER_TOKEN = ("position_ids", "token_type_ids")
+PER_TOKEN = frozenset({"position_ids", "token_type_ids"})
 POSITIONS = "position_ids"
 #: What is not looked at: it does not change what the teacher says of a sequence.
 _NO_COLUMNS = {"input_ids", "attention_mask", "labels", "use_cache", "return_dict"}
@@ -72,12 +72,8 @@ class Batch(NamedTuple):
     def of(cls, batch: Mapping[str, Any]) -> Batch:
         """Raises ValueError, naming the column, for what cannot be told apart by sequence."""
         ids, real = _ids_and_mask(batch)
-        columns = {
-            name: _column(name, value, real)
-            for name, value in batch.items()
-            if name not in _NO_COLUMNS
-            if value is not None
-        }
+        given = {name: value for name, value in batch.items() if name not in _NO_COLUMNS and value is not None}
+        columns = {name: _column(name, value, real) for name, value in given.items()}
         return cls(ids, real, columns)
 
     def examples(self) -> list[Example]:
@@ -89,20 +85,21 @@ class Batch(NamedTuple):
         return found
 
 
-def padded_at_the_end(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The same sequences with all padding behind them, where models number the tokens from 0."""
-    ids, real = _ids_and_mask(batch)
+def padded_at_the_end(batch: Mapping[str, Any], understood: Batch) -> tuple[Mapping[str, Any], Tensor]:
+    """The same sequences with all padding behind them, where models number tokens from 0; and what is no padding."""
+    ids, real, columns = understood
     if not bool((real[:, 1:] > real[:, :-1]).any()):
-        return batch
+        return batch, real
     order = (~real).to(torch.uint8).argsort(dim=1, stable=True)
-    moved = {"input_ids": ids.gather(1, order), "attention_mask": real.gather(1, order).to(torch.int64)}
-    for name in PER_TOKEN:
-        if batch.get(name) is not None:
-            values = _as_tensor(batch[name]).to(ids.device)
-            moved[name] = values.expand(*values.shape[:-2], *ids.shape).gather(
-                -1, order.expand(*values.shape[:-2], -1, -1)
-            )
-    return {**batch, **moved}
+    ids, real = ids.gather(1, order), real.gather(1, order)
+    moved = {"input_ids": ids, "attention_mask": real.to(torch.int64)}
+    for name in columns.keys() & PER_TOKEN:
+        column = columns[name]
+        if column.dim() == 2:
+            moved[name] = column.gather(1, order)
+        else:
+            moved[name] = column.gather(2, order[:, None].expand_as(column)).movedim(1, 0)
+    return {**batch, **moved}, real
 
 
 def example(sequence: TokenIds | Mapping[str, Any], names: Iterable[str] = ()) -> Example:
@@ -175,7 +172,7 @@ def _column(name: str, value: Any, real: Tensor) -> Tensor:
     if found.shape[:2] == real.shape and not bool(real.all()):
         raise ValueError(
             f"{name!r} {shape} may have an entry per token, whose padding would have to be taken out; that is known of "
-            f"{' and '.join(PER_TOKEN)} alone: give batches without padding"
+            f"{' and '.join(sorted(PER_TOKEN))} alone: give batches without padding"
         )
     return found
 

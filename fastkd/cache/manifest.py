@@ -17,9 +17,10 @@ a file it does not name is no part of the cache. Format version 2:
 | complete, sequences, tokens          | whether the last write reached its end, and sums over the shards             |
 | shards: file, sequences, tokens,     | one entry per shard, whose files hold `rows` uint8 [tokens, record],         |
 | bytes, sha256                        | `keys` uint8 [sequences, 16] and `starts` int64 [sequences + 1]              |
-| checksum                             | of all the above: an edited manifest is refused                              |
+| checksum                             | BLAKE2b, 16 bytes, of the other keys as JSON with sorted keys                |
 
-Version 1 has neither weights nor columns nor checksum. It is read, and not written to.
+A manifest that was edited is refused. Version 1 has neither weights nor columns nor checksum. It is read, and not
+written to.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import torch
 from fastkd.cache.disk import CacheError, disk, replace_file
 from fastkd.cache.records import Dense, PackedSampled, PackedTopK, Plain, Records
 
-__all__ = ["MANIFEST", "VERSION", "Manifest", "Settings", "Shard", "shard_name"]
+__all__ = ["MANIFEST", "VERSION", "Manifest", "Settings", "Shard", "checksum", "shard_name"]
 
 VERSION = 2
 MANIFEST = "manifest.json"

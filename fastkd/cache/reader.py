@@ -26,7 +26,7 @@ __all__ = ["Cache", "check_weights", "open"]
 
 #: Token ids `[tokens]`; or a mapping of them, `input_ids`, perhaps an `attention_mask` `[tokens]`, and the columns
 #: that the cache was written with.
-Sequenced = TokenIds | Mapping[str, Any]
+AnySequence = TokenIds | Mapping[str, Any]
 
 
 def open(directory: str | Path) -> Cache:
@@ -60,9 +60,8 @@ class Cache:
         state = "" if self.complete else ", incomplete"
         return f"Cache({str(self.directory)!r}: {self.sequences:,} sequences, {self.tokens:,} tokens{state})"
 
-    def __contains__(self, sequence: Sequenced) -> bool:
-        found = keys.example(sequence, self.columns)
-        return self._index.find([found.key()], [len(found.ids)])[0] is not None
+    def __contains__(self, sequence: AnySequence) -> bool:
+        return self._index.find([keys.example(sequence, self.columns).key()])[0] is not None
 
     @property
     def settings(self) -> Settings:
@@ -94,7 +93,7 @@ class Cache:
             size = (self.directory / MANIFEST).stat().st_size
         return size + sum(shard.bytes for shard in self._manifest.shards)
 
-    def rows(self, sequence: Sequenced) -> SparseTargets | LogProbabilities:
+    def rows(self, sequence: AnySequence) -> SparseTargets | LogProbabilities:
         """Of one sequence: SparseTargets `[tokens, k]` or, of a dense cache, LogProbabilities `[tokens, vocab_size]`.
 
         CacheError where the sequence is not in the cache, or its shard is damaged.
@@ -103,7 +102,7 @@ class Cache:
         return self._targets(self._decoded([example], None), (len(example.ids),))
 
     def targets(
-        self, sequences: Sequence[Sequenced], max_length: int | None = None
+        self, sequences: Sequence[AnySequence], max_length: int | None = None
     ) -> SparseTargets | LogProbabilities:
         """Of whole sequences, cut to their first `max_length` rows and padded to the longest.
 
@@ -186,7 +185,7 @@ class Cache:
     def _decoded(self, examples: Sequence[keys.Example], max_length: int | None) -> Rows | Tensor:
         """The rows of the sequences, one after another."""
         whole = [len(example.ids) for example in examples]
-        places = self._index.find([example.key() for example in examples], whole)
+        places = self._index.find([example.key() for example in examples])
         lengths = [length if max_length is None else min(length, max_length) for length in whole]
         records = np.empty((sum(lengths), self._records.size), np.uint8)
         filled = 0

@@ -105,16 +105,14 @@ class Index:
         self._keys = keys[order]
         self._shard = np.concatenate([np.empty(0, np.int64), *numbers])[order]
         self._start = np.concatenate([np.empty(0, np.int64), *(starts[:-1] for _, starts in shards)])[order]
-        self._end = np.concatenate([np.empty(0, np.int64), *(starts[1:] for _, starts in shards)])[order]
 
-    def find(self, keys: Sequence[bytes], lengths: Sequence[int]) -> list[tuple[int, int] | None]:
-        """(number of the shard, first row) of each, or None where no sequence has that key and length."""
+    def find(self, keys: Sequence[bytes]) -> list[tuple[int, int] | None]:
+        """(number of the shard, first row) of each, or None."""
         if len(self._keys) == 0:
             return [None] * len(keys)
         wanted = np.frombuffer(b"".join(keys), f"S{KEY_BYTES}")
         places = np.minimum(np.searchsorted(self._keys, wanted), len(self._keys) - 1)
         found = self._keys[places] == wanted
-        found &= self._end[places] - self._start[places] == np.asarray(lengths, np.int64)
         return [
             (int(self._shard[place]), int(self._start[place])) if there else None
             for place, there in zip(places, found, strict=True)

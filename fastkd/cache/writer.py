@@ -69,7 +69,7 @@ def write(
     Projection. Sequences that are in the cache already are not computed again: a write that was stopped goes on, and
     leaves the same files as one that was not, if it is given the same batches. A finished cache is extended by what
     is new in the batches; if nothing is, it is only read: by as many processes as like, also from a directory that
-    cannot be written to.
+    cannot be written to. Before anything is added, the checksums of all that is there are compared.
 
     Args:
         teacher: a transformers causal LM (see `fastkd.project`; it runs in eval mode), or a function of a batch that
@@ -203,8 +203,6 @@ class _Writer:
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Store the sequences of a batch that are new."""
-        if isinstance(self._teacher, nn.Module):
-            batch = keys.padded_at_the_end(batch)
         understood = keys.Batch.of(batch)
         examples = understood.examples()
         new = self._new(examples)
@@ -213,6 +211,8 @@ class _Writer:
             new = self._new(examples)
         if new:
             real = understood.real
+            if isinstance(self._teacher, nn.Module):
+                batch, real = keys.padded_at_the_end(batch, understood)
             chosen = torch.zeros(len(examples), dtype=torch.bool, device=real.device)
             chosen[list(new.values())] = True
             lengths = [len(examples[number].ids) for number in new.values()]
@@ -227,7 +227,7 @@ class _Writer:
     def _new(self, examples: list[keys.Example]) -> dict[bytes, int]:
         """Key → number in the batch, of the sequences that are not in the cache."""
         names = [example.key() for example in examples]
-        places = self._index.find(names, [len(example.ids) for example in examples])
+        places = self._index.find(names)
         new: dict[bytes, int] = {}
         for number, (key, place) in enumerate(zip(names, places, strict=True)):
             if place is None and key not in self._waiting and len(examples[number].ids):
@@ -341,9 +341,15 @@ def _in_eval_mode(teacher: Teacher) -> Iterator[None]:
 
 
 def begun(directory: Path) -> Manifest | None:
-    """The manifest of a cache that was begun in a directory, None of an empty one. CacheError for any other."""
+    """The manifest of a cache that was begun in a directory; None of one that is empty or not there.
+
+    CacheError for any other.
+    """
     with disk(f"{directory} cannot be read"):
-        names = {path.name for path in directory.iterdir()}
+        try:
+            names = {path.name for path in directory.iterdir()}
+        except FileNotFoundError:
+            return None
     if MANIFEST in names:
         return Manifest.load(directory)
     if not all(own_names(name) for name in names):

@@ -22,6 +22,7 @@ from tqdm import tqdm
 import fastkd.cache
 from fastkd.cache import Cache, CacheError, Progress
 from fastkd.cache.asked import check_same, packing
+from fastkd.cache.disk import disk
 from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
 from fastkd.cache.reader import check_weights
 from fastkd.cache.writer import begun
@@ -96,17 +97,22 @@ def check_cache(options: Options, tokenizer: Any) -> None:
     in the output directory is not looked at where that run is overwritten.
     """
     wanted = options.distillation
-    directory, output = Path(wanted.cache_dir).resolve(), Path(options.training.output).resolve()
-    if not (wanted.cache_dir and wanted.needs_teacher):
-        return
-    if options.training.overwrite and directory.is_relative_to(output):
-        return
-    place = next(path for path in (directory, *directory.parents) if path.exists())
-    if not place.is_dir():
-        raise InputError(f"cache_dir is {wanted.cache_dir}, but {place} is a file: name a directory")
-    found = _input_error(begun, directory) if place == directory else None
-    if (found is None or not found.complete) and not os.access(place, os.W_OK):
-        raise InputError(f"cache_dir is {wanted.cache_dir}, but {place} may not be written to: name another")
+    if wanted.cache_dir and wanted.needs_teacher:
+        _input_error(_check_directory, options, tokenizer)
+
+
+def _check_directory(options: Options, tokenizer: Any) -> None:
+    wanted = options.distillation
+    with disk(f"the cache_dir {wanted.cache_dir} cannot be looked at"):
+        directory, output = Path(wanted.cache_dir).resolve(), Path(options.training.output).resolve()
+        if options.training.overwrite and directory.is_relative_to(output):
+            return
+        place = next(path for path in (directory, *directory.parents) if path.exists())
+        if not place.is_dir():
+            raise CacheError(f"cache_dir is {wanted.cache_dir}, but {place} is a file: name a directory")
+        found = begun(directory) if place == directory else None
+        if (found is None or not found.complete) and not os.access(place, os.W_OK):
+            raise CacheError(f"cache_dir is {wanted.cache_dir}, but {place} may not be written to: name another")
     if found is not None:
         asked = {
             "format": wanted.cache_format,
@@ -115,13 +121,13 @@ def check_cache(options: Options, tokenizer: Any) -> None:
             "temperature": 1.0 if wanted.cache_format == "dense" else wanted.temperature,
             "tokenizer": tokenizer_fingerprint(tokenizer),
         }
-        _input_error(check_same, directory, found, asked)
+        check_same(directory, found, asked)
 
 
 def check_teacher(options: Options, teacher: Any) -> None:
     """The cache of a run, where there is one, is of this teacher's weights. Raises InputError."""
     wanted = options.distillation
-    if wanted.cache_dir and wanted.needs_teacher and Path(wanted.cache_dir).is_dir():
+    if wanted.cache_dir and wanted.needs_teacher:
         found = _input_error(begun, Path(wanted.cache_dir))
         if found is not None:
             _input_error(check_weights, Path(wanted.cache_dir), found, fingerprint(teacher))

@@ -54,6 +54,6 @@ def lessons(setup: Setup) -> Lessons:
 def _seed_of_samples(directory: str, seed: int) -> int | None:
     """The run's own; None, which is the cache's, where another run has begun it."""
     try:
-        return None if Path(directory).is_dir() and begun(Path(directory)) is not None else seed
+        return seed if begun(Path(directory)) is None else None
     except CacheError as error:
         raise InputError(str(error)) from error

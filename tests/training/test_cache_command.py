@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
+import hashlib
+import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,7 +19,7 @@ import fastkd
 from fastkd.cli import main
 from fastkd.training.command_options import CacheOptions
 from fastkd.training.options import DataOptions, InputError, ModelOptions
-from tests.training.conftest import CONTEXT
+from tests.training.conftest import CONTEXT, run
 
 
 @pytest.fixture
@@ -129,6 +133,76 @@ def test_what_the_cache_refuses(inputs, tmp_path):
     with pytest.raises(InputError, match="not empty and no fastkd cache"):
         write_cache(CacheOptions(output=str(tmp_path / "cache")), models, data)
     assert (tmp_path / "cache" / "notes").read_text() == "mine"
+
+
+def digests(directory):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def test_distill_reads_a_finished_cache_however_it_was_written(flags, inputs, options, tmp_path, monkeypatch):
+    """By a teacher spelt otherwise, exactly stored, in other shards, while another process holds its lock."""
+    monkeypatch.chdir(inputs.parent)
+    assert main([*arguments(flags, teacher=f"./{inputs.name}/teacher", shard_tokens=64), "--plain"]) == 0
+    directory = tmp_path / "cache"
+    before = digests(directory)
+    assert len(before) > 3
+    descriptor = os.open(directory, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    try:
+        for number, teacher in enumerate((f"{inputs.name}/teacher", str(inputs / "teacher"))):
+            metrics = run(
+                options, max_steps=2, teacher=teacher, cache_dir=str(directory), output=str(tmp_path / str(number))
+            )
+            assert metrics["training"]["student"]["steps"] == 2
+    finally:
+        os.close(descriptor)
+    assert digests(directory) == before
+    (directory / "manifest.json").write_text("damaged")
+    assert main(["eval", str(tmp_path / "0"), "--eval-windows", "1"]) == 0  # which reads no cache
+
+
+def test_other_weights_at_the_same_path_are_refused(flags, inputs, options, tmp_path):
+    """By distill before it judges anything, and by cache write before it computes anything."""
+    teacher = tmp_path / "teacher"
+    shutil.copytree(inputs / "teacher", teacher)
+    assert main(arguments(flags, teacher=teacher)) == 0
+    before = digests(tmp_path / "cache")
+    model = transformers.AutoModelForCausalLM.from_pretrained(teacher)
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(1.01)
+    model.save_pretrained(teacher)
+    with pytest.raises(InputError, match="is of a teacher with other weights"):
+        run(options, teacher=str(teacher), cache_dir=str(tmp_path / "cache"), max_steps=2)
+    assert main(arguments(flags, teacher=teacher)) == 2
+    assert digests(tmp_path / "cache") == before
+    assert not (tmp_path / "out").exists()
+
+
+BAD_CACHES = [
+    ({"temperature": 2.0}, "begun with temperature=1.0, but temperature=2.0"),
+    ({"cache_tokens": 5}, "begun with k=12, but k=5"),
+    ({"cache_format": "topk"}, "begun with format='sampled', but format='topk'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_CACHES, ids=[message for _, message in BAD_CACHES])
+def test_a_cache_of_something_else_is_refused_before_the_teacher_is_loaded(
+    flags, options, tmp_path, monkeypatch, changes, message
+):
+    from fastkd.training import loading
+
+    assert main(arguments(flags)) == 0
+
+    def never(*_):
+        raise AssertionError("the teacher was loaded")
+
+    monkeypatch.setattr(loading, "load_teacher", never)
+    with pytest.raises(InputError, match=message):
+        run(options, cache_dir=str(tmp_path / "cache"), **changes)
+    (tmp_path / "notes").write_text("mine")
+    with pytest.raises(InputError, match=r"notes is a file: name a directory"):
+        run(options, cache_dir=str(tmp_path / "notes" / "cache"))
+    with pytest.raises(InputError, match="is not empty and no fastkd cache"):
+        run(options, cache_dir=str(tmp_path))
 
 
 @pytest.mark.parametrize("words", [["cache", "--help"], ["cache", "write", "--help"], ["cache", "info", "--help"]])
