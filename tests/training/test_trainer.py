@@ -219,6 +219,62 @@ def test_teachers_must_be_frozen(tmp_path):
         trainer(tmp_path, model(0)).train()
 
 
+NOT_TAKEN = [
+    {"label_smoothing_factor": 0.1},
+    {"compute_loss_func": lambda *_, **__: 0.0},
+    {"compute_metrics": lambda found: {}},
+    {"preprocess_logits_for_metrics": lambda logits, labels: logits},
+    {"include_for_metrics": ["inputs"]},
+    {"batch_eval_metrics": True},
+    {"eval_do_concat_batches": False},
+    {"label_names": ["targets"]},
+    {"torch_compile": True},
+]
+
+
+@pytest.mark.parametrize("settings", NOT_TAKEN, ids=lambda settings: next(iter(settings)))
+def test_arguments_that_take_no_part_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        trainer(tmp_path, model(0), teacher=teacher(), **settings)
+
+
+def test_a_router_loss_is_not_dropped(tmp_path):
+    student = model(0)
+    student.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        trainer(tmp_path, student, teacher=teacher())
+
+
+def test_the_best_model_is_found_without_naming_a_metric(tmp_path):
+    found = trainer(
+        tmp_path,
+        model(0),
+        teacher=teacher(),
+        eval_dataset=Ragged(windows(7)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    found.train()
+    values = [line["eval_hard"] for line in found.state.log_history if "eval_hard" in line]
+    assert found.state.best_metric == min(values)
+    assert len(values) == 3
+
+
+def test_the_loss_given_is_not_changed(tmp_path):
+    kd = fastkd.KDLoss(2.0)
+    before = dict(vars(kd))
+    trainer(tmp_path, model(0), kd=kd, teacher=teacher(), temperature=Course(4.0, 1.0, "linear")).train()
+    assert dict(vars(kd)) == before
+
+
+def test_the_loss_has_a_default(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert KDTrainer(model(0), arguments, teacher=teacher()).kd.temperature == fastkd.KDLoss().temperature
+
+
 TOKENS = 60  # labels of the first eight rows
 
 
