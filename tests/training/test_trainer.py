@@ -245,6 +245,18 @@ def test_a_router_loss_is_not_dropped(tmp_path):
         trainer(tmp_path, student, teacher=teacher())
 
 
+def test_a_batch_cannot_ask_for_a_router_loss(tmp_path):
+    batch = {**collate([Ragged(windows())[0]]), "output_router_logits": True}
+    student = model(0)
+    with pytest.raises(ValueError, match="auxiliary loss"):
+        trainer(tmp_path, student, teacher=teacher()).compute_loss(student, batch)
+
+
+def test_a_loss_of_another_reduction_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="reduction='mean', got 'sum'"):
+        trainer(tmp_path, model(0), kd=fastkd.KDLoss(reduction="sum"), teacher=teacher())
+
+
 def test_the_best_model_is_found_without_naming_a_metric(tmp_path):
     found = trainer(
         tmp_path,
@@ -293,12 +305,15 @@ def on_two(rank: int, folder: str) -> None:
     found = trainer(folder, student, teacher=teacher(), per_device_train_batch_size=8, eval_dataset=Ragged(windows(7)))
     found.train()
     measured = found.evaluate()
-    sharded = model(0)
-    fsdp.fully_shard(sharded.model.layers[0])
-    fsdp.fully_shard(sharded)
     mine = collate([Ragged(windows())[index] for index in range(4 * rank, 4 * rank + 4)])
-    trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
-    gradients = torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()])
+    gradients = []
+    for units in (True, False):  # the layer has a unit of its own, or the root is the only one
+        sharded = model(0)
+        if units:
+            fsdp.fully_shard(sharded.model.layers[0])
+        fsdp.fully_shard(sharded)
+        trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
+        gradients.append(torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()]))
     if rank == 0:
         lines = {name: logged(found, name) for name in ("loss", "soft", "hard")}
         torch.save((weights(student), lines, measured["eval_hard"], gradients), f"{folder}/found.pt")
@@ -330,5 +345,6 @@ def test_two_processes_are_one(tmp_path):
     assert (batch["labels"][:, 1:] != -100).sum() == TOKENS
     trainer(tmp_path, whole, teacher=teacher()).compute_loss(whole, batch, num_items_in_batch=TOKENS).backward()
     expected = torch.cat([weight.grad.flatten() for weight in whole.parameters()])
-    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+    for found in gradients:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert expected.abs().max() > 0.01
