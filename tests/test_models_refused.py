@@ -151,3 +151,48 @@ def test_refuses_logits_that_a_projection_cannot_hold(
 ) -> None:
     with pytest.raises(ValueError, match=message):
         project(Custom(tail), hidden=torch.randn(B, T, H))
+
+
+def hooked(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    return lambda model: model.lm_head.register_forward_hook(lambda module, args, output: change(output))
+
+
+def patched(change: Callable[[Tensor], Tensor]) -> Callable[[Any], None]:
+    def spoil(model: Any) -> None:
+        plain = model.lm_head.forward
+        model.lm_head.forward = lambda hidden: change(plain(hidden))
+
+    return spoil
+
+
+def pre_hooked(model: Any) -> None:
+    model.lm_head.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+
+
+def cap(logits: Tensor) -> Tensor:
+    return 3 * torch.tanh(logits / 3)
+
+
+@pytest.mark.parametrize("change", [hooked(lambda z: 0.5 * z), hooked(cap), pre_hooked, patched(lambda z: z)])
+def test_what_hooks_of_the_head_do_is_in_the_projection(change: Callable[[Any], None]) -> None:
+    model, inputs = llama(tie_word_embeddings=False), batch()
+    change(model)
+    torch.testing.assert_close(project(model, **inputs).logits(), model(**inputs).logits)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        hooked(lambda z: z.clamp(-1, 1)),
+        hooked(lambda z: z.masked_fill(torch.arange(V) == 5, -torch.inf)),
+        patched(lambda z: 0.5 * z),
+        patched(cap),
+        patched(lambda z: z.masked_fill(torch.arange(V) == 5, -torch.inf)),
+    ],
+)
+def test_refuses_a_head_that_does_more_than_its_weight_says(change: Callable[[Any], None]) -> None:
+    model = llama(tie_word_embeddings=False)
+    project(model, **batch())
+    change(model)
+    with pytest.raises(ValueError, match="does more t"):
+        project(model, **batch())

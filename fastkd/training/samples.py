@@ -32,8 +32,8 @@ def samples(model: Any, tokenizer: Any, options: EvaluationOptions, seed: int) -
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     found = []
     with torch.random.fork_rng():
-        for prompt in options.prompts:
-            torch.manual_seed(seed)
+        for place, prompt in enumerate(options.prompts):
+            torch.manual_seed(seed + place)  # with one seed for all, prompts would be continued nearly alike
             ids = prompt_ids(tokenizer, prompt, model)
             longest = ids.shape[1] + options.sample_tokens
             drawn = model.generate(

@@ -7,6 +7,8 @@ Everything else is Trainer's: optimizer, schedules, mixed precision, accumulatio
 
 from __future__ import annotations
 
+import copy
+import inspect
 import math
 import signal
 import time
@@ -45,12 +47,27 @@ class Course:
         return self.start + (self.end - self.start) * progress
 
 
+_NO_LOGITS = "no logits are formed; evaluation gives eval_hard and eval_perplexity, for more override prediction_step"
+#: What Trainer takes and a loss without logits cannot: (name, values that ask for nothing, what to do).
+_REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
+    ("compute_loss_func", (None,), "override distillation_loss instead"),
+    ("compute_metrics", (None,), _NO_LOGITS),
+    ("preprocess_logits_for_metrics", (None,), _NO_LOGITS),
+    ("include_for_metrics", (None, []), _NO_LOGITS),
+    ("batch_eval_metrics", (False,), _NO_LOGITS),
+    ("eval_do_concat_batches", (True,), _NO_LOGITS),
+    ("label_smoothing_factor", (0,), "the teacher's predictions take its place; override distillation_loss to add it"),
+    ("label_names", (None, ["labels"]), "labels are found under 'labels'"),
+    ("torch_compile", (False,), "compile the student's body instead: model.base_model.compile()"),
+)
+
+
 class KDTrainer(Trainer):
     """Trains a causal language model on a teacher's predictions and the labels.
 
     Args:
         model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where batches carry a teacher.
-        kd: the loss. It is used with `shift=True`, `reduction="mean"` and `return_parts=True`, which are set here.
+        kd: the loss, `KDLoss()` by default. A copy is used, with `shift=True` and `return_parts=True`.
         teacher: a frozen model in eval mode with the student's vocabulary, on the student's device. Or None: then
             batches bring the teacher's predictions under `"teacher"`, a `fastkd.SparseTargets` or logits
             `[batch, tokens, ...]`, as `fastkd.cache.Collator` makes them, or `kd.soft_weight` is 0.
@@ -65,21 +82,29 @@ class KDTrainer(Trainer):
     `ratio` = hard ÷ soft; and `tokens_per_second` of all devices, without the time of evaluations and checkpoints.
     They are read from the device when they are logged, not at every step.
 
-    Raises ValueError where the teacher is trainable, in training mode, or needed and not given, and for several GPUs
-    in one process.
+    Raises ValueError where the teacher is trainable, in training mode, or needed and not given, for several GPUs in one
+    process, for a student with `output_router_logits`, whose router loss would be dropped, and for arguments of Trainer
+    that could take no part: metrics of logits, other losses, label smoothing, `torch_compile`.
     """
 
     def __init__(
         self,
         *args: Any,
-        kd: fastkd.KDLoss,
+        kd: fastkd.KDLoss | None = None,
         teacher: nn.Module | None = None,
         eval_collator: Callable[[Any], Any] | None = None,
         temperature: Course | None = None,
         soft_weight: Course | None = None,
         **settings: Any,
     ) -> None:
-        super().__init__(*args, **{**settings, "compute_metrics": _mean_hard_loss})
+        kd = fastkd.KDLoss() if kd is None else copy.deepcopy(kd)
+        if kd.reduction != "mean":
+            raise ValueError(f"KDTrainer needs a loss with reduction='mean', got {kd.reduction!r}")
+        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **settings).arguments
+        _check_arguments(given)
+        given.pop("self")
+        super().__init__(**{**given, "compute_metrics": _mean_hard_loss})
+        _check_router(getattr(self.model, "config", None))
         if self.args.n_gpu > 1:  # Trainer would split batches with DataParallel, beside which a Projection is whole
             raise ValueError(
                 f"KDTrainer uses one GPU per process, but sees {self.args.n_gpu}: start it with torchrun, a process "
@@ -87,7 +112,7 @@ class KDTrainer(Trainer):
             )
         if teacher is not None and (teacher.training or any(weight.requires_grad for weight in teacher.parameters())):
             raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
-        kd.shift, kd.reduction, kd.return_parts = True, "mean", True
+        kd.shift = kd.return_parts = True
         self.kd, self.teacher, self.eval_collator = kd, teacher, eval_collator or self.data_collator
         self._courses = {"temperature": temperature, "soft_weight": soft_weight}
         self._total_weight = kd.soft_weight + kd.hard_weight
@@ -135,6 +160,8 @@ class KDTrainer(Trainer):
             raise ValueError("KDTrainer forms no logits, so there are no outputs to return")
         self._follow_courses()
         inputs = dict(inputs)
+        if inputs.get("output_router_logits"):
+            raise ValueError(_ROUTER)
         labels = inputs.pop("labels")
         parts = self.distillation_loss(model, inputs, self.soft_targets(inputs), labels, num_items_in_batch)
         both = torch.stack((parts.soft, parts.hard))
@@ -201,7 +228,7 @@ class KDTrainer(Trainer):
             self.args.dataloader_drop_last, self.data_collator = training
 
     def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
-        """As Trainer's: `eval_hard`, the mean hard loss, and `eval_perplexity`."""
+        """As Trainer's: `eval_hard`, the mean hard loss, also as `eval_loss`; and `eval_perplexity`."""
         return self._unclocked(super().evaluate, *args, **settings)  # type: ignore[no-any-return]
 
     def _save_checkpoint(self, *args: Any, **settings: Any) -> None:
@@ -223,7 +250,29 @@ def _predicting(logits: fastkd.Projection, vocab_size: int | None) -> fastkd.Pro
 
 def _mean_hard_loss(found: EvalPrediction) -> dict[str, float]:
     hard = float(np.sum(found.predictions, dtype=np.float64) / np.sum(found.label_ids))
-    return {"hard": hard, "perplexity": math.exp(min(hard, 700.0))}
+    # Trainer takes eval_loss for the best model where no other metric is named.
+    return {"loss": hard, "hard": hard, "perplexity": math.exp(min(hard, 700.0))}
+
+
+_ROUTER = (
+    "the student has output_router_logits=True, but KDTrainer does not add a router's auxiliary loss: set it to False, "
+    "or add that loss in distillation_loss from a forward of its own"
+)
+
+
+def _check_arguments(given: dict[str, Any]) -> None:
+    """Raise ValueError for what Trainer takes and KDTrainer would ignore."""
+    for name, idle, remedy in _REFUSED:
+        value = given[name] if name in given else getattr(given.get("args"), name, idle[0])
+        if value not in idle:
+            raise ValueError(f"KDTrainer cannot use {name}={value!r}: {remedy}")
+
+
+def _check_router(config: Any) -> None:
+    """Raise ValueError for a mixture of experts whose own loss has a term for its router."""
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    if getattr(text, "output_router_logits", False):
+        raise ValueError(_ROUTER)
 
 
 class StopOnInterrupt(TrainerCallback):

@@ -219,6 +219,74 @@ def test_teachers_must_be_frozen(tmp_path):
         trainer(tmp_path, model(0)).train()
 
 
+NOT_TAKEN = [
+    {"label_smoothing_factor": 0.1},
+    {"compute_loss_func": lambda *_, **__: 0.0},
+    {"compute_metrics": lambda found: {}},
+    {"preprocess_logits_for_metrics": lambda logits, labels: logits},
+    {"include_for_metrics": ["inputs"]},
+    {"batch_eval_metrics": True},
+    {"eval_do_concat_batches": False},
+    {"label_names": ["targets"]},
+    {"torch_compile": True},
+]
+
+
+@pytest.mark.parametrize("settings", NOT_TAKEN, ids=lambda settings: next(iter(settings)))
+def test_arguments_that_take_no_part_are_refused(tmp_path, settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        trainer(tmp_path, model(0), teacher=teacher(), **settings)
+
+
+def test_a_router_loss_is_not_dropped(tmp_path):
+    student = model(0)
+    student.config.output_router_logits = True
+    with pytest.raises(ValueError, match="output_router_logits"):
+        trainer(tmp_path, student, teacher=teacher())
+
+
+def test_a_batch_cannot_ask_for_a_router_loss(tmp_path):
+    batch = {**collate([Ragged(windows())[0]]), "output_router_logits": True}
+    student = model(0)
+    with pytest.raises(ValueError, match="auxiliary loss"):
+        trainer(tmp_path, student, teacher=teacher()).compute_loss(student, batch)
+
+
+def test_a_loss_of_another_reduction_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="reduction='mean', got 'sum'"):
+        trainer(tmp_path, model(0), kd=fastkd.KDLoss(reduction="sum"), teacher=teacher())
+
+
+def test_the_best_model_is_found_without_naming_a_metric(tmp_path):
+    found = trainer(
+        tmp_path,
+        model(0),
+        teacher=teacher(),
+        eval_dataset=Ragged(windows(7)),
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=1,
+        load_best_model_at_end=True,
+    )
+    found.train()
+    values = [line["eval_hard"] for line in found.state.log_history if "eval_hard" in line]
+    assert found.state.best_metric == min(values)
+    assert len(values) == 3
+
+
+def test_the_loss_given_is_not_changed(tmp_path):
+    kd = fastkd.KDLoss(2.0)
+    before = dict(vars(kd))
+    trainer(tmp_path, model(0), kd=kd, teacher=teacher(), temperature=Course(4.0, 1.0, "linear")).train()
+    assert dict(vars(kd)) == before
+
+
+def test_the_loss_has_a_default(tmp_path):
+    arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
+    assert KDTrainer(model(0), arguments, teacher=teacher()).kd.temperature == fastkd.KDLoss().temperature
+
+
 TOKENS = 60  # labels of the first eight rows
 
 
@@ -237,12 +305,15 @@ def on_two(rank: int, folder: str) -> None:
     found = trainer(folder, student, teacher=teacher(), per_device_train_batch_size=8, eval_dataset=Ragged(windows(7)))
     found.train()
     measured = found.evaluate()
-    sharded = model(0)
-    fsdp.fully_shard(sharded.model.layers[0])
-    fsdp.fully_shard(sharded)
     mine = collate([Ragged(windows())[index] for index in range(4 * rank, 4 * rank + 4)])
-    trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
-    gradients = torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()])
+    gradients = []
+    for units in (True, False):  # the layer has a unit of its own, or the root is the only one
+        sharded = model(0)
+        if units:
+            fsdp.fully_shard(sharded.model.layers[0])
+        fsdp.fully_shard(sharded)
+        trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
+        gradients.append(torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()]))
     if rank == 0:
         lines = {name: logged(found, name) for name in ("loss", "soft", "hard")}
         torch.save((weights(student), lines, measured["eval_hard"], gradients), f"{folder}/found.pt")
@@ -274,5 +345,6 @@ def test_two_processes_are_one(tmp_path):
     assert (batch["labels"][:, 1:] != -100).sum() == TOKENS
     trainer(tmp_path, whole, teacher=teacher()).compute_loss(whole, batch, num_items_in_batch=TOKENS).backward()
     expected = torch.cat([weight.grad.flatten() for weight in whole.parameters()])
-    torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-7)
+    for found in gradients:
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert expected.abs().max() > 0.01
