@@ -15,6 +15,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * FASTKD_LANES)));
 constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr double ln2 = 0.69314718055994530942;
 
 inline vec splat(float x) { return x - vec{}; }
 
@@ -88,13 +89,18 @@ inline vec exp2(vec y) {
 
 inline vec exp(vec x) { return exp2(x * kLog2e); }
 
-// e^x - 1 for x <= 0, relative error 2e-7 down to x = -0.
-inline vec expm1_nonpositive(vec x) {
+// e^x and e^x - 1 for x <= 0, each with a relative error of 2e-7, down to x = -0.
+struct Decay {
+  vec power, less_one;
+};
+inline Decay decay(vec x) {
   const vec y = max(x, splat(-80.f)) * kLog2e;  // e^-80 is nothing beside 1
   const Split s = split(y);
-  const vec value = s.scale * (s.f * expm1_poly(s.f)) + (s.scale - 1.f);
-  return select(x == x, value, x);
+  const vec change = s.scale * (s.f * expm1_poly(s.f));
+  return {select(x > -80.f, change + s.scale, x == x ? vec{} : x), select(x == x, change + (s.scale - 1.f), x)};
 }
+
+inline vec expm1_nonpositive(vec x) { return decay(x).less_one; }
 
 // log(1 + u) for -1 < u <= 0, relative error 2e-7 down to u = -0.
 inline vec log1p_nonpositive(vec u) {
