@@ -77,7 +77,7 @@ def tvd(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
 
 
 def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
-    """With s = α + β the terms are d²·exp[s log q, α log p + β log q, s log p], exp[…] being the divided difference of exp.
+    """Terms d²·exp[s log q, α log p + β log q, s log p], where exp[…] is the divided difference of exp and s = α + β.
 
     That is Cichocki's formula with its divisions by α, β and s carried out: where one is 0, or nearly, nothing cancels.
     """

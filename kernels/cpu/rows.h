@@ -199,19 +199,20 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
 // log2 q - log2 p of a vector of columns, given the student's and teacher's logits.
 struct LogRatio {
   float cs, ct, student_max, teacher_max, shift, shift_low;
-  bool same_temperature;
+  bool direct;  // from the difference of the two logits
 
   LogRatio(const Settings& settings, const Sums& sums) {
     cs = settings.student_scale, ct = settings.teacher_scale;
     student_max = sums.student_max, teacher_max = sums.teacher_max;
-    same_temperature = settings.same_temperature;
+    // Rows further apart than this have nothing in common that the difference could keep.
+    direct = settings.same_temperature && ::fabs((double)student_max - teacher_max) < 1 << 24;
     double total = ::log2(sums.student) - ::log2(sums.teacher);
-    if (same_temperature) total += ((double)student_max - teacher_max) * cs;
+    if (direct) total += ((double)student_max - teacher_max) * cs;
     shift = (float)total, shift_low = (float)(total - shift);
   }
 
   vec operator()(vec s, vec t) const {
-    if (!same_temperature) return (s - student_max) * cs - (t - teacher_max) * ct - shift;
+    if (!direct) return (s - student_max) * cs - (t - teacher_max) * ct - shift;
     // s - t is exact where they are close; what it rounds off beside a large offset is added back (two-sum).
     const vec h = s - t;
     const vec back = s - h;
