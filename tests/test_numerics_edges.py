@@ -38,14 +38,21 @@ def run(
     return soft, cross_entropy, grad
 
 
-def check(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float = 2.0) -> None:
+def check(
+    student: Tensor,
+    teacher: Tensor,
+    divergence: Divergence,
+    temperature: float = 2.0,
+    hard: bool = True,
+    certain_rows: float = 0.0,
+) -> None:
     """The numerics contract."""
-    truth = run(reference, student.double(), teacher.double(), divergence, temperature)
-    eager = run(reference, student, teacher, divergence, temperature)
-    ours = run(_native, student, teacher, divergence, temperature)
+    truth = run(reference, student.double(), teacher.double(), divergence, temperature, hard)
+    eager = run(reference, student, teacher, divergence, temperature, hard)
+    ours = run(_native, student, teacher, divergence, temperature, hard)
     for value in (0, 1):
         compare.assert_value(ours[value], truth[value], eager[value])
-    compare.assert_gradient(ours[2], eager[2], truth[2])
+    compare.assert_gradient(ours[2], eager[2], truth[2], certain_rows=certain_rows)
 
 
 @pytest.mark.parametrize("place", [-1e10, -1e30, LOWEST, 1e30])
@@ -108,7 +115,9 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
     for seed in range(5):
         generator = torch.Generator().manual_seed(seed)
         student, teacher = (25 * torch.randn(ROWS, 1000, generator=generator) for _ in range(2))
-        check(student, teacher, divergence, temperature)
+        # The other slopes are no bounded multiple of q: in a row without gradient they have the rounding of one.
+        certain = 0.0 if divergence.name in ("jsd", "skew_kl", "skew_reverse_kl", "tvd") else temperature
+        check(student, teacher, divergence, temperature, hard=False, certain_rows=certain)
 
 
 def exact_alpha_beta(log_p: float, log_q: float, alpha: float, beta: float) -> tuple[float, float]:

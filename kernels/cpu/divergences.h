@@ -203,19 +203,21 @@ struct AlphaBeta {
 template <class Divergence>
 struct Centred {
   Divergence divergence;
-  float center;
+  float center, rest;  // what rounding to `center` left
 
-  Centred(const Divergence& of, const Cell& top) : divergence(centred_at(of, top)), center(at(divergence(top), top)) {
-    if (!(center - center == 0)) center = 0;  // the divergence is infinite there
+  Centred(const Divergence& of, const Cell& top) : divergence(centred_at(of, top)) {
+    const double exactly = at(divergence(top), top);
+    const bool finite = exactly - exactly == 0;  // else the divergence is infinite there
+    center = finite ? (float)exactly : 0, rest = finite ? (float)(exactly - center) : 0;
   }
   Pair operator()(const Cell& c) const { return less(divergence(c), c); }
 
  private:
-  static float at(const Pair& pair, const Cell& top) { return pair.g[0] / top.q[0]; }
-  static float at(const Ratio& pair, const Cell&) { return pair.ratio[0]; }
-  Pair less(const Pair& pair, const Cell& c) const { return {pair.term, pair.g - center * c.q}; }
+  static double at(const Pair& pair, const Cell& top) { return (double)pair.g[0] / top.q[0]; }
+  static double at(const Ratio& pair, const Cell&) { return pair.ratio[0]; }
+  Pair less(const Pair& pair, const Cell& c) const { return {pair.term, (pair.g - center * c.q) - rest * c.q}; }
   Pair less(const Ratio& pair, const Cell& c) const {
-    return {pair.term, keep(c.q != 0.f, c.q * (pair.ratio - center))};  // exactly 0 in that column
+    return {pair.term, keep(c.q != 0.f, c.q * (pair.ratio - center))};
   }
 };
 
