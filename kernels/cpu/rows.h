@@ -15,117 +15,10 @@
 // A row may also come in tiles of columns, its logits computed anew for each of the three: then `State` is what is known
 // of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
 #pragma once
-#include "blocks.h"
 #include "divergences.h"
-
-#include <float.h>
-#include <math.h>
+#include "near.h"
 
 namespace FASTKD_ISA {
-
-constexpr float kNoMaximum = -FLT_MAX;  // finite, so that exponents relative to it are not NaN; no logit is less
-
-// How e^z (T = 1) is had from e^(z/T).
-enum HardTerm : int { kNoHard = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwnExponential = 5 };
-
-template <int hard>
-inline vec power(vec e) {
-  static_assert(hard >= kPower1 && hard <= kPower4, "a small integer temperature");
-  if constexpr (hard == kPower1) return e;
-  const vec square = e * e;
-  if constexpr (hard == kPower2) return square;
-  if constexpr (hard == kPower3) return square * e;
-  return square * square;
-}
-
-// Exponentials of a row, block by block: whole blocks in `row`, the last partial one in `tail`, which has room for
-// whole vectors. So `row` may be the fp32 gradient row itself, which has none beyond its end.
-struct Stash {
-  float *row, *tail;
-  float* at(int64_t start, int64_t n) const { return n == block ? row + start : tail; }
-};
-
-struct Categories;  // sparse.h
-
-// Per-thread memory for one row: the stashes, and the maxima each block was stashed with.
-struct Scratch {
-  Stash student, teacher, hard;  // `teacher` later holds g
-  float *student_max, *teacher_max;
-  float *student_block, *teacher_block, *out_block;  // one block each, first-level cache
-  const Categories* categories;
-};
-
-// What a row's loss needs, fixed for the whole call.
-struct Settings {
-  float student_scale, teacher_scale;  // log2(e) / T
-  double hard_scale;                   // the same of the hard term's exponentials, as they are had
-  bool same_temperature;
-  int hard;  // HardTerm
-  double temperature, soft_weight, hard_weight;
-  int64_t columns, vocab_size;  // of the tile and of the row, which are the same where rows are whole
-  int64_t stage;  // Stage
-  bool want_grad;
-};
-
-// Mergeable scalars of a row. The hard term's exponentials are relative to the student's maximum.
-struct Sums {
-  float student_max = kNoMaximum, teacher_max = kNoMaximum;  // logits
-  double student = 0, teacher = 0, hard = 0;  // sums of 2^y
-  double forward = 0;  // sum of e_t (y_t - y_s), relative to the current maxima
-  double reverse = 0;  // sum of e_s (y_s - y_t)
-  float top_student = 0, top_teacher = 0;  // both logits of the student's likeliest column; kept for functors only
-
-  void raise(float student_to, float teacher_to, const Settings& settings) {
-    const double up = (double)student_to - student_max;
-    const double up_s = up * settings.student_scale, up_t = ((double)teacher_to - teacher_max) * settings.teacher_scale;
-    forward = (forward + teacher * (up_s - up_t)) * ::exp2(-up_t);
-    reverse = (reverse + student * (up_t - up_s)) * ::exp2(-up_s);
-    student *= ::exp2(-up_s);
-    teacher *= ::exp2(-up_t);
-    hard *= ::exp2(-up * settings.hard_scale);
-    student_max = student_to, teacher_max = teacher_to;
-  }
-};
-
-// What is known of a row: all that has to outlive a tile.
-struct State {
-  Sums sums;
-  double label_logit = __builtin_nan("");  // until its column is met; a label outside the vocabulary never is
-  double value = 0;                        // of a functor, and the sum of squares
-  double total_g = 0;
-};
-static_assert(sizeof(State) <= kStateBytes, "fastkd/_native.py allocates this much per row");
-
-// A row of a SparseTeacher; `first` is the column of the row that the tile begins with.
-struct SparseRow {
-  const int64_t* ids;
-  const float* logprobs;
-  float* picked;
-  double rest, offset;
-  int64_t count, first;
-};
-
-struct Row {
-  Reader student, teacher;
-  SparseRow sparse;
-  Writer grad;
-  int64_t label;  // relative to the first column of the tile
-  double soft_scale, hard_scale;
-};
-
-inline float block_max(const float* z, int64_t n) {
-  vec m = splat(-kInf), m2 = m;
-  int64_t i = 0;
-  for (; i + 2 * lanes <= n; i += 2 * lanes) m = max(load(z + i), m), m2 = max(load(z + i + lanes), m2);
-  for (; i < n; i += lanes) m = max(load(z + i), m);
-  return largest(max(m, m2));
-}
-
-// Of the label's logit and the sums of a whole row. The exponent is rounded as every column's is. NaN for a label outside
-// the vocabulary: never read out of bounds, never hidden.
-inline float cross_entropy(double label_logit, const Sums& sums, const Settings& settings) {
-  return (float)(::log(sums.hard) - ln2 * settings.hard_scale * (float)((float)label_logit - sums.student_max));
-}
 
 // Sweep 1: `sums` and those of these columns. `keep_stash` false: nobody reads the exponentials again, so they stay in
 // one block's worth of memory.
@@ -134,6 +27,7 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
   constexpr bool functor = with_teacher && !forward && !reverse;
   int64_t top_start = -1;  // of the block that holds the largest logit
   const float cs = settings.student_scale, ct = settings.teacher_scale;
+  bool mostly_near = false;  // the block before
   for (const auto [start, n] : for_blocks(settings.columns)) {
     const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
@@ -155,6 +49,22 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
 
     float *es_out = scratch.student.tail, *et_out = scratch.teacher.tail, *eh_out = scratch.hard.tail;
     if (keep_stash) es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n), eh_out = scratch.hard.at(start, n);
+    if constexpr (forward) {
+      if (keep_stash) scratch.near_block[b] = false;
+      if (b % 8 == 0 || mostly_near) {
+        const Nearness nearness(settings, student_max, teacher_max);
+        const bool look = nearness.apart.direct && (mostly_near || nearness.holds(load(s), load(t)));
+        mostly_near = false;
+        if (look) {
+          const NearBlock at{s, t, es_out, et_out, eh_out, keep_stash ? scratch.near + start / lanes : nullptr, n};
+          const int64_t next = start + block;
+          const int64_t near = near_statistics<reverse, hard>(at, row.student, row.teacher, next, nearness, settings, sums);
+          mostly_near = 2 * lanes * near > n;
+          if (keep_stash) scratch.near_block[b] = true;
+          continue;
+        }
+      }
+    }
     vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
     for (int64_t i = 0; i < n; i += lanes) {
       row.student.prefetch(start + block + i);  // the next block's maximum is taken before its exponentials
@@ -184,7 +94,7 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
     sums.student += sum(sum_s);
     if constexpr (hard > kPower1) sums.hard += sum(sum_h);
     if constexpr (with_teacher) sums.teacher += sum(sum_t);
-    if constexpr (forward) sums.forward += sum(sum_forward);
+    if constexpr (forward) sums.forward += sum(sum_forward), sums.gap += (double)sum(sum_s) - sum(sum_t);
     if constexpr (reverse) sums.reverse += sum(sum_reverse);
   }
   if (hard == kPower1) sums.hard = sums.student;
@@ -195,35 +105,6 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
   }
   return sums;
 }
-
-// log2 q - log2 p of a vector of columns, given the student's and teacher's logits.
-struct LogRatio {
-  float cs, ct, student_max, teacher_max, shift, shift_low;
-  bool direct;  // from the difference of the two logits
-
-  LogRatio(const Settings& settings, const Sums& sums) {
-    cs = settings.student_scale, ct = settings.teacher_scale;
-    student_max = sums.student_max, teacher_max = sums.teacher_max;
-    // Rows further apart than this have nothing in common that the difference could keep.
-    direct = settings.same_temperature && ::fabs((double)student_max - teacher_max) < 1 << 24;
-    double total = ::log2(sums.student) - ::log2(sums.teacher);
-    if (direct) total += ((double)student_max - teacher_max) * cs;
-    shift = (float)total, shift_low = (float)(total - shift);
-  }
-
-  vec operator()(vec s, vec t) const {
-    if (!direct) return (s - student_max) * cs - (t - teacher_max) * ct - shift;
-    // s - t is exact where they are close; what it rounds off beside a large offset is added back (two-sum).
-    const vec h = s - t;
-    const vec back = s - h;
-    const vec lost = (s - (h + back)) + (back - t);
-    const vec correction = keep(abs(h) < 1e30f, lost * cs);
-    return (h * cs - shift) + (correction - shift_low);
-  }
-};
-
-// What takes exponentials relative to a block's maximum to the row's.
-inline double rescale(float from, float to, double scale) { return from == to ? 1 : ::exp2(((double)from - to) * scale); }
 
 // What a functor works from, for the columns of a row whose normalisers are known.
 struct Cells {
@@ -311,16 +192,16 @@ inline double squared_error(const Row& row, const Settings& settings) {
 }
 
 // The gradient of one row as a combination of what is in cache:
-//   student * e_s  +  ratio * e_s * (y_s - y_t)  +  teacher * stash_t  +  raw * (z_s - z_t)  +  hard * e_hard
-// e_s, e_t and e_hard rescaled block by block; the label's column gets -label more.
+//   gap * (q - p)  +  student * e_s  +  ratio * e_s * (y_s - y_t)  +  g * stash_t  +  raw * (z_s - z_t)  +  hard * e_hard
+// with the exponentials rescaled block by block; the label's column gets -label more. stash_t is e_t, or g where that counts.
 struct Combination {
-  double student = 0, ratio = 0, teacher = 0, raw = 0, hard = 0, label = 0;
-  bool teacher_is_g = false;  // stash_t holds g, which needs no rescaling
+  double gap = 0, student = 0, ratio = 0, g = 0, raw = 0, hard = 0, label = 0;
 };
 
 enum Logits : int { kStashOnly = 0, kLogRatio = 1, kDifference = 2 };
 
-template <int logits, bool with_teacher, int hard>
+// `forward`: stash_t is e_t, and near columns are stashed as such.
+template <int logits, bool with_teacher, bool forward, int hard>
 inline void gradient(const Row& row, const Settings& settings, const Scratch& scratch, const Sums& sums,
                      const Combination& combination) {
   const LogRatio log_ratio(settings, sums);
@@ -330,35 +211,48 @@ inline void gradient(const Row& row, const Settings& settings, const Scratch& sc
     const float* s = logits ? row.student.fetch(start, n) : nullptr;
     const float* t = logits ? row.teacher.fetch(start, n) : nullptr;
     const float at_s = stashed ? scratch.student_max[b] : sums.student_max;
-    const float at_t = with_teacher && !combination.teacher_is_g ? scratch.teacher_max[b] : sums.teacher_max;
     const double moved_s = rescale(at_s, sums.student_max, settings.student_scale);
-    const float by_s = (float)(combination.student * moved_s), by_ratio = (float)(combination.ratio * moved_s);
-    const float by_t = (float)(combination.teacher * rescale(at_t, sums.teacher_max, settings.teacher_scale));
+    const float by_ratio = (float)(combination.ratio * moved_s);
+    float by_s = (float)(combination.student * moved_s), by_t = (float)combination.g;
+    double by_q = 0, by_p = 0;  // of e_s and e_t, for q - p
+    if constexpr (forward) {
+      by_q = combination.gap * moved_s / sums.student;
+      by_p = combination.gap * rescale(scratch.teacher_max[b], sums.teacher_max, settings.teacher_scale) / sums.teacher;
+      by_s = (float)(combination.student * moved_s + by_q), by_t = (float)-by_p;
+    }
     const float by_h = (float)(combination.hard * rescale(at_s, sums.student_max, settings.hard_scale));
     const float by_raw = (float)combination.raw;
     const float* es_in = scratch.student.at(start, n);
     const float* et_in = scratch.teacher.at(start, n);
     const float* eh_in = scratch.hard.at(start, n);
     float* out = row.grad.target(start, n);
-    for (int64_t i = 0; i < n; i += lanes) {
-      vec g{};
-      if constexpr (logits != kDifference || hard != kNoHard) {
-        const vec es = load(es_in + i);
-        if constexpr (logits == kLogRatio) {
-          const vec ratio = log_ratio(load(s + i), load(t + i));
-          g = keep(es != 0.f, es * (by_s + by_ratio * ratio));
-        } else if constexpr (logits == kStashOnly) {
-          g = es * by_s;
+    if (forward && scratch.near_block[b]) {
+      const NearBlock at{s, t, const_cast<float*>(es_in), const_cast<float*>(et_in), const_cast<float*>(eh_in),
+                         scratch.near + start / lanes, n};
+      const double gap = combination.gap * near_gap(at_s, scratch.teacher_max[b], settings, sums);
+      const NearGradient by{by_s, by_t, (float)(combination.student * moved_s), (float)by_q, (float)gap, by_ratio, by_h};
+      near_gradient<logits == kLogRatio, hard>(at, log_ratio, by, out);
+    } else {
+      for (int64_t i = 0; i < n; i += lanes) {
+        vec g{};
+        if constexpr (logits != kDifference || hard != kNoHard) {
+          const vec es = load(es_in + i);
+          if constexpr (logits == kLogRatio) {
+            const vec ratio = log_ratio(load(s + i), load(t + i));
+            g = keep(es != 0.f, es * (by_s + by_ratio * ratio));
+          } else if constexpr (logits == kStashOnly) {
+            g = es * by_s;
+          }
+          if constexpr (hard == kOwnExponential) g += load(eh_in + i) * by_h;
+          else if constexpr (hard != kNoHard) g += power<hard>(es) * by_h;
         }
-        if constexpr (hard == kOwnExponential) g += load(eh_in + i) * by_h;
-        else if constexpr (hard != kNoHard) g += power<hard>(es) * by_h;
+        if constexpr (with_teacher) g += load(et_in + i) * by_t;
+        if constexpr (logits == kDifference) {
+          const vec zs = load(s + i), zt = load(t + i);
+          g += keep(zs != zt, zs - zt) * by_raw;
+        }
+        store(out + i, g);
       }
-      if constexpr (with_teacher) g += load(et_in + i) * by_t;
-      if constexpr (logits == kDifference) {
-        const vec zs = load(s + i), zt = load(t + i);
-        g += keep(zs != zt, zs - zt) * by_raw;
-      }
-      store(out + i, g);
     }
     if (row.label >= start && row.label < start + n) out[row.label - start] -= (float)combination.label;
     row.grad.flush(out, start, n);

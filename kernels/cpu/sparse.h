@@ -150,7 +150,7 @@ inline void one_row(const Sparse& sparse, const Row& row, const Settings& settin
   if (value != value) combination.student = value;
   combination.hard = by_hard * rescale(rest.student_max, sums.student_max, settings.hard_scale);
   combination.label = label_slope;
-  gradient<kStashOnly, false, hard>(row, settings, scratch, rest, combination);
+  gradient<kStashOnly, false, false, hard>(row, settings, scratch, rest, combination);
   for (int64_t k = from; k < to; k++) {
     const int64_t column = teacher.ids[k] - first;
     double g = soft * at.slope[k];

@@ -5,6 +5,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace FASTKD_ISA {
 
@@ -29,6 +32,18 @@ inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 
 inline ivec bits(vec v) { return (ivec)v; }
 inline vec from_bits(ivec v) { return (vec)v; }
+// Whether the mask holds in any lane.
+inline bool any(ivec mask) {
+#if defined(__AVX512F__) && FASTKD_LANES == 16
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__) && FASTKD_LANES == 8
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < lanes; i++) found |= mask[i];
+  return found != 0;
+#endif
+}
 inline vec select(ivec mask, vec a, vec b) { return mask ? a : b; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
