@@ -150,7 +150,7 @@ def _sparse_rows(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Pair:
     The chain rule goes through the rest's logit, the log-sum-exp of its columns, to each of them.
     """
     z, columns = _shifted(student, spec.temperature)[0], student.shape[-1]
-    here = teacher.ids < columns
+    here = (teacher.ids >= 0) & (teacher.ids < columns)  # rows that do not count may hold anything
     ids = torch.where(here, teacher.ids, 0)
     kept = torch.zeros_like(z).scatter_add_(-1, ids, here.to(z.dtype)) > 0
     others = z.masked_fill(kept, -math.inf)
