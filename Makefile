@@ -5,18 +5,35 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint bench bench-quick bench-check bench-accept clean
+.PHONY: demo test lint sanitize bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
 
-test: $(VENV)/test lint
+test: $(VENV)/test lint sanitize
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The kernels' tests on a library that stops the process at an access out of bounds or at undefined behaviour. Python and
+# torch know nothing of it: the sanitizer's runtime must be there before both, and with it the C++ library it watches.
+# Output of the process itself is not captured, since what the sanitizer says comes last.
+SANITIZED := build/sanitized/fastkd/_lib/libfastkd.so
+SANITIZED_TESTS := cpu_kernels numerics_edges sparse_numerics select statistics projection
+runtime = $(shell $(CXX) -print-file-name=$(1))
+
+sanitize: $(VENV)/test $(SANITIZED)
+	FASTKD_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD=$(call runtime,libasan.so):$(call runtime,libstdc++.so) \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  $(BIN)/python -m pytest --capture=sys -m "not large" $(SANITIZED_TESTS:%=tests/test_%.py)
+
+$(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
+	CXX=$(CXX) $(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/sanitized \
+	  --config-settings=cmake.define.FASTKD_SANITIZE=ON .
+	touch $@
 
 bench: $(VENV)/bench $(VENV)/demo
 	$(BIN)/python -m pytest bench --benchmark-only

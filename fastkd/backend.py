@@ -104,8 +104,8 @@ class Backend(Protocol):
     def log_softmax(self, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
         """Write log softmax(logits / temperature) to `out`; return the normaliser `[rows, 2]` for the backward.
 
-        The normaliser is the row's maximum and log2 of the sum of exponentials relative to it, in the units of the
-        backend whose backward will read it: the sum of the two would lose the fraction beside a large offset.
+        The normaliser is the row's largest logit and log2 of the sum of exponentials relative to it; as one number
+        they would lose the fraction beside a large offset.
         """
         ...
 

@@ -77,22 +77,48 @@ def tvd(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
 
 
 def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    """Terms d²·exp[s log q, α log p + β log q, s log p], where exp[…] is the divided difference of exp and s = α + β.
+
+    That is Cichocki's formula with its divisions by α, β and s carried out: where one is 0, or nearly, nothing cancels.
+    """
     alpha, beta = parameters
-    total = alpha + beta
     ratio = torch.where(log_p == log_q, 0.0, log_q - log_p)  # 0, not NaN, where both are −inf
-    if alpha == beta == 0:
-        return ratio.square() / 2, ratio
-    if alpha == 0:
-        p, q = (beta * log_p).exp(), (beta * log_q).exp()
-        return (_weighted(q, beta * ratio) - q + p) / beta**2, _weighted(q, ratio)
-    if beta == 0:
-        p, q = (alpha * log_p).exp(), (alpha * log_q).exp()
-        return (_weighted(p, -alpha * ratio) - p + q) / alpha**2, (q - p) / alpha
-    if total == 0:
-        return (alpha * ratio + (-alpha * ratio).exp() - 1) / alpha**2, (1 - (-alpha * ratio).exp()) / alpha
-    mixed, p, q = (alpha * log_p + beta * log_q).exp(), (total * log_p).exp(), (total * log_q).exp()
-    term = (alpha / total * p + beta / total * q - mixed) / (alpha * beta)
-    return term, (q - mixed) / alpha
+    distance, rising = ratio.abs(), ratio > 0
+    term, slope = torch.empty_like(ratio), torch.empty_like(ratio)
+    for side, sign in ((rising, 1), (~rising, -1)):
+        # Each exponent as what it is less than the first, in units of |d|, and as multiples of log p and log q.
+        exponents = [(0.0, 0.0, alpha + beta), (sign * alpha, alpha, beta), (sign * (alpha + beta), alpha + beta, 0.0)]
+        larger = min(exponents[:2])[1:]
+        (least, *largest), (middle, *_), (most, *_) = sorted(exponents)
+        gaps = _spread(distance, middle - least, most - least)
+        term = torch.where(side, _weighted(_power(log_p, log_q, largest), gaps), term)
+        difference = _weighted(_power(log_p, log_q, larger), _decayed(distance, abs(alpha)))
+        slope = torch.where(side, sign * difference, slope)
+    return torch.where(ratio == 0, 0.0, term), torch.where(ratio == 0, 0.0, slope)
+
+
+def _power(log_p: Tensor, log_q: Tensor, exponents: Sequence[float]) -> Tensor:
+    """p^a·q^b."""
+    a, b = exponents
+    return ((a * log_p if a else 0.0) + (b * log_q if b else torch.zeros_like(log_q))).exp()
+
+
+def _decayed(distance: Tensor, rate: float) -> Tensor:
+    """∫₀^distance e^(−rate·x) dx."""
+    return -torch.expm1(-rate * distance) / rate if rate else distance
+
+
+def _spread(distance: Tensor, middle: float, most: float) -> Tensor:
+    """distance²·exp[0, −middle·distance, −most·distance] for 0 ≤ middle ≤ most."""
+    u, v = (rate * distance if rate else torch.zeros_like(distance) for rate in (middle, most))
+    inner = series = torch.zeros_like(distance)
+    for k in range(16, -1, -1):
+        inner = 1 / math.factorial(k + 2) - u * inner
+        series = inner - v * series
+    if not most:
+        return distance.square() * series
+    recurrence = (_decayed(distance, middle) - _weighted((-u).exp(), _decayed(distance, most - middle))) / most
+    return torch.where(v < 0.5, distance.square() * series, recurrence)
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Sequence[float]], Pair]] = {
@@ -112,8 +138,8 @@ def _divergence_rows(student: Tensor, teacher: Tensor, spec: RowSpec) -> Pair:
     if spec.divergence == "mse":
         difference = torch.where(student == teacher, 0.0, student - teacher)  # 0 where both are −inf
         return difference.square().mean(-1), difference * (2 / spec.vocab_size)
-    log_q = torch.log_softmax(student / spec.temperature, -1)
-    log_p = torch.log_softmax(teacher / spec.teacher_temperature, -1)
+    log_q = torch.log_softmax(_shifted(student, spec.temperature)[0], -1)
+    log_p = torch.log_softmax(_shifted(teacher, spec.teacher_temperature)[0], -1)
     term, g = DIVERGENCES[spec.divergence](log_p, log_q, spec.parameters)
     return term.sum(-1), (g - log_q.exp() * g.sum(-1, keepdim=True)) / spec.temperature
 
@@ -123,8 +149,8 @@ def _sparse_rows(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Pair:
 
     The chain rule goes through the rest's logit, the log-sum-exp of its columns, to each of them.
     """
-    z, columns = student / spec.temperature, student.shape[-1]
-    here = teacher.ids < columns
+    z, columns = _shifted(student, spec.temperature)[0], student.shape[-1]
+    here = (teacher.ids >= 0) & (teacher.ids < columns)  # rows that do not count may hold anything
     ids = torch.where(here, teacher.ids, 0)
     kept = torch.zeros_like(z).scatter_add_(-1, ids, here.to(z.dtype)) > 0
     others = z.masked_fill(kept, -math.inf)
@@ -193,11 +219,11 @@ def _scaled(slope: Tensor, scale: Tensor) -> Tensor:
 
 
 def _shifted(logits: Tensor, temperature: float) -> Pair:
-    """`[rows, V]` (logits − max) / T and the `[rows]` maxima / T: a large offset is gone before anything rounds."""
+    """`[rows, V]` (logits − max) / T and the `[rows]` maxima: a large offset is gone before anything rounds."""
     rows = _wide(logits)
     largest = rows.amax(-1, keepdim=True)
     finite = torch.where(largest == -math.inf, 0.0, largest)
-    return (rows - finite) / temperature, finite[:, 0] / temperature
+    return (rows - finite) / temperature, finite[:, 0]
 
 
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -207,14 +233,14 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     entropy = -_weighted(log_q.exp(), log_q).sum(-1)
     no_label = torch.full_like(largest, math.nan)
     picked = no_label if labels is None else _label_log_probabilities(log_q, labels)
-    return torch.logsumexp(shifted, -1) + largest, entropy, shifted.argmax(-1), picked
+    return torch.logsumexp(shifted, -1) + largest / temperature, entropy, shifted.argmax(-1), picked
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """See `backend.Backend.log_softmax`."""
     shifted, largest = _shifted(logits, temperature)
     out.copy_(torch.log_softmax(shifted, -1).view(out.shape))
-    return torch.stack((largest, torch.logsumexp(shifted, -1)), -1) / math.log(2)
+    return torch.stack((largest, torch.logsumexp(shifted, -1) / math.log(2)), -1)
 
 
 def log_softmax_backward(

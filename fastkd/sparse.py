@@ -41,19 +41,20 @@ def sparse_rows(targets: SparseTargets, live: Tensor | None, vocab_size: int, dt
     if checked:
         _check_ids(ids, outside, absent, live, vocab_size)
 
-    mass = logprobs.exp().sum(-1, dtype=torch.float64)
+    log_mass = torch.logsumexp(logprobs.double(), -1)  # of tokens however unlikely
     rest, offset = torch.full_like(logprobs[:, 0], -torch.inf), torch.zeros_like(logprobs[:, 0])
-    total = mass
+    log_total = log_mass
     if targets.kind == "ghost":
         if targets.rest is None:
+            mass = log_mass.exp()
             rest = torch.log1p(-torch.where(mass > 1 - _NOTHING, 1.0, mass)).to(dtype)
         else:
             rest = targets.rest.reshape(-1).to(dtype)
-            total = mass + rest.exp()
+            log_total = torch.logaddexp(log_mass, rest.double())
         if checked:
-            _check_total(total, live, exactly=targets.rest is not None)
+            _check_total(log_total.exp(), live, exactly=targets.rest is not None)
     if targets.kind == "renormalize" or targets.rest is not None:
-        log_total = torch.where(total > 0, total.log(), 0.0).to(dtype)
+        log_total = torch.where(log_total == -torch.inf, 0.0, log_total).to(dtype)
         logprobs, rest = logprobs - log_total[:, None], rest - log_total
     if targets.kind == "sampled":
         offset = -torch.where(absent, 0.0, logprobs.exp() * logprobs).sum(-1)

@@ -19,6 +19,8 @@ LOW_PRECISION = 1e-2
 CERTAIN = 4e-7
 #: Loss values in fp32, relative to their own size or, for a difference of near-equal sums, to the sums' rounding.
 VALUE = 2e-6
+#: The reference against a definition in more digits: in float64, and in fp32 where only rounded logarithms count.
+DOUBLE, EAGER = 1e-12, 1e-4
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

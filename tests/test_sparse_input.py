@@ -103,8 +103,8 @@ def test_a_nan_of_the_teacher_is_not_hidden(kind: str, backend: str) -> None:
     assert grad[0].abs().max() > 0
 
 
-def test_rows_that_do_not_count_may_hold_anything() -> None:
-    ids = torch.tensor([[1, 2], [77, 77]])
+def test_rows_that_do_not_count_may_hold_anything(backend: str) -> None:
+    ids = torch.tensor([[1, 2], [-5, 77]])
     loss = fastkd.kd_loss(STUDENT, targets_of(ids=ids), torch.tensor([1, -100]))
     assert loss.isfinite()
 

@@ -61,8 +61,8 @@ struct Statistics {
   double temperature;
 };
 
-// `normaliser` is [rows, 2]: (M, log2 Z) with softmax(z / T) = 2^(z * log2(e)/T - M - log2 Z), M in fp32 as the
-// kernels round it; the two apart, because their sum would lose the fraction beside a large offset.
+// `normaliser` is [rows, 2]: (max, log2 Z) with softmax(z / T) = 2^((z - max) * log2(e)/T - log2 Z); the two apart,
+// because their sum would lose the fraction beside a large offset.
 struct LogSoftmax {
   Matrix logits;
   Matrix upstream;  // backward only

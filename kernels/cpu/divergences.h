@@ -21,6 +21,17 @@ struct Pair {
   vec term, g;
 };
 
+// What a functor gives instead where ratio = g / q is bounded, or nearly.
+struct Ratio {
+  vec term, ratio;
+};
+
+// The form of a functor for rows with this cell in the student's likeliest column.
+template <class Divergence>
+inline Divergence centred_at(const Divergence& divergence, const Cell&) {
+  return divergence;
+}
+
 // q - p where the two nearly cancel.
 inline vec probability_gap(const Cell& c) {
   return select(c.d > 0.f, c.q, -c.p) * -expm1_nonpositive(-abs(c.d));
@@ -73,79 +84,141 @@ inline vec mix_ratio(vec d, float weight) {
 struct JSD {
   float beta;
   explicit JSD(const double* parameters) : beta((float)parameters[0]) {}
-  Pair operator()(const Cell& c) const {
+  Ratio operator()(const Cell& c) const {
     const vec mix = log_mix(c.d, beta);  // m = beta p + (1 - beta) q
     const vec q_over_m = min(c.d, vec{}) - mix, m_over_p = max(c.d, vec{}) + mix;  // logarithms
-    const vec g = keep(c.q != 0.f, (1.f - beta) * c.q * q_over_m);
-    return {g - keep(c.p != 0.f, beta * c.p * m_over_p), g};
+    const vec ratio = (1.f - beta) * q_over_m;
+    return {keep(c.q != 0.f, c.q * ratio) - keep(c.p != 0.f, beta * c.p * m_over_p), ratio};
   }
 };
 
 struct SkewKL {
   float lam;
+  bool far = false;
   explicit SkewKL(const double* parameters) : lam((float)parameters[0]) {}
-  Pair operator()(const Cell& c) const {
+
+  // dterm/dlog q = -(1 - lam) q w with w = p / m, where w may be less any constant: less 1 it is exact near p = q. But a
+  // student that is sure of what the teacher is not has w near 0 in its likeliest column, and all of w is needed.
+  Ratio operator()(const Cell& c) const {
     const vec term = keep(c.p != 0.f, -c.p * (max(c.d, vec{}) + log_mix(c.d, lam)));
-    // dterm/dlog q = -(1 - lam) p q / m, and q (1 - lam) more: 0 where p = q.
-    return {term, keep(c.q != 0.f, (1.f - lam) * (1.f - lam) * c.q * mix_ratio(c.d, lam))};
+    const vec w = far ? c.p / (lam * c.p + (1.f - lam) * c.q) : (lam - 1.f) * mix_ratio(c.d, lam);
+    return {term, (lam - 1.f) * w};
   }
 };
+
+inline SkewKL centred_at(const SkewKL& divergence, const Cell& top) {
+  SkewKL result = divergence;
+  const float w = top.p[0] / (result.lam * top.p[0] + (1.f - result.lam) * top.q[0]);
+  result.far = !(w > 0.5f && w < 2.f);
+  return result;
+}
 
 struct SkewReverseKL {
   float lam;
   explicit SkewReverseKL(const double* parameters) : lam((float)parameters[0]) {}
-  Pair operator()(const Cell& c) const {
-    const vec term = keep(c.q != 0.f, -c.q * (max(-c.d, vec{}) + log_mix(-c.d, lam)));
+  Ratio operator()(const Cell& c) const {
+    const vec m_over_q = max(-c.d, vec{}) + log_mix(-c.d, lam);  // a logarithm
     // dterm/dlog q = term + (1 - lam) p q / m, and -q (1 - lam) more.
-    return {term, term + keep(c.q != 0.f, (1.f - lam) * lam * c.q * mix_ratio(-c.d, lam))};
+    return {keep(c.q != 0.f, -c.q * m_over_q), (1.f - lam) * lam * mix_ratio(-c.d, lam) - m_over_q};
   }
 };
 
 struct TVD {
   explicit TVD(const double*) {}
-  Pair operator()(const Cell& c) const {
+  Ratio operator()(const Cell& c) const {
     // The sign comes from d, which is exact where p and q agree to their last bit.
-    const vec g = 0.5f * c.q;
     const ivec sign = bits(c.d) & (int32_t)0x80000000;
-    return {0.5f * abs(c.p - c.q), keep(c.d != 0.f, from_bits(bits(g) ^ sign))};
+    return {0.5f * abs(c.p - c.q), keep(c.d != 0.f, from_bits(bits(splat(0.5f)) ^ sign))};
   }
 };
 
-// e^a - e^b with a - b given apart and accurately; no overflow unless the difference itself is infinite.
-inline vec exp_difference(vec a, vec b, vec a_minus_b) {
-  const vec magnitude = -exp(max(a, b)) * expm1_nonpositive(-abs(a_minus_b));
-  return select(a_minus_b < 0.f, -magnitude, magnitude);
-}
-
+// With s = alpha + beta the term is d^2 exp[s log q, alpha log p + beta log q, s log p] and its derivative d exp[s log q,
+// alpha log p + beta log q], where exp[...] is the divided difference of exp. The three lie 0, alpha d and s d below the
+// first: no parameter is divided by, and alpha, beta or s that are 0, or nearly, are as good as any.
 struct AlphaBeta {
-  float alpha, beta;
-  explicit AlphaBeta(const double* parameters) : alpha((float)parameters[0]), beta((float)parameters[1]) {}
+  struct Rate {
+    float rate, inverse;  // 0 of 0
+    explicit Rate(double of) : rate((float)of), inverse(of == 0 ? 0.f : (float)(1 / of)) {}
+  };
+  // For one sign of d: the largest of the three as a combination of logarithms, and how much less the next and the last
+  // are, in |d|. The derivative is between the first two: `upper` and `lower` are the parts of that which each gap makes up.
+  struct Side {
+    float top_p, top_q;
+    Rate next, gap, last;  // gap = last - next
+    float upper, lower;
+  };
+  Side rising, falling;
 
-  // With P = p^s, Q = q^s, A = p^alpha q^beta and s = alpha + beta, all from logarithms: a small power of a
-  // probability that underflows does not.
+  explicit AlphaBeta(const double* parameters)
+      : rising(side(parameters[0], parameters[1], 1)), falling(side(parameters[0], parameters[1], -1)) {}
+
   Pair operator()(const Cell& c) const {
-    const float s = alpha + beta;
-    const vec d = keep(~(c.log_p == c.log_q), c.d);  // 0 where both are -inf
-    const vec a = scaled(alpha, c.log_p) + scaled(beta, c.log_q);
-    const vec p = scaled(s, c.log_p), q = scaled(s, c.log_q);
-    if (alpha != 0 && beta != 0 && s != 0) {
-      const vec q_less_a = exp_difference(q, a, alpha * d), p_less_a = exp_difference(p, a, -beta * d);
-      return {(p_less_a / (beta * s)) + (q_less_a / (alpha * s)), q_less_a / alpha};
-    }
-    if (alpha == 0 && beta == 0) return {0.5f * d * d, d};
-    if (s == 0) {
-      const vec g = (1.f - exp(-alpha * d)) / alpha;
-      return {(d - g) / alpha, g};
-    }
-    const vec difference = exp_difference(q, p, s * d);
-    if (beta == 0) return {difference / (s * s) - weighted(exp(p), d) / s, difference / s};
-    const vec g = weighted(exp(q), d);
-    return {g / s - difference / (s * s), g};
+    const vec d = keep(~(c.log_p == c.log_q), c.d), size = abs(d);  // 0 where both are -inf
+    const ivec up = d > 0.f;
+    const auto of = [&](float r, float f) { return select(up, splat(r), splat(f)); };
+    const vec largest = exp(weighted(of(rising.top_p, falling.top_p), c.log_p) +
+                            weighted(of(rising.top_q, falling.top_q), c.log_q));
+    const vec next = of(rising.next.rate, falling.next.rate), gap = of(rising.gap.rate, falling.gap.rate);
+    const vec u = weighted(next, size), v = weighted(of(rising.last.rate, falling.last.rate), size);
+    // |d| times the divided difference of the first two, and of the last two, relative to the largest.
+    const Decay to_next = decay(-u);
+    const vec first = select(next == 0.f, size, to_next.less_one * -of(rising.next.inverse, falling.next.inverse));
+    const vec across = expm1_nonpositive(-gap * size) * -of(rising.gap.inverse, falling.gap.inverse);
+    const vec second = weighted(to_next.power, select(gap == 0.f, size, across));
+    // Of all three by the recurrence; where that cancels, by the series.
+    vec inner{}, series{};
+    constexpr float factorials[] = {5e-1f,          1.6666667e-1f,  4.1666668e-2f,  8.3333338e-3f,
+                                    1.3888889e-3f,  1.9841270e-4f,  2.4801588e-5f,  2.7557319e-6f};
+    for (int k = 7; k >= 0; k--) inner = factorials[k] - u * inner, series = inner - v * series;
+    const vec far = (first - second) * of(rising.last.inverse, falling.last.inverse);
+    const vec all_three = select(v < 0.5f, size * size * series, far);
+    const vec two = weighted(of(rising.upper, falling.upper), first) + weighted(of(rising.lower, falling.lower), second);
+    const vec g = weighted(largest, two);
+    return {weighted(largest, all_three), select(up, g, -g)};
   }
 
  private:
-  static vec scaled(float factor, vec x) { return factor == 0 ? vec{} : factor * x; }  // 0 * -inf is 0 here
+  // 0 where the weight is, whatever x is there.
   static vec weighted(vec weight, vec x) { return keep(weight != 0.f, weight * x); }
+
+  static Side side(double alpha, double beta, double sign) {
+    const double s = alpha + beta;
+    const double below[] = {0, sign * alpha, sign * s}, by_p[] = {0, alpha, s}, by_q[] = {s, beta, 0};
+    int order[] = {0, 1, 2};  // from the largest
+    const int passes[] = {0, 1, 0};
+    for (int pair : passes) {
+      if (below[order[pair + 1]] >= below[order[pair]]) continue;
+      const int larger = order[pair + 1];
+      order[pair + 1] = order[pair], order[pair] = larger;
+    }
+    const double top = below[order[0]], next = below[order[1]], last = below[order[2]];
+    const double upper = order[2] == 2 ? 1 : order[0] == 2 ? 0 : (next - top) / (last - top);
+    return {(float)by_p[order[0]], (float)by_q[order[0]], Rate(next - top), Rate(last - next), Rate(last - top),
+            (float)upper, (float)(1 - upper)};
+  }
+};
+
+// A functor whose g is less that multiple of q which leaves 0 in the student's likeliest column, `top`: in a confident row
+// the column's gradient would else be what rounding leaves of g - q * sum, two numbers that almost cancel.
+template <class Divergence>
+struct Centred {
+  Divergence divergence;
+  float center, rest;  // what rounding to `center` left
+
+  Centred(const Divergence& of, const Cell& top) : divergence(centred_at(of, top)) {
+    const double exactly = at(divergence(top), top);
+    const bool finite = exactly - exactly == 0;  // else the divergence is infinite there
+    center = finite ? (float)exactly : 0, rest = finite ? (float)(exactly - center) : 0;
+  }
+  Pair operator()(const Cell& c) const { return less(divergence(c), c); }
+
+ private:
+  static double at(const Pair& pair, const Cell& top) { return (double)pair.g[0] / top.q[0]; }
+  static double at(const Ratio& pair, const Cell&) { return pair.ratio[0]; }
+  Pair less(const Pair& pair, const Cell& c) const { return {pair.term, (pair.g - center * c.q) - rest * c.q}; }
+  Pair less(const Ratio& pair, const Cell& c) const {
+    return {pair.term, keep(c.q != 0.f, c.q * (pair.ratio - center))};
+  }
 };
 
 // Squared error of raw logits: no softmax, and sweeps of its own in rows.h.

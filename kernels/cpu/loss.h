@@ -49,39 +49,32 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
       divergence_sums(divergence, row, settings, scratch, sums, value_again, total_again);
   }
 
-  const double ln2 = 0.69314718055994530942;
   const double soft = settings.soft_weight * row.soft_scale / (probabilities ? settings.temperature : 1);
   Combination combination;
   double value = state.value;
   if constexpr (kl) {
-    const double apart = ::log(sums.student) - ::log(sums.teacher);
+    const bool close = Divergence::forward && ::fabs(sums.gap) < sums.teacher / 2;
+    const double apart = close ? ::log1p(sums.gap / sums.teacher) : ::log(sums.student) - ::log(sums.teacher);
     const double forward = Divergence::forward ? ln2 * sums.forward / sums.teacher + apart : 0;
     const double reverse = Divergence::reverse ? ln2 * sums.reverse / sums.student - apart : 0;
     const double w = divergence.weight();
     value = (w != 0 ? w * forward : 0) + (w != 1 ? (1 - w) * reverse : 0);
-    combination.student = soft / sums.student * (w - (1 - w) * (Divergence::reverse ? reverse : 0));
+    combination.gap = soft * w;
+    combination.student = Divergence::reverse ? -soft / sums.student * (1 - w) * reverse : 0;
     combination.ratio = soft / sums.student * (1 - w) * ln2;
-    combination.teacher = -soft * w / sums.teacher;
   } else if constexpr (functor) {
     combination.student = -soft * state.total_g / sums.student;
-    combination.teacher = soft;
-    combination.teacher_is_g = true;
+    combination.g = soft;
   } else if constexpr (raw) {
     value /= settings.vocab_size;
     combination.raw = 2 * soft / settings.vocab_size;
   }
   soft_out = (float)value;
-  if (value != value) combination.student = combination.raw = value;  // a NaN is never hidden, in no column
+  if (value != value) combination.gap = combination.student = combination.raw = value;  // a NaN is never hidden, in no column
 
   hard_out = 0;
   if constexpr (hard != kNoHard) {
-    // The label's exponent is rounded by the same multiply-add as every column's, so a large offset cancels. It is NaN
-    // for a label outside the vocabulary: never read out of bounds, never hidden.
-    const float label_logit = (float)state.label_logit;
-    const double y = hard == kOwnExponential
-                         ? (double)__builtin_fmaf(label_logit, kLog2e, -(float)sums.hard_max)
-                         : (double)hard * __builtin_fmaf(label_logit, settings.student_scale, -sums.student_max);
-    hard_out = (float)(::log(sums.hard) - ln2 * y);
+    hard_out = cross_entropy(state.label_logit, sums, settings);
     combination.label = settings.hard_weight * row.hard_scale;
     combination.hard = combination.label / sums.hard;
     if (hard_out != hard_out) combination.hard = combination.label = hard_out;
@@ -89,9 +82,8 @@ inline void one_row(const Divergence& divergence, const Row& row, const Settings
 
   if (!want_grad) return;
   constexpr int logits = raw ? kDifference : kl && !std::is_same<Divergence, ForwardKL>::value ? kLogRatio : kStashOnly;
-  constexpr bool teacher_stash = std::is_same<Divergence, ForwardKL>::value ||
-                                 std::is_same<Divergence, SymmetricKL>::value || functor;
-  gradient<logits, teacher_stash, hard>(row, settings, scratch, sums, combination);
+  constexpr bool forward = std::is_same<Divergence, ForwardKL>::value || std::is_same<Divergence, SymmetricKL>::value;
+  gradient<logits, forward || functor, forward, hard>(row, settings, scratch, sums, combination);
 }
 
 // Turns the run-time choice of the hard term into a template argument.
@@ -114,17 +106,20 @@ class ThreadMemory {
   ThreadMemory(int64_t columns, bool student, bool teacher, bool hard, int64_t kept_tokens = 0) {
     const int64_t row = columns / block * block, maxima = (columns / block + 16) / 16 * 16;
     const int64_t categories = Categories::padded(kept_tokens);
-    const int64_t floats = (student + teacher + hard) * row + 6 * block + 3 * maxima + Categories::arrays * categories;
+    const int64_t flags = maxima + (columns / lanes / 4 + 32) / 16 * 16;  // four to a float
+    const int64_t floats =
+        (student + teacher + hard) * row + 6 * block + 2 * maxima + flags + Categories::arrays * categories;
     memory_ = static_cast<float*>(aligned_alloc(64, floats * sizeof(float)));
     float* next = memory_;
     const auto take = [&](int64_t n) { return next += n, next - n; };
     const auto stash = [&](bool whole) { return Stash{take(whole ? row : 0), take(block)}; };
     scratch.student = stash(student), scratch.teacher = stash(teacher), scratch.hard = stash(hard);
-    scratch.student_max = take(maxima), scratch.teacher_max = take(maxima), scratch.hard_max = take(maxima);
+    scratch.student_max = take(maxima), scratch.teacher_max = take(maxima);
     scratch.student_block = take(block), scratch.teacher_block = take(block), scratch.out_block = take(block);
     categories_ = {take(categories), take(categories), take(categories), take(categories),
                    take(categories), take(categories), take(categories)};
     scratch.categories = &categories_;
+    scratch.near_block = reinterpret_cast<uint8_t*>(take(flags)), scratch.near = scratch.near_block + maxima * 4;
   }
   ~ThreadMemory() { free(memory_); }
   ThreadMemory(const ThreadMemory&) = delete;
@@ -171,9 +166,11 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   settings.stage = call.stage;
   settings.want_grad = call.grad.data != nullptr;
   settings.hard = hard_term(call, settings.temperature);
+  settings.hard_scale = settings.hard == kOwnExponential ? (double)kLog2e : (double)settings.student_scale * settings.hard;
   // A row without its soft term is plain cross-entropy, computed at T = 1.
   Settings plain = settings;
-  plain.temperature = 1, plain.student_scale = kLog2e, plain.hard = call.hard_scale ? kPower1 : kNoHard;
+  plain.temperature = 1, plain.student_scale = kLog2e, plain.hard_scale = kLog2e;
+  plain.hard = call.hard_scale ? kPower1 : kNoHard;
 
   const int threads = team(call.rows, settings.columns, call.threads);
   const int64_t turn = rows_per_turn(call.rows, settings.columns, threads);

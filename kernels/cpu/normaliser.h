@@ -4,15 +4,15 @@
 
 namespace FASTKD_ISA {
 
-// Running sums of one row of softmax(z / T), in log2 units.
+// Running sums of one row of softmax(z / T), with y = (z - max) * log2(e)/T.
 struct Normaliser {
   float max = kNoMaximum;
-  double sum = 0;       // of 2^(y - max)
-  double weighted = 0;  // of 2^(y - max) (y - max), for the entropy
+  double sum = 0;       // of 2^y
+  double weighted = 0;  // of 2^y y, for the entropy
   int64_t argmax = 0;
 
-  void raise(float to) {
-    const double up = (double)to - max, factor = ::exp2(-up);
+  void raise(float to, float scale) {
+    const double up = ((double)to - max) * scale, factor = ::exp2(-up);
     weighted = (weighted - up * sum) * factor;
     sum *= factor;
     max = to;
@@ -26,7 +26,7 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
   for (const auto [start, n] : for_blocks(width)) {
     const float* z = row.fetch(start, n);
     const float top = block_max(z, n);
-    if (top * scale > result.max) result.raise(top * scale);
+    if (top > result.max) result.raise(top, scale);
     if (full && top > largest_logit) {
       largest_logit = top;
       int64_t i = 0;
@@ -38,7 +38,7 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
     const int64_t next = start + block;
     const auto add = [&](int64_t i, vec& into) {
       row.prefetch(next + i);
-      const vec y = load(z + i) * scale - max;
+      const vec y = (load(z + i) - max) * scale;
       const vec e = exp2_nonpositive(y);
       into += e;
       if constexpr (full) weighted += keep(e != 0.f, e * y);
@@ -74,19 +74,18 @@ inline int for_rows(int64_t rows, int64_t columns, int64_t threads, const Body& 
 
 inline int row_statistics(const Statistics& call) {
   const float scale = (float)(1.4426950408889634 / call.temperature);
-  const double ln2 = 0.69314718055994530942;
   const int64_t width = call.logits.width;
   return for_rows(call.rows, width, call.threads, [&](int64_t i, const Scratch& scratch) {
     const Reader row{row_at(call.logits, i), call.logits.dtype, scratch.student_block};
     const Normaliser normaliser = normalise<true>(row, width, scale);
     const double log_z = ::log(normaliser.sum);
-    call.log_sum_exp[i] = (float)(log_z + ln2 * normaliser.max);
+    call.log_sum_exp[i] = (float)(log_z + normaliser.max / call.temperature);
     call.entropy[i] = (float)(log_z - ln2 * normaliser.weighted / normaliser.sum);
     call.argmax[i] = normaliser.argmax;
     const int64_t label = call.labels ? call.labels[i] : -1;
     call.label_logprob[i] = __builtin_nanf("");
     if (label >= 0 && label < width)
-      call.label_logprob[i] = (float)(ln2 * __builtin_fmaf(row.at(label), scale, -normaliser.max) - log_z);
+      call.label_logprob[i] = (float)(ln2 * scale * (row.at(label) - normaliser.max) - log_z);
   });
 }
 
@@ -102,7 +101,7 @@ inline int log_softmax(const LogSoftmax& call) {
     for (const auto [start, n] : for_blocks(width)) {
       const float* z = row.fetch(start, n);
       float* to = out.target(start, n);
-      for (int64_t j = 0; j < n; j += lanes) store(to + j, ((load(z + j) * scale - max) - log2_z) * kLn2);
+      for (int64_t j = 0; j < n; j += lanes) store(to + j, ((load(z + j) - max) * scale - log2_z) * kLn2);
       out.flush(to, start, n);
     }
   });
@@ -132,7 +131,7 @@ inline int log_softmax_backward(const LogSoftmax& call) {
       const float* u = upstream.fetch(start, n);
       float* to = grad.target(start, n);
       for (int64_t j = 0; j < n; j += lanes) {
-        const vec q = exp2_nonpositive((load(z + j) * scale - max) - log2_z);
+        const vec q = exp2_nonpositive((load(z + j) - max) * scale - log2_z);
         store(to + j, (load(u + j) - q * total_upstream) * inverse);
       }
       grad.flush(to, start, n);

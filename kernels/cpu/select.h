@@ -71,8 +71,8 @@ class SelectionMemory {
 // Exponents of a row in log2 units, relative to its largest logit.
 struct Exponent {
   float scale, max;
-  float operator()(float z) const { return __builtin_fmaf(z, scale, -max); }
-  vec operator()(vec z) const { return z * scale - max; }
+  double operator()(float z) const { return (double)scale * (z - max); }
+  vec operator()(vec z) const { return (z - max) * scale; }
 };
 
 // The likeliest min(k, columns above -inf) tokens into `memory.found`; returns their number.
@@ -158,7 +158,7 @@ class Draws {
     for (const auto [start, n] : for_blocks(columns_)) {
       if (drawn == wanted) break;
       double mass = memory_.mass[start / block];
-      for (; other != other_end && other->column < start + n; other++) mass += ::exp2((double)exponent_(other->value));
+      for (; other != other_end && other->column < start + n; other++) mass += ::exp2(exponent_(other->value));
       if (before + mass <= position) {
         while (head != head_end && head->column < start + n) head++;
       } else {
@@ -220,12 +220,12 @@ inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float
   const int64_t count = find_likeliest(row, call.logits.width, call.k, memory);
   std::sort(found, found + count, earlier);
   const float top = count ? std::min_element(found, found + count, likelier)->value : -kInf;
-  const Exponent exponent{scale, top * scale};
+  const Exponent exponent{scale, top};
   const double rest = sum_rest<false>(row, call.logits.width, exponent, count, memory, copy).sum;
   double total = rest;
-  for (int64_t j = 0; j < count; j++) total += ::exp2((double)exponent(found[j].value));
+  for (int64_t j = 0; j < count; j++) total += ::exp2(exponent(found[j].value));
   if (!(total > 0)) return write_nan(call, i);
-  const double log2_total = ::log2(total), ln2 = 0.69314718055994530942;
+  const double log2_total = ::log2(total);
   for (int64_t j = 0; j < count; j++) found[j].value = (float)(ln2 * (exponent(found[j].value) - log2_total));
   write_tokens(call, i, found, count);
   call.summary[i] = (float)(ln2 * (::log2(rest) - log2_total));
@@ -239,7 +239,7 @@ inline void one_sample(const Selection& call, int64_t i, const Reader& row, floa
   int64_t count = find_likeliest(row, call.logits.width, call.k, memory);
   std::sort(found, found + count, earlier);
   const float top = count ? std::min_element(found, found + count, likelier)->value : -kInf;
-  const Exponent exponent{scale, top * scale};
+  const Exponent exponent{scale, top};
   const Rest rest = sum_rest<true>(row, call.logits.width, exponent, count, memory, copy);
   std::sort(found, found + count, likelier);
   double* const above = memory.above;
@@ -252,10 +252,10 @@ inline void one_sample(const Selection& call, int64_t i, const Reader& row, floa
   }
   const double total = above[0];
   if (!(total > 0)) return write_nan(call, i);
-  const double log2_total = ::log2(total), ln2 = 0.69314718055994530942;
+  const double log2_total = ::log2(total);
   int64_t heads = 0;
   for (; heads < count; heads++) {
-    const double e = ::exp2((double)exponent(found[heads].value));
+    const double e = ::exp2(exponent(found[heads].value));
     if (e == 0 || e * (double)(call.k - heads) < above[heads]) break;
     kept[heads] = {(float)(ln2 * (exponent(found[heads].value) - log2_total)), found[heads].column};
   }

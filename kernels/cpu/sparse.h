@@ -23,24 +23,19 @@ struct Categories {
 // The value of a row and, into `slope`, the derivative by each category's logit, but for the temperature.
 template <class Divergence>
 double category_slopes(const double* parameters, const Categories& at, int64_t count) {
-  const Divergence divergence(parameters);
   int64_t top = 0;
   for (int64_t k = 0; k <= count; k++)
     if (at.q[k] > at.q[top]) top = k;
+  const Cell likeliest{splat(at.p[top]), splat(at.q[top]), splat(at.log_p[top]), splat(at.log_q[top]), splat(at.d[top])};
+  const Centred<Divergence> divergence(Divergence(parameters), likeliest);
   vec terms{};
-  float center = 0;
-  for (int pass = 0; pass < 2; pass++) {
-    for (int64_t k = 0; k <= count; k += lanes) {
-      const Cell cell{load(at.p + k), load(at.q + k), load(at.log_p + k), load(at.log_q + k), load(at.d + k)};
-      const Pair pair = divergence(cell);
-      // Absent entries and padding: p = q = 0.
-      const ivec counted = (cell.log_p > -kInf) | (cell.log_q > -kInf) | (cell.log_p != cell.log_p) | (cell.log_q != cell.log_q);
-      if (pass) terms += keep(counted, pair.term);
-      store(at.slope + k, keep(counted, pair.g - center * cell.q));
-    }
-    // As in center_of: g less that multiple of q which leaves the likeliest category nothing to round.
-    if (!pass) center = at.slope[top] / at.q[top];
-    if (!(center - center == 0)) center = 0;
+  for (int64_t k = 0; k <= count; k += lanes) {
+    const Cell cell{load(at.p + k), load(at.q + k), load(at.log_p + k), load(at.log_q + k), load(at.d + k)};
+    const Pair pair = divergence(cell);
+    // Absent entries and padding: p = q = 0.
+    const ivec counted = (cell.log_p > -kInf) | (cell.log_q > -kInf) | (cell.log_p != cell.log_p) | (cell.log_q != cell.log_q);
+    terms += keep(counted, pair.term);
+    store(at.slope + k, keep(counted, pair.g));
   }
   vec slopes{};
   for (int64_t k = 0; k <= count; k += lanes) slopes += load(at.slope + k);
@@ -70,37 +65,36 @@ inline Sums with_categories(const SparseRow& teacher, const Settings& settings, 
     if (at.log_q[k] > top) top = at.log_q[k];
   }
   for (int64_t k = count; k < Categories::padded(count); k++) at.log_q[k] = -kInf;
-  const float student_max = top * cs > rest.student_max ? top * cs : rest.student_max;
-  const float own_max = top * kLog2e > (float)rest.hard_max ? top * kLog2e : (float)rest.hard_max;
-  const double hard_max = hard == kOwnExponential ? own_max : (double)student_max * hard;
+  const float student_max = top > rest.student_max ? top : rest.student_max;
   Sums sums = rest;
-  sums.raise(student_max, sums.teacher_max, hard_max);
+  sums.raise(student_max, sums.teacher_max, settings);
   const double rest_sum = sums.student;
   vec kept{}, kept_hard{};
   for (int64_t k = 0; k < count; k += lanes) {
-    const vec z = load(at.log_q + k);
-    const vec e = exp2_nonpositive(z * cs - student_max);
+    const vec z = load(at.log_q + k) - student_max;
+    const vec e = exp2_nonpositive(z * cs);
     store(at.q + k, e), kept += e;
     if constexpr (hard != kNoHard) {
       vec e_hard;
-      if constexpr (hard == kOwnExponential) e_hard = exp2_nonpositive(z * kLog2e - own_max);
+      if constexpr (hard == kOwnExponential) e_hard = exp2_nonpositive(z * kLog2e);
       else e_hard = power<hard>(e);
       store(at.hard + k, e_hard), kept_hard += e_hard;
     }
   }
   sums.student += sum(kept), sums.hard += sum(kept_hard);
 
-  const double ln2 = 0.69314718055994530942, log_z = ::log(sums.student), share = 1 / sums.student;
+  const double log_z = ::log(sums.student), share = 1 / sums.student;
   const auto category = [&](int64_t k, double log_q, double log_p, double q) {
     at.q[k] = (float)q, at.log_q[k] = (float)log_q, at.log_p[k] = (float)log_p;
     at.d[k] = (float)(log_q - log_p);  // in double: between nearly equal rows only this difference counts
   };
   for (int64_t k = 0; k < count; k++) {
-    // The multiply-add that the exponentials went through, so a large offset cancels.
-    const double y = __builtin_fma((double)at.log_q[k], (double)cs, -(double)student_max);
+    const double y = (double)cs * (at.log_q[k] - student_max);  // as the exponentials' exponents
     category(k, ln2 * y - log_z, teacher.logprobs[k], at.q[k] * share);
   }
-  category(count, ::log(rest_sum) - log_z, teacher.rest, rest_sum * share);
+  // From the rest's own maximum: relative to the row's, its sum may underflow.
+  const double rest_y = ((double)rest.student_max - student_max) * cs;
+  category(count, ::log(rest.student) + ln2 * rest_y - log_z, teacher.rest, rest_sum * share);
   for (int64_t k = count + 1; k < Categories::padded(count); k++) category(k, -kInf, -kInf, 0);
   for (int64_t k = 0; k <= count; k += lanes) store(at.p + k, exp2_nonpositive(load(at.log_p + k) * kLog2e));
   return sums;
@@ -141,11 +135,7 @@ inline void one_row(const Sparse& sparse, const Row& row, const Settings& settin
   hard_out = 0;
   double by_hard = 0, label_slope = 0;
   if constexpr (hard != kNoHard) {
-    const float label_logit = (float)state.label_logit;
-    const double y = hard == kOwnExponential
-                         ? (double)__builtin_fmaf(label_logit, kLog2e, -(float)sums.hard_max)
-                         : (double)hard * __builtin_fmaf(label_logit, settings.student_scale, -sums.student_max);
-    hard_out = (float)(::log(sums.hard) - 0.69314718055994530942 * y);
+    hard_out = cross_entropy(state.label_logit, sums, settings);
     label_slope = settings.hard_weight * row.hard_scale;
     by_hard = label_slope / sums.hard;
     if (hard_out != hard_out) by_hard = label_slope = hard_out;
@@ -158,9 +148,9 @@ inline void one_row(const Sparse& sparse, const Row& row, const Settings& settin
   // Relative to the rest's own maxima, at which its exponentials do not underflow, however little it holds.
   if (rest.student > 0 || rest.student != rest.student) combination.student = soft * at.slope[teacher.count] / rest.student;
   if (value != value) combination.student = value;
-  combination.hard = by_hard * ::exp2(rest.hard_max - sums.hard_max);
+  combination.hard = by_hard * rescale(rest.student_max, sums.student_max, settings.hard_scale);
   combination.label = label_slope;
-  gradient<kStashOnly, false, hard>(row, settings, scratch, rest, combination);
+  gradient<kStashOnly, false, false, hard>(row, settings, scratch, rest, combination);
   for (int64_t k = from; k < to; k++) {
     const int64_t column = teacher.ids[k] - first;
     double g = soft * at.slope[k];

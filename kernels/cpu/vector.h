@@ -5,6 +5,9 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
 
 namespace FASTKD_ISA {
 
@@ -15,6 +18,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * FASTKD_LANES)));
 constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
+constexpr double ln2 = 0.69314718055994530942;
 
 inline vec splat(float x) { return x - vec{}; }
 
@@ -28,6 +32,18 @@ inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 
 inline ivec bits(vec v) { return (ivec)v; }
 inline vec from_bits(ivec v) { return (vec)v; }
+// Whether the mask holds in any lane.
+inline bool any(ivec mask) {
+#if defined(__AVX512F__) && FASTKD_LANES == 16
+  return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif defined(__AVX2__) && FASTKD_LANES == 8
+  return !_mm256_testz_si256((__m256i)mask, (__m256i)mask);
+#else
+  int32_t found = 0;
+  for (int i = 0; i < lanes; i++) found |= mask[i];
+  return found != 0;
+#endif
+}
 inline vec select(ivec mask, vec a, vec b) { return mask ? a : b; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
@@ -88,13 +104,18 @@ inline vec exp2(vec y) {
 
 inline vec exp(vec x) { return exp2(x * kLog2e); }
 
-// e^x - 1 for x <= 0, relative error 2e-7 down to x = -0.
-inline vec expm1_nonpositive(vec x) {
+// e^x and e^x - 1 for x <= 0, each with a relative error of 2e-7, down to x = -0.
+struct Decay {
+  vec power, less_one;
+};
+inline Decay decay(vec x) {
   const vec y = max(x, splat(-80.f)) * kLog2e;  // e^-80 is nothing beside 1
   const Split s = split(y);
-  const vec value = s.scale * (s.f * expm1_poly(s.f)) + (s.scale - 1.f);
-  return select(x == x, value, x);
+  const vec change = s.scale * (s.f * expm1_poly(s.f));
+  return {select(x > -80.f, change + s.scale, x == x ? vec{} : x), select(x == x, change + (s.scale - 1.f), x)};
 }
+
+inline vec expm1_nonpositive(vec x) { return decay(x).less_one; }
 
 // log(1 + u) for -1 < u <= 0, relative error 2e-7 down to u = -0.
 inline vec log1p_nonpositive(vec u) {

@@ -1,0 +1,106 @@
+// Blocks of rows that nearly agree, for the divergences that have q - p in their gradient. Of two exponentials, each rounded,
+// the small difference that a student near its teacher learns from would be mostly rounding: it is taken from the
+// difference of the exponents, and stashed in the place of e_s.
+#pragma once
+#include "row.h"
+
+namespace FASTKD_ISA {
+
+// Near is a vector of columns in which no student's exponent is further than 1/2 from the teacher's.
+struct Nearness {
+  LogRatio apart;
+  Nearness(const Settings& settings, float student_max, float teacher_max)
+      : apart(settings, student_max, teacher_max, 0) {}
+
+  // y_s - y_t, and 0 where both are -inf.
+  vec difference(vec zs, vec zt) const { return keep(~((zs == -kInf) & (zt == -kInf)), apart(zs, zt)); }
+  static bool holds(vec difference) { return !any(~(abs(difference) <= 0.5f)); }
+  bool holds(vec zs, vec zt) const { return holds(difference(zs, zt)); }
+};
+
+// The memory of a block. `near` has a flag for each vector: e_s - e_t is stashed for e_s. nullptr: nobody reads them.
+struct NearBlock {
+  const float *s, *t;
+  float *es, *et, *eh;
+  uint8_t* near;
+  int64_t n;
+};
+
+// Sweep 1 of one block, as `statistics` does others; returns the number of vectors that are near. Arguments come by value:
+// what is written could else be one of them. Not inlined: the sweep over other rows has no registers to spare.
+template <bool reverse, int hard>
+__attribute__((noinline)) int64_t near_statistics(const NearBlock at, const Reader student, const Reader teacher,
+                                                  int64_t next, const Nearness nearness, const Settings& settings,
+                                                  Sums& sums) {
+  const float cs = settings.student_scale, ct = settings.teacher_scale;
+  const float student_max = sums.student_max, teacher_max = sums.teacher_max;
+  int64_t count = 0;
+  vec sum_s{}, sum_t{}, sum_h{}, sum_gap{}, sum_forward{}, sum_reverse{};
+  for (int64_t i = 0; i < at.n; i += lanes) {
+    student.prefetch(next + i), teacher.prefetch(next + i);
+    const vec s = load(at.s + i), t = load(at.t + i);
+    const vec zs = s - student_max, yt = (t - teacher_max) * ct, et = exp2_nonpositive(yt);
+    const vec apart = nearness.difference(s, t);
+    const bool near = Nearness::holds(apart);
+    vec es, gap, difference;
+    if (near) {
+      difference = apart, gap = et * (apart * expm1_poly(apart)), es = et + gap;
+      store(at.es + i, gap);
+    } else {
+      const vec ys = zs * cs;
+      es = exp2_nonpositive(ys), difference = ys - yt, gap = es - et;
+      store(at.es + i, es);
+    }
+    store(at.et + i, et);
+    if (at.near) at.near[i / lanes] = near;
+    count += near;
+    sum_s += es, sum_t += et, sum_gap += gap;
+    sum_forward += keep(et != 0.f, et * -difference);
+    if constexpr (reverse) sum_reverse += keep(es != 0.f, es * difference);
+    if constexpr (hard == kOwnExponential) {
+      const vec eh = exp2_nonpositive(zs * kLog2e);
+      store(at.eh + i, eh);
+      sum_h += eh;
+    } else if constexpr (hard > kPower1) {
+      sum_h += power<hard>(es);
+    }
+  }
+  sums.student += sum(sum_s), sums.teacher += sum(sum_t), sums.gap += sum(sum_gap);
+  sums.hard += sum(sum_h), sums.forward += sum(sum_forward), sums.reverse += sum(sum_reverse);
+  return count;
+}
+
+// With q = a e_s and p = b e_t for the exponentials of a block: a - b, from the sums' gap.
+inline double near_gap(float student_max, float teacher_max, const Settings& settings, const Sums& sums) {
+  const double moved_s = rescale(student_max, sums.student_max, settings.student_scale);
+  const double moved_t = rescale(teacher_max, sums.teacher_max, settings.teacher_scale);
+  return ((moved_s - moved_t) * sums.teacher - moved_t * sums.gap) / (sums.student * sums.teacher);
+}
+
+// What the gradient takes the stash times: of other vectors e_s and e_t; of near ones e_s, e_s - e_t and e_t.
+struct NearGradient {
+  float student, teacher, near_student, near_gap, near_teacher, ratio, hard;
+};
+
+// Sweep 3 of one block.
+template <bool with_ratio, int hard>
+__attribute__((noinline)) void near_gradient(const NearBlock at, const LogRatio log_ratio, const NearGradient by,
+                                             float* out) {
+  for (int64_t i = 0; i < at.n; i += lanes) {
+    const bool near = at.near[i / lanes];
+    const vec et = load(at.et + i), stashed = load(at.es + i), es = near ? et + stashed : stashed;
+    vec g = near ? stashed * by.near_gap + et * by.near_teacher : et * by.teacher;
+    const float student = near ? by.near_student : by.student;
+    if constexpr (with_ratio) {
+      const vec ratio = log_ratio(load(at.s + i), load(at.t + i));
+      g += keep(es != 0.f, es * (student + by.ratio * ratio));
+    } else {
+      g += es * student;
+    }
+    if constexpr (hard == kOwnExponential) g += load(at.eh + i) * by.hard;
+    else if constexpr (hard != kNoHard) g += power<hard>(es) * by.hard;
+    store(out + i, g);
+  }
+}
+
+}  // namespace FASTKD_ISA
