@@ -139,13 +139,13 @@ def _watched(trace: Trace) -> dict[str, Any]:
     load, store = builder.create_masked_load, builder.create_masked_store
     binary, cast = builder.binary_op, builder.cast_impl
 
-    def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, cache: Any, volatile: Any) -> Any:
+    def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
         trace.access(ptrs.data, mask.data, _element_bytes(ptrs), store=False)
-        return load(self, ptrs, mask, other, cache, volatile)
+        return load(self, ptrs, mask, other, *rest)
 
-    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, cache: Any) -> Any:
+    def create_masked_store(self: Any, ptrs: Any, value: Any, mask: Any, *rest: Any) -> Any:
         trace.access(ptrs.data, mask.data, _element_bytes(ptrs), store=True)
-        return store(self, ptrs, value, mask, cache)
+        return store(self, ptrs, value, mask, *rest)
 
     def create_atomic_rmw(self: Any, *args: Any) -> Any:
         raise Fault("an atomic: it sums in an order that changes from run to run")
@@ -206,6 +206,7 @@ def _interpreted_language() -> Iterator[None]:
             stock._patch_builtin(language, stock.interpreter_builder, scope)
             stock._patch_builtin(language.tensor, stock.interpreter_builder, scope)
             stock._patch_lang_tensor(language.tensor, scope)
+            scope.set_attr(language.tensor, "__index__", lambda self: int(self.handle.data.item()))
             stock._patch_lang_core(language, scope)
             scope.set_attr(language, "multiple_of", _checked_multiple_of)
         stock._patch_builtin(tl.math, stock.interpreter_builder, scope)

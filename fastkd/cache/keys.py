@@ -138,8 +138,11 @@ def unpadded(sequence: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
 
 
 def _as_tensor(value: Any) -> Tensor:
-    """A tensor as it is, on its device; anything else in main memory, whatever torch's defaults are."""
-    return value if isinstance(value, Tensor) else torch.from_numpy(np.asarray(value))
+    """A tensor as it is, on its device; anything else in main memory, Python's numbers with a fraction in float32."""
+    if isinstance(value, Tensor):
+        return value
+    found = torch.from_numpy(np.asarray(value))
+    return found.float() if found.dtype == torch.float64 and not isinstance(value, np.ndarray) else found
 
 
 def _tensor(name: str, value: Any) -> Tensor:

@@ -175,6 +175,13 @@ def load_logits(pointer, columns, present, POLICY: tl.constexpr):
 
 
 @triton.jit
+def per_thread(BLOCK: tl.constexpr):
+    """A zero per thread, fp32. Before Triton 3.8 a list may not hold a field of a constexpr."""
+    THREADS: tl.constexpr = BLOCK.threads
+    return tl.zeros([THREADS], tl.float32)
+
+
+@triton.jit
 def lane_max(x):
     return tl.max(tl.max(x, 2), 0)
 
@@ -210,4 +217,4 @@ def clear_tail(row, start, stop, BLOCK: tl.constexpr):
     """Write 0 to columns [start, stop) of the row that begins at `row`."""
     for step in range(tl.cdiv(stop - start, BLOCK.threads)):
         column = start + step * BLOCK.threads + tl.arange(0, BLOCK.threads)
-        tl.store(row + column, tl.zeros([BLOCK.threads], tl.float32), column < stop)
+        tl.store(row + column, per_thread(BLOCK), column < stop)

@@ -36,6 +36,7 @@ from fastkd.kernels.gpu.blocks import (
     lane_sum,
     launch_options,
     load_logits,
+    per_thread,
     row_offset,
     rows_of,
     span_of,
@@ -132,7 +133,7 @@ def _pair_of_totals(a, b, c, d):
 @triton.jit
 def _rest_of(student, span, hidden, entries, numbers, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Sweep 1, first column to last."""
-    none = tl.zeros([BLOCK.threads], tl.float32)
+    none = per_thread(BLOCK)
     rest = Rest(none - float("inf"), none, none)
     if BLOCK.edges:
         rest = _observe(rest, student, edge_columns(span, BLOCK), hidden, 0, entries, numbers, MODE)

@@ -23,6 +23,7 @@ from fastkd.kernels.gpu.blocks import (
     lane_sum,
     launch_options,
     load_logits,
+    per_thread,
     row_offset,
     rows_of,
     span_of,
@@ -59,10 +60,10 @@ def _observe(logits, at, span, highest, total, mean, first, scale, vocab_size):
 @triton.jit
 def _sweep(logits, span, scale, vocab_size, BLOCK: tl.constexpr):
     """Maximum, Σ e^(z/T), Σ e^(z/T)·z and the first column of the maximum; z = logit − maximum."""
-    highest = tl.zeros([BLOCK.threads], tl.float32) - float("inf")
-    total = tl.zeros([BLOCK.threads], tl.float32)
-    mean = tl.zeros([BLOCK.threads], tl.float32)
-    first = tl.zeros([BLOCK.threads], tl.int32) + vocab_size
+    highest = per_thread(BLOCK) - float("inf")
+    total = per_thread(BLOCK)
+    mean = per_thread(BLOCK)
+    first = per_thread(BLOCK).to(tl.int32) + vocab_size
     if BLOCK.edges:
         highest, total, mean, first = _observe(
             logits, edge_columns(span, BLOCK), span, highest, total, mean, first, scale, vocab_size
@@ -235,7 +236,7 @@ def _log_softmax_backward_kernel(
     upstream = first_vector(upstream_rows.pointer, row_offset(upstream_rows, index), span, UPSTREAM_ALIGNED, BLOCK)
     grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, BLOCK)
 
-    above = tl.zeros([BLOCK.threads], tl.float32)
+    above = per_thread(BLOCK)
     if BLOCK.edges:
         above = _sum_step(upstream, edge_columns(span, BLOCK), "evict_last")
     steps = steps_of(span, BLOCK)

@@ -17,6 +17,7 @@ from fastkd.kernels.gpu.blocks import (
     lane_max,
     lane_sum,
     load_logits,
+    per_thread,
     steps_of,
     vector_columns,
 )
@@ -200,7 +201,7 @@ def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr):
 @triton.jit
 def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Sweep 1, first column to last."""
-    none = tl.zeros([BLOCK.threads], tl.float32)
+    none = per_thread(BLOCK)
     lowest = none - float("inf")
     state = Statistics(lowest, lowest, lowest, none, none, none, none, none, none, none)
     if BLOCK.edges:
@@ -350,8 +351,8 @@ def sum_terms(
     BLOCK: tl.constexpr,
 ):
     """Sweep 2, last column to first: Σ term and Σ centered slope."""
-    term = tl.zeros([BLOCK.threads], tl.float32)
-    slope = tl.zeros([BLOCK.threads], tl.float32)
+    term = per_thread(BLOCK)
+    slope = per_thread(BLOCK)
     steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
         at = vector_columns(steps - 1 - step, logits.span, BLOCK)
