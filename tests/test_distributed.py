@@ -92,6 +92,8 @@ def test_two_processes_give_the_gradients_of_one(kind: str, tmp_path: pathlib.Pa
     expected = {name: p.grad for name, p in alone.named_parameters()}
     assert found.keys() == expected.keys()
     for name, gradient in expected.items():
-        # Gradients are averaged over processes, each of which divided by the tokens of all.
-        torch.testing.assert_close(WORLD * found[name], gradient, rtol=1e-5, atol=1e-8)
-        assert gradient.abs().max() > 0
+        # Gradients are averaged over processes, each of which divided by the tokens of all. An element is a sum over
+        # rows, whose parts may nearly cancel: it is as right as the largest.
+        largest = float(gradient.abs().max())
+        assert largest > 0
+        torch.testing.assert_close(WORLD * found[name], gradient, rtol=1e-5, atol=1e-6 * largest)
