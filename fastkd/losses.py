@@ -19,6 +19,7 @@ from fastkd.backend import RowSpec
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.heads import autocast_dtype
+from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -62,7 +63,8 @@ class KDLoss(nn.Module):
         memory_budget: bytes of working memory for the logits of a `Projection`, beside the gradients; None for a
             default (see `fastkd.plan`). Losses on logits need none.
         inplace: write the student's gradient over its logits: no memory beyond row scalars. The logits are destroyed,
-            and autograd's version counter is bumped. Not with `"none"`. Ignored under `torch.compile`, which plans
+            and autograd's version counter is bumped. They must share no memory with teacher, labels or weights, nor
+            overlap themselves: that raises ValueError. Not with `"none"`. Ignored under `torch.compile`, which plans
             memory itself, and for a `Projection`, which has no logits to keep.
         return_parts: return `KDParts(loss, soft, hard)`.
 
@@ -135,7 +137,7 @@ class KDLoss(nn.Module):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
         vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
-        self._check_call(student, teacher, labels, num_items)
+        self._check_call(student, teacher, labels, weights, num_items)
         if labels is not None:
             labels = labels.detach().to(torch.int64)
 
@@ -244,7 +246,12 @@ class KDLoss(nn.Module):
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
 
     def _check_call(
-        self, student: Source, teacher: Teacher | None, labels: Tensor | None, num_items: float | Tensor | None
+        self,
+        student: Source,
+        teacher: Teacher | None,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        num_items: float | Tensor | None,
     ) -> None:
         if labels is None and self.hard_weight > 0:
             raise ValueError(f"labels are needed for hard_weight={self.hard_weight}; pass them or set hard_weight=0")
@@ -267,14 +274,7 @@ class KDLoss(nn.Module):
             elif not (_is_number(num_items) and 0 <= num_items < math.inf):
                 raise ValueError(f"num_items must be a finite number >= 0, got {num_items!r}")
         if self.inplace and isinstance(student, Tensor):
-            layout = ops.row_layout(student)
-            if layout is None or any(
-                size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)
-            ):
-                raise ValueError(
-                    f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
-                    f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
-                )
+            _check_writable(student, teacher, labels, weights)
 
     def _check_served(self, kind: str, teacher: Teacher) -> None:
         reason = served.refusal(kind, self.divergence)
@@ -348,6 +348,25 @@ def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_
     if (soft_weight, hard_weight) != (0.5, 0.5):
         raise ValueError("pass either alpha with alpha_on, or soft_weight and hard_weight, not both")
     return (alpha, 1 - alpha) if alpha_on == "soft" else (1 - alpha, alpha)
+
+
+def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
+    """ValueError where the gradient cannot be written over the student's logits without harm to what is still read."""
+    if ops.row_layout(student) is None or may_overlap_itself(student):
+        raise ValueError(
+            f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
+            f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
+        )
+    if torch.compiler.is_compiling():  # nothing is written in place there, and traced tensors have no address
+        return
+    read = {"labels": [labels], "weights": [weights]}
+    read["teacher"] = [] if teacher is None else list(sources.tensors(teacher))
+    for name, tensors in read.items():
+        if any(tensor is not None and may_share_memory(student, tensor) for tensor in tensors):
+            raise ValueError(
+                f"inplace=True would write the gradient over the {name}, which shares memory with the student's "
+                f"logits; pass {name}.clone()"
+            )
 
 
 def _is_number(value: object) -> bool:
