@@ -178,10 +178,18 @@ class KDLoss(nn.Module):
         return KDParts(loss, soft.sum(), hard.sum())
 
     def _run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        if self.reduction == "none":
-            return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
         parameters = call.student, call.student_weight, call.student_bias
         wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in parameters]
+        idle, weighted = call.split()
+        if idle is not None and any(wants):
+            # A term of weight 0, whose value return_parts asks for: in the gradient, 0 times its NaN would be NaN.
+            with torch.no_grad():
+                _, *values = self._run(idle)  # first, since in place the logits are about to go
+            loss, *others = self._run(weighted)
+            soft, hard = (value + other for value, other in zip(values, others, strict=True))  # one of them is absent
+            return loss, soft, hard
+        if self.reduction == "none":
+            return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
             return _InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
         loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(*call, wants)
@@ -273,7 +281,7 @@ class KDLoss(nn.Module):
                     raise ValueError(f"num_items must hold one number, got a tensor of shape {tuple(num_items.shape)}")
             elif not (_is_number(num_items) and 0 <= num_items < math.inf):
                 raise ValueError(f"num_items must be a finite number >= 0, got {num_items!r}")
-        if self.inplace and isinstance(student, Tensor):
+        if self.inplace and isinstance(student, Tensor) and not torch.compiler.is_compiling():
             _check_writable(student, teacher, labels, weights)
 
     def _check_served(self, kind: str, teacher: Teacher) -> None:
@@ -357,8 +365,6 @@ def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | N
             f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
             f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
         )
-    if torch.compiler.is_compiling():  # nothing is written in place there, and traced tensors have no address
-        return
     read = {"labels": [labels], "weights": [weights]}
     read["teacher"] = [] if teacher is None else list(sources.tensors(teacher))
     for name, tensors in read.items():
