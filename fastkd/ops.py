@@ -27,6 +27,7 @@ from torch import Tensor
 from fastkd import _native, chunks
 from fastkd.backend import SparseRows, select
 from fastkd.call import SCHEMA, Call
+from fastkd.divergences import TABLE
 from fastkd.heads import kept_dtype
 from fastkd.plan import NOTHING, Wants
 from fastkd.sources import SparseTargets
@@ -140,16 +141,33 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
     """The call with gradients that many times as large, a power of two; absent where no gradient is rounded to fp16.
 
     fp16 ends at 6e-8, and a mean over many tokens puts the gradients of logits below it. Loss scaling is no help: it
-    comes with the upstream gradient, after the rounding. The backward divides by the factor and multiplies by that.
+    comes with the upstream gradient, after the rounding. At its other end, 65504, large weights do the same. The factor
+    brings the largest weight of a row to between ½ and 1. The backward divides by it and multiplies by the upstream.
     """
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
     if not _rounds_to_fp16(call) or not scales or scales[0].numel() == 0:
         return call, call.student.new_empty(0, dtype=torch.float32)
-    _, exponent = torch.frexp(torch.stack(scales).abs().max())
+    weight = torch.zeros_like(scales[0])
+    if call.soft_scale is not None:
+        weight = weight + call.soft_scale.abs() * (call.soft_weight * _reach(call))
+    if call.hard_scale is not None:
+        weight = weight + call.hard_scale.abs() * call.hard_weight
+    _, exponent = torch.frexp(weight.max())
     one = torch.ones_like(scales[0][0])
     factor = torch.ldexp(one, -exponent.to(one.dtype))  # of an int, the power would have torch's default dtype
     soft_scale, hard_scale = (None if x is None else x * factor for x in (call.soft_scale, call.hard_scale))
     return call._replace(soft_scale=soft_scale, hard_scale=hard_scale), factor
+
+
+def _reach(call: Call) -> float:
+    """The factor of the soft weight at which no soft gradient of fp16 logits, which differ by 131008 at most, overflows.
+
+    Raw differences are multiplied by 2/V. Of the divergences, reverse KL reaches furthest: q(1 − q) ≤ ¼ times a
+    difference of log-ratios, 131008·(1/T + 1/T_teacher), over T. AlphaBeta with a negative parameter has no bound.
+    """
+    if not TABLE[call.divergence].tempered:
+        return max(1.0, 4 / call.vocab_size)
+    return max(1.0, (1 / call.temperature + 1 / call.teacher_temperature) / 2) / call.temperature
 
 
 def _rounds_to_fp16(call: Call) -> bool:
