@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import ops, served, sources
-from fastkd.backend import RowSpec
+from fastkd.backend import RowSpec, forced, running_on
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.heads import autocast_dtype
@@ -328,6 +328,7 @@ class _InPlace(torch.autograd.Function):
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, factor)
+        ctx.backend = forced()
         ctx.mark_non_differentiable(soft, hard)
         ctx.set_materialize_grads(False)
         return loss, soft, hard
@@ -337,7 +338,8 @@ class _InPlace(torch.autograd.Function):
         ops.refuse_double_backward()
         student, factor = ctx.saved_tensors
         upstream = upstreams[0]
-        grad = None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)
+        with running_on(ctx.backend):
+            grad = None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)
         return grad, *[None] * (len(Call._fields) - 1)
 
 

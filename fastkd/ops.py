@@ -19,13 +19,14 @@ in the two scales, and a row whose scale is 0 is skipped.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import _native, chunks
-from fastkd.backend import SparseRows, select
+from fastkd.backend import SparseRows, forced, running_on, select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import TABLE
 from fastkd.heads import kept_dtype
@@ -160,7 +161,7 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
 
 
 def _reach(call: Call) -> float:
-    """The factor of the soft weight at which no soft gradient of fp16 logits, which differ by 131008 at most, overflows.
+    """The factor of the soft weight at which no gradient of fp16 logits, which differ by 131008 at most, overflows.
 
     Raw differences are multiplied by 2/V. Of the divergences, reverse KL reaches furthest: q(1 − q) ≤ ¼ times a
     difference of log-ratios, 131008·(1/T + 1/T_teacher), over T. AlphaBeta with a negative parameter has no bound.
@@ -280,6 +281,22 @@ def scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
+def _with_backend(
+    setup: Callable[..., None], backward: Callable[..., Any]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """The two, so that the backward runs on the backend its forward chose: autograd's threads know nothing of it."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = forced()
+        setup(ctx, inputs, output)
+
+    def on_backend(ctx: Any, *upstreams: Tensor | None) -> Any:
+        with running_on(ctx.backend):
+            return backward(ctx, *upstreams)
+
+    return setup_context, on_backend
+
+
 _INPUTS = len(Call._fields)
 
 
@@ -387,8 +404,10 @@ for _name, _implementation, _fake in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
-torch.library.register_autograd("fastkd::kd_loss", _backward_kd_loss, setup_context=_setup_kd_loss, lib=_library)
-torch.library.register_autograd("fastkd::kd_rows", _backward_kd_rows, setup_context=_setup_kd_rows, lib=_library)
-torch.library.register_autograd(
-    "fastkd::log_softmax", _backward_log_softmax, setup_context=_setup_log_softmax, lib=_library
-)
+for _name, _setup, _backward in (
+    ("kd_loss", _setup_kd_loss, _backward_kd_loss),
+    ("kd_rows", _setup_kd_rows, _backward_kd_rows),
+    ("log_softmax", _setup_log_softmax, _backward_log_softmax),
+):
+    _setup, _backward = _with_backend(_setup, _backward)
+    torch.library.register_autograd(f"fastkd::{_name}", _backward, setup_context=_setup, lib=_library)
