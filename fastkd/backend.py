@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import functools
 import importlib
+import threading
 import warnings
+from collections import deque
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Literal, NamedTuple, Protocol, cast
@@ -145,7 +148,6 @@ class BackendStatus(NamedTuple):
 
 
 _MODULES = {"cpu": "fastkd._native", "triton": "fastkd.kernels.gpu", "reference": "fastkd.reference"}
-_forced: str | None = None
 
 
 @functools.cache
@@ -170,35 +172,70 @@ def backends() -> dict[str, BackendStatus]:
     return {name: _status(name) for name in _MODULES}
 
 
-class use_backend:
+class running_on:
+    """Force a backend for a block, in the current thread or task only; None chooses automatically."""
+
+    def __init__(self, name: str | None) -> None:
+        self.name = name
+
+    def __enter__(self) -> running_on:
+        _blocks.set((*_blocks.get(), self))
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        blocks = _blocks.get()
+        if self in blocks:  # the last time, if one object is entered twice
+            mine = len(blocks) - 1 - blocks[::-1].index(self)
+            _blocks.set(blocks[:mine] + blocks[mine + 1 :])
+
+
+class use_backend(running_on):
     """Force one backend, from now on or, as a context manager, for a block.
 
     >>> fastkd.use_backend("reference")         # until changed; None restores the automatic choice
     >>> with fastkd.use_backend("reference"):   # for this block
     ...     loss = kd(student, teacher, labels)
 
-    The choice is process-wide. Raises ValueError for an unknown name, RuntimeError for a backend that is unavailable.
+    The first holds for the whole process. The second takes precedence, and holds in the thread or asyncio task that
+    runs the block (tasks made within it inherit it, threads do not): blocks that overlap do not disturb each other. A
+    backward runs on the backend of its forward, wherever it is called; under `torch.compile` on the one in force where
+    it runs. Raises ValueError for an unknown name, RuntimeError for a backend that is unavailable.
     """
 
     def __init__(self, name: str | None) -> None:
-        global _forced
         if name is not None:
             if name not in _MODULES:
                 raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(_MODULES)} (or None)")
             status = _status(name)
             if not status.available:
                 raise RuntimeError(f"backend {name!r} is not available: {status.detail}")
-        self._previous = _forced
-        _forced = name
+        super().__init__(name)
+        with _lock:
+            _process_wide.append(self)  # until a `with` shows that a block was meant
 
     def __enter__(self) -> use_backend:
+        with _lock:
+            if self in _process_wide:
+                _process_wide.remove(self)
+        super().__enter__()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        global _forced
-        _forced = self._previous
+
+_blocks: ContextVar[tuple[running_on, ...]] = ContextVar("fastkd_blocks", default=())
+#: The last one counts. The others are for as many threads as may be on the way from a `use_backend` to its `with`.
+_process_wide: deque[use_backend] = deque(maxlen=256)
+_lock = threading.Lock()
+
+
+def forced() -> str | None:
+    """The backend that is forced here, or None."""
+    blocks = _blocks.get()
+    if blocks:
+        return blocks[-1].name
+    with _lock:
+        return _process_wide[-1].name if _process_wide else None
 
 
 @functools.cache
@@ -208,7 +245,7 @@ def _warn_once(message: str) -> None:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
-    return cast(Backend, importlib.import_module(_MODULES[_forced or _automatic(tensor)]))
+    return cast(Backend, importlib.import_module(_MODULES[forced() or _automatic(tensor)]))
 
 
 def _automatic(tensor: Tensor) -> str:

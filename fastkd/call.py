@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +22,13 @@ SCHEMA = (
     "str divergence, float[] parameters, float temperature, float teacher_temperature, float soft_weight, "
     "float hard_weight, int vocab_size, ScalarType? autocast, int? memory_budget"
 )
+
+#: The tensors that only one of the two terms reads.
+_SOFT = (
+    *("teacher", "teacher_weight", "teacher_bias"),
+    *("sparse_ids", "sparse_logprobs", "sparse_rest", "sparse_entropy", "soft_scale"),
+)
+_HARD = ("labels", "hard_scale")
 
 
 class Call(NamedTuple):
@@ -78,6 +85,18 @@ class Call(NamedTuple):
     def on_logits(self) -> bool:
         """Whether neither side is a projection."""
         return self.student_weight is None and self.teacher_weight is None
+
+    def split(self) -> tuple[Call | None, Call]:
+        """The term of weight 0, None where there is none, and the call without it."""
+        if self.soft_scale is not None and self.soft_weight == 0:
+            return self._without(_HARD), self._without(_SOFT)
+        if self.hard_scale is not None and self.hard_weight == 0:
+            return self._without(_SOFT), self._without(_HARD)
+        return None, self
+
+    def _without(self, term: tuple[str, ...]) -> Call:
+        absent: dict[str, Any] = dict.fromkeys(term)
+        return self._replace(**absent)
 
     def student_source(self) -> Source:
         return _source(self.student, self.student_weight, self.student_bias, self.student_head)

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import ops, served, sources
-from fastkd.backend import RowSpec
+from fastkd.backend import RowSpec, forced, running_on
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.heads import autocast_dtype
+from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -62,7 +63,8 @@ class KDLoss(nn.Module):
         memory_budget: bytes of working memory for the logits of a `Projection`, beside the gradients; None for a
             default (see `fastkd.plan`). Losses on logits need none.
         inplace: write the student's gradient over its logits: no memory beyond row scalars. The logits are destroyed,
-            and autograd's version counter is bumped. Not with `"none"`. Ignored under `torch.compile`, which plans
+            and autograd's version counter is bumped. They must share no memory with teacher, labels or weights, nor
+            overlap themselves: that raises ValueError. Not with `"none"`. Ignored under `torch.compile`, which plans
             memory itself, and for a `Projection`, which has no logits to keep.
         return_parts: return `KDParts(loss, soft, hard)`.
 
@@ -135,7 +137,7 @@ class KDLoss(nn.Module):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
         vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
-        self._check_call(student, teacher, labels, num_items)
+        self._check_call(student, teacher, labels, weights, num_items)
         if labels is not None:
             labels = labels.detach().to(torch.int64)
 
@@ -176,10 +178,18 @@ class KDLoss(nn.Module):
         return KDParts(loss, soft.sum(), hard.sum())
 
     def _run(self, call: Call) -> tuple[Tensor, Tensor, Tensor]:
-        if self.reduction == "none":
-            return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
         parameters = call.student, call.student_weight, call.student_bias
         wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in parameters]
+        idle, weighted = call.split()
+        if idle is not None and any(wants):
+            # A term of weight 0, whose value return_parts asks for: in the gradient, 0 times its NaN would be NaN.
+            with torch.no_grad():
+                _, *values = self._run(idle)  # first, since in place the logits are about to go
+            loss, *others = self._run(weighted)
+            soft, hard = (value + other for value, other in zip(values, others, strict=True))  # one of them is absent
+            return loss, soft, hard
+        if self.reduction == "none":
+            return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
             return _InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
         loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(*call, wants)
@@ -244,7 +254,12 @@ class KDLoss(nn.Module):
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
 
     def _check_call(
-        self, student: Source, teacher: Teacher | None, labels: Tensor | None, num_items: float | Tensor | None
+        self,
+        student: Source,
+        teacher: Teacher | None,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        num_items: float | Tensor | None,
     ) -> None:
         if labels is None and self.hard_weight > 0:
             raise ValueError(f"labels are needed for hard_weight={self.hard_weight}; pass them or set hard_weight=0")
@@ -266,15 +281,8 @@ class KDLoss(nn.Module):
                     raise ValueError(f"num_items must hold one number, got a tensor of shape {tuple(num_items.shape)}")
             elif not (_is_number(num_items) and 0 <= num_items < math.inf):
                 raise ValueError(f"num_items must be a finite number >= 0, got {num_items!r}")
-        if self.inplace and isinstance(student, Tensor):
-            layout = ops.row_layout(student)
-            if layout is None or any(
-                size > 1 and stride == 0 for size, stride in zip(student.shape, student.stride(), strict=True)
-            ):
-                raise ValueError(
-                    f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
-                    f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
-                )
+        if self.inplace and isinstance(student, Tensor) and not torch.compiler.is_compiling():
+            _check_writable(student, teacher, labels, weights)
 
     def _check_served(self, kind: str, teacher: Teacher) -> None:
         reason = served.refusal(kind, self.divergence)
@@ -320,6 +328,7 @@ class _InPlace(torch.autograd.Function):
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student, factor)
+        ctx.backend = forced()
         ctx.mark_non_differentiable(soft, hard)
         ctx.set_materialize_grads(False)
         return loss, soft, hard
@@ -329,7 +338,8 @@ class _InPlace(torch.autograd.Function):
         ops.refuse_double_backward()
         student, factor = ctx.saved_tensors
         upstream = upstreams[0]
-        grad = None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)
+        with running_on(ctx.backend):
+            grad = None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)
         return grad, *[None] * (len(Call._fields) - 1)
 
 
@@ -348,6 +358,23 @@ def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_
     if (soft_weight, hard_weight) != (0.5, 0.5):
         raise ValueError("pass either alpha with alpha_on, or soft_weight and hard_weight, not both")
     return (alpha, 1 - alpha) if alpha_on == "soft" else (1 - alpha, alpha)
+
+
+def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
+    """ValueError where the gradient cannot be written over the student's logits without harm to what is still read."""
+    if ops.row_layout(student) is None or may_overlap_itself(student):
+        raise ValueError(
+            f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
+            f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
+        )
+    read = {"labels": [labels], "weights": [weights]}
+    read["teacher"] = [] if teacher is None else list(sources.tensors(teacher))
+    for name, tensors in read.items():
+        if any(tensor is not None and may_share_memory(student, tensor) for tensor in tensors):
+            raise ValueError(
+                f"inplace=True would write the gradient over the {name}, which shares memory with the student's "
+                f"logits; pass {name}.clone()"
+            )
 
 
 def _is_number(value: object) -> bool:

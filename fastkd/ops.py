@@ -19,14 +19,16 @@ in the two scales, and a row whose scale is 0 is skipped.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from fastkd import _native, chunks
-from fastkd.backend import SparseRows, select
+from fastkd.backend import SparseRows, forced, running_on, select
 from fastkd.call import SCHEMA, Call
+from fastkd.divergences import TABLE
 from fastkd.heads import kept_dtype
 from fastkd.plan import NOTHING, Wants
 from fastkd.sources import SparseTargets
@@ -140,16 +142,33 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
     """The call with gradients that many times as large, a power of two; absent where no gradient is rounded to fp16.
 
     fp16 ends at 6e-8, and a mean over many tokens puts the gradients of logits below it. Loss scaling is no help: it
-    comes with the upstream gradient, after the rounding. The backward divides by the factor and multiplies by that.
+    comes with the upstream gradient, after the rounding. At its other end, 65504, large weights do the same. The factor
+    brings the largest weight of a row to between ½ and 1. The backward divides by it and multiplies by the upstream.
     """
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
     if not _rounds_to_fp16(call) or not scales or scales[0].numel() == 0:
         return call, call.student.new_empty(0, dtype=torch.float32)
-    _, exponent = torch.frexp(torch.stack(scales).abs().max())
+    weight = torch.zeros_like(scales[0])
+    if call.soft_scale is not None:
+        weight = weight + call.soft_scale.abs() * (call.soft_weight * _reach(call))
+    if call.hard_scale is not None:
+        weight = weight + call.hard_scale.abs() * call.hard_weight
+    _, exponent = torch.frexp(weight.max())
     one = torch.ones_like(scales[0][0])
     factor = torch.ldexp(one, -exponent.to(one.dtype))  # of an int, the power would have torch's default dtype
     soft_scale, hard_scale = (None if x is None else x * factor for x in (call.soft_scale, call.hard_scale))
     return call._replace(soft_scale=soft_scale, hard_scale=hard_scale), factor
+
+
+def _reach(call: Call) -> float:
+    """The factor of the soft weight at which no gradient of fp16 logits, which differ by 131008 at most, overflows.
+
+    Raw differences are multiplied by 2/V. Of the divergences, reverse KL reaches furthest: q(1 − q) ≤ ¼ times a
+    difference of log-ratios, 131008·(1/T + 1/T_teacher), over T. AlphaBeta with a negative parameter has no bound.
+    """
+    if not TABLE[call.divergence].tempered:
+        return max(1.0, 4 / call.vocab_size)
+    return max(1.0, (1 / call.temperature + 1 / call.teacher_temperature) / 2) / call.temperature
 
 
 def _rounds_to_fp16(call: Call) -> bool:
@@ -262,6 +281,22 @@ def scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
+def _with_backend(
+    setup: Callable[..., None], backward: Callable[..., Any]
+) -> tuple[Callable[..., None], Callable[..., Any]]:
+    """The two, so that the backward runs on the backend its forward chose: autograd's threads know nothing of it."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.backend = forced()
+        setup(ctx, inputs, output)
+
+    def on_backend(ctx: Any, *upstreams: Tensor | None) -> Any:
+        with running_on(ctx.backend):
+            return backward(ctx, *upstreams)
+
+    return setup_context, on_backend
+
+
 _INPUTS = len(Call._fields)
 
 
@@ -369,8 +404,10 @@ for _name, _implementation, _fake in (
     _library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
 
-torch.library.register_autograd("fastkd::kd_loss", _backward_kd_loss, setup_context=_setup_kd_loss, lib=_library)
-torch.library.register_autograd("fastkd::kd_rows", _backward_kd_rows, setup_context=_setup_kd_rows, lib=_library)
-torch.library.register_autograd(
-    "fastkd::log_softmax", _backward_log_softmax, setup_context=_setup_log_softmax, lib=_library
-)
+for _name, _setup, _backward in (
+    ("kd_loss", _setup_kd_loss, _backward_kd_loss),
+    ("kd_rows", _setup_kd_rows, _backward_kd_rows),
+    ("log_softmax", _setup_log_softmax, _backward_log_softmax),
+):
+    _setup, _backward = _with_backend(_setup, _backward)
+    torch.library.register_autograd(f"fastkd::{_name}", _backward, setup_context=_setup, lib=_library)

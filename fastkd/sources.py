@@ -24,6 +24,7 @@ __all__ = [
     "Teacher",
     "check",
     "check_logits",
+    "tensors",
 ]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -251,6 +252,13 @@ def check(
             raise TypeError(f"weights must be real numbers, got {weights.dtype}")
         _check_beside("weights", weights, student, weights.shape)
     return _vocab_size(student, teacher, vocab_size)
+
+
+def tensors(source: Teacher) -> list[Tensor]:
+    """Every tensor a source is made of."""
+    if isinstance(source, Tensor):
+        return [source]
+    return [value for value in vars(source).values() if isinstance(value, Tensor)]
 
 
 def _is_positive(value: object) -> bool:

@@ -14,11 +14,12 @@ from fastkd.plan import _LEAST_CHUNK
 
 @pytest.fixture(autouse=True)
 def _restore_globals() -> Iterator[None]:
-    threads, forced = torch.get_num_threads(), backend_module._forced
+    threads, forced = torch.get_num_threads(), list(backend_module._process_wide)
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
-    backend_module._forced = forced
+    backend_module._process_wide.clear()
+    backend_module._process_wide.extend(forced)
 
 
 @pytest.fixture

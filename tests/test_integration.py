@@ -27,6 +27,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
         {"divergence": "jsd", "reduction": "sum"},
         {"reduction": "none"},
         {"shift": True, "return_parts": True},
+        {"soft_weight": 0.0, "return_parts": True},
         {"inplace": True},
     ],
     ids=str,
