@@ -8,6 +8,7 @@ the batch.
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Iterator
 
 import torch
@@ -20,15 +21,34 @@ from fastkd.sources import Projection
 __all__ = ["Head", "autocast_dtype", "kept_dtype", "logit_chunks"]
 
 
+#: RuntimeErrors that say nothing of what a device can do. The second came with torch 2.8.
+_FAILURES: tuple[type[BaseException], ...] = (
+    torch.OutOfMemoryError,
+    *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []),
+)
+
+
 @functools.cache
 def _fp32_results(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` can leave their fp32 result on this device; decided once, by trying."""
+    """Whether products of `dtype` can leave their fp32 result on this device; decided once, by trying.
+
+    Warns where torch refuses: products in fp32 are many times slower. A device that is out of memory or fails refuses
+    nothing: its error is the caller's, and the next call tries again.
+    """
     try:
         square = torch.zeros(16, 16, dtype=dtype, device=device)
         out = torch.zeros(16, 16, dtype=torch.float32, device=device)
         torch.mm(square, square, out_dtype=torch.float32, out=out)
         torch.addmm(out, square, square, out_dtype=torch.float32, out=out)
-    except (RuntimeError, TypeError, NotImplementedError):
+    except _FAILURES:
+        raise
+    except (RuntimeError, TypeError) as error:
+        warnings.warn(
+            f"fastkd: torch {torch.__version__} cannot keep the fp32 results of {dtype} products on {device}, so they are "
+            f"computed in fp32, which is slower ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+            RuntimeWarning,
+            stacklevel=2,
+        )
         return False
     return True
 
