@@ -44,8 +44,8 @@ def _fp32_results(device: torch.device, dtype: torch.dtype) -> bool:
         raise
     except (RuntimeError, TypeError) as error:
         warnings.warn(
-            f"fastkd: torch {torch.__version__} cannot keep the fp32 results of {dtype} products on {device}, so they are "
-            f"computed in fp32, which is slower ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
+            f"fastkd: torch {torch.__version__} cannot keep the fp32 results of {dtype} products on {device}, so they "
+            f"are computed in fp32, which is slower ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
             RuntimeWarning,
             stacklevel=2,
         )
