@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from bench.static import CASES, Case
 from fastkd.backend import Tile
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
+from fastkd.sparse import sparse_rows
 from tests import cases
 
 #: Every kernel for one NVIDIA and one AMD target at the harder, odd vocabulary; elsewhere a few stand for the rest.
@@ -149,6 +151,38 @@ def test_a_gradient_of_an_odd_number_of_elements_is_scaled_in_vectors(target: st
     with compiled(TARGETS[target]) as kernels:
         gpu.scale_(torch.empty(3, 50257, dtype=torch.bfloat16), torch.ones(()))
     assert 16 in loads(kernels[0])
+
+
+@pytest.mark.parametrize("stage", ["whole", "gradient"])
+@pytest.mark.parametrize("teacher", ["dense", "raw", "none", "sparse"])
+def test_in_place_no_logit_is_overwritten_before_all_have_read_it(
+    teacher: str, stage: Literal["whole", "gradient"]
+) -> None:
+    """Logits of single columns are read by threads that do not write them: a barrier comes before the first store."""
+    vocab, width, scale = 50257, 1024, torch.ones(4)
+    if stage == "whole":
+        width = vocab
+    student = torch.empty(4, width)
+    other: Any = None if teacher == "none" else torch.empty(4, width)
+    if teacher == "sparse":
+        ids = torch.arange(12).expand(4, 12)
+        other = sparse_rows(
+            fastkd.SparseTargets(ids, torch.full((4, 12), -9.0), "ghost", 2.0), None, vocab, scale.dtype
+        )
+    divergence = fastkd.MSE() if teacher == "raw" else fastkd.ForwardKL()
+    spec = cases.spec(divergence, vocab)
+    tile = () if stage == "whole" else (Tile(stage, width, gpu.tile_state(4, student.device)),)
+    soft_scale = None if teacher == "none" else scale
+    with compiled(TARGETS["sm_90"]) as kernels:
+        gpu.kd_rows(student, other, cases.labels(4, vocab), soft_scale, scale, spec, student, *tile)
+    ptx = kernels[0].asm["ptx"]
+    reading = ptx[ptx.index("ld.global.b64") :]  # of ids and labels: rows that are skipped have left before
+    before, barrier, after = reading.partition("bar.sync")
+    assert barrier
+    assert "st.global" in after
+    stores = re.findall(r"st\.global\S*", before)
+    assert set(stores) <= {"st.global.b32"}  # the values of the row's two terms, and no vector of the gradient
+    assert len(stores) <= 2
 
 
 def loaded(kernel: Any) -> set[int]:

@@ -192,6 +192,8 @@ def _kd_rows_kernel(
         # A NaN is never hidden: not every slope carries the one that made the value NaN.
         soft_factor = tl.where(soft != soft, soft, numbers.soft_weight * soft_by)
         factors = Factors(center, slope_sum, soft_factor, hard_factor)
+        if MODE.hard and MODE.stage == "gradient":
+            tl.debug_barrier()  # every thread has read the label's logit, which in place another overwrites
         write_gradient(grad_vectors, logits, row, factors, numbers, SLOPE, MODE, BLOCK)
         clear_tail(grad, width, grad_columns, BLOCK)
         if MODE.hard:

@@ -349,6 +349,8 @@ def _kernel(
         if MODE.hard:
             by_hard = hard_factor * rest_hard
         rest_top = finite(rest.max)
+        if MODE.stage == "gradient":
+            tl.debug_barrier()  # every thread has read the kept tokens' logits, which in place another overwrites
         steps = steps_of(span, BLOCK)
         for step in range(steps):
             at = vector_columns(steps - 1 - step, span, BLOCK)
