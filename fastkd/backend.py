@@ -239,7 +239,7 @@ def forced() -> str | None:
 
 
 @functools.cache
-def _warn_once(message: str) -> None:
+def warn_once(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=2)
 
 
@@ -255,5 +255,5 @@ def _automatic(tensor: Tensor) -> str:
     status = _status(wanted)
     if status.available:
         return wanted
-    _warn_once(f"fastkd: the {wanted!r} backend is not available ({status.detail}); the slower eager reference is used")
+    warn_once(f"fastkd: the {wanted!r} backend is not available ({status.detail}); the slower eager reference is used")
     return "reference"

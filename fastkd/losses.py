@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd import ops, served, sources
+from fastkd import gradients, ops, served, sources
 from fastkd.backend import RowSpec, forced, running_on
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
@@ -121,22 +121,26 @@ class KDLoss(nn.Module):
         Args:
             student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
                 `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
-            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it. Never
-                gets a gradient. May be None where the soft term is not wanted (`soft_weight=0`).
+            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it. Gets
+                no gradient: one that requires it is warned of once. May be None where the soft term is not wanted
+                (`soft_weight=0`).
             labels: token ids `[...]`. May be None where `hard_weight=0`; positions equal to `ignore_index` are masked.
-            weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor.
+            weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor. Get no
+                gradient: ValueError if they require it.
             num_items: replaces the mean's divisor: the number of unmasked tokens of the whole optimiser step under
                 gradient accumulation. A number, or a 0-dim tensor on any device.
 
         Returns:
             fp32 (float64 for float64 logits): a scalar, or the leading shape for `reduction="none"`;
-            `KDParts` with `return_parts=True`. With nothing unmasked the loss and all gradients are 0.
+            `KDParts` with `return_parts=True`. With nothing unmasked the loss and all gradients are 0. Gradients are
+            those of one backward: forward mode (`torch.func.jvp`) raises NotImplementedError.
         """
         self._check_settings()
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
         vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
+        gradients.check(student, teacher, weights, num_items)
         self._check_call(student, teacher, labels, weights, num_items)
         if labels is not None:
             labels = labels.detach().to(torch.int64)

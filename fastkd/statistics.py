@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import sources
+from fastkd import gradients, sources
 from fastkd.heads import logit_chunks
 from fastkd.sources import Projection, Source
 
@@ -38,9 +38,11 @@ def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
         temperature: any T > 0.
 
     Returns:
-        The same shape and dtype. Raises TypeError / ValueError for a wrong dtype, shape or temperature.
+        The same shape and dtype. Raises TypeError / ValueError for a wrong dtype, shape or temperature, and
+        NotImplementedError in forward mode (`torch.func.jvp`).
     """
     sources.check_logits(logits)
+    gradients.refuse_forward_mode(logits)
     out: Tensor = torch.ops.fastkd.log_softmax(logits, _check_temperature(temperature))[0]
     return out
 
@@ -59,6 +61,7 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
         Perplexity is `exp(-label_logprob.nanmean())`. Raises TypeError / ValueError as `log_softmax` does.
     """
     sources.check(source, None, labels, None, None)
+    gradients.refuse_forward_mode(source)
     temperature = _check_temperature(temperature)
     flat = None if labels is None else labels.to(torch.int64).reshape(-1)
     if isinstance(source, Projection):

@@ -1,0 +1,48 @@
+"""Gradients that a caller may ask for and does not get: only the student has one, in reverse mode."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from fastkd import sources
+from fastkd.backend import warn_once
+from fastkd.sources import Projection, Source, SparseTargets, Teacher
+
+__all__ = ["check", "refuse_forward_mode"]
+
+
+def check(student: Source, teacher: Teacher | None, weights: Tensor | None, num_items: float | Tensor | None) -> None:
+    """Raise ValueError for weights that require a gradient, and as `refuse_forward_mode`; warn once for a teacher."""
+    refuse_forward_mode(student, teacher, weights, num_items)
+    if not torch.is_grad_enabled():
+        return
+    for name, value in (("weights", weights), ("num_items", num_items)):
+        if isinstance(value, Tensor) and value.requires_grad:
+            raise ValueError(f"{name} requires a gradient, but losses give it none; pass {name}.detach()")
+    if teacher is not None and _wants_gradient(teacher) and not torch.compiler.is_compiling():
+        warn_once(
+            "fastkd: the teacher requires a gradient, but losses give it none; compute it under torch.no_grad(), or "
+            "pass teacher.detach()"
+        )
+
+
+def refuse_forward_mode(*inputs: Teacher | float | None) -> None:
+    """Raise NotImplementedError where one carries a tangent: the result would have none, which reads as 0."""
+    if torch.compiler.is_compiling():
+        return
+    for value in inputs:
+        for tensor in sources.tensors(value) if isinstance(value, Tensor | Projection | SparseTargets) else ():
+            if forward_ad.unpack_dual(tensor).tangent is not None:
+                raise NotImplementedError(
+                    "fastkd has no forward-mode derivatives (torch.func.jvp, torch.func.jacfwd, "
+                    "torch.autograd.forward_ad); use reverse mode: loss.backward() or torch.autograd.grad"
+                )
+
+
+def _wants_gradient(teacher: Teacher) -> bool:
+    """A head that is not frozen asks for nothing by itself, if its hidden states were computed without gradient."""
+    if isinstance(teacher, Projection):
+        return teacher.hidden.requires_grad
+    return any(tensor.requires_grad for tensor in sources.tensors(teacher))
