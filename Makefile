@@ -5,12 +5,12 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sanitize bench bench-quick bench-check bench-accept clean
+.PHONY: demo test lint sanitize triton-versions bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
 
-test: $(VENV)/test lint sanitize
+test: $(VENV)/test lint sanitize triton-versions
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
@@ -33,6 +33,21 @@ sanitize: $(VENV)/test $(SANITIZED)
 $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 	CXX=$(CXX) $(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/sanitized \
 	  --config-settings=cmake.define.FASTKD_SANITIZE=ON .
+	touch $@
+
+# Every kernel compiled with the oldest and the newest Triton of `fastkd.backends()`, and some interpreted with the newest.
+# All other tests run with the one that PyTorch 2.13 brings.
+OLDEST_TRITON := 3.5.1
+NEWEST_TRITON := 3.9.0
+INTERPRETED := tests/test_triton_interpreter.py tests/test_triton_statistics.py
+with_triton = PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/triton/$(NEWEST_TRITON)/installed
+	$(call with_triton,$(OLDEST_TRITON)) tests/test_triton_versions.py
+	$(call with_triton,$(NEWEST_TRITON)) tests/test_triton_versions.py $(INTERPRETED)
+
+$(VENV)/triton/%/installed: $(VENV)/torch
+	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
 	touch $@
 
 bench: $(VENV)/bench $(VENV)/demo

@@ -58,12 +58,13 @@ class _StandInDriver:
 @contextmanager
 def stand_in_driver(target: GPUTarget) -> Iterator[None]:
     """Let Triton believe that `target` is the active device."""
-    previous = triton_driver._active
+    name = "_active" if hasattr(triton_driver, "_active") else "active"  # before Triton 3.5
+    previous = vars(triton_driver)[name]
     triton_driver.set_active(_StandInDriver(target))
     try:
         yield
     finally:
-        triton_driver._active = previous
+        setattr(triton_driver, name, previous)
 
 
 @contextmanager

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import re
 import threading
 import warnings
 from collections import deque
@@ -150,6 +151,11 @@ class BackendStatus(NamedTuple):
 _MODULES = {"cpu": "fastkd._native", "triton": "fastkd.kernels.gpu", "reference": "fastkd.reference"}
 
 
+#: The versions of Triton that every kernel is compiled with in `make test`, the oldest and the newest; they come with
+#: PyTorch 2.9 and with none yet.
+_OLDEST_TRITON, _NEWEST_TRITON = (3, 5), (3, 9)
+
+
 @functools.cache
 def _status(name: str) -> BackendStatus:
     if name == "reference":
@@ -158,13 +164,30 @@ def _status(name: str) -> BackendStatus:
         from fastkd import _native
 
         return BackendStatus(*_native.status())
+    return _triton_status()
+
+
+def _triton_status() -> BackendStatus:
     try:
         import triton
     except ImportError as error:
         return BackendStatus(False, f"triton cannot be imported: {error}")
+    found = f"triton {triton.__version__}"
+    version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
+    if version < _OLDEST_TRITON:
+        return BackendStatus(
+            False,
+            f"{found} is older than {_dotted(_OLDEST_TRITON)}, which the kernels need: install PyTorch 2.9 or newer",
+        )
+    if version > _NEWEST_TRITON:
+        found += f", newer than {_dotted(_NEWEST_TRITON)}, the newest that the kernels were compiled with"
     if not torch.cuda.is_available() and not (hasattr(torch, "xpu") and torch.xpu.is_available()):
-        return BackendStatus(False, f"triton {triton.__version__} is installed, but no GPU is visible")
-    return BackendStatus(True, f"triton {triton.__version__}")
+        return BackendStatus(False, f"{found} is installed, but no GPU is visible")
+    return BackendStatus(True, found)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def backends() -> dict[str, BackendStatus]:

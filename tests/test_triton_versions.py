@@ -1,0 +1,61 @@
+"""Every kernel compiles with the Triton that is installed, and `backends()` names one that is out of range.
+
+`make triton-versions` runs this file with the oldest and the newest Triton that the package supports.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+import torch
+
+from bench import static
+from bench.offline import TARGETS, compiled
+from fastkd import backend
+from fastkd.divergences import TABLE
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+#: What `bench.static` reads, for one NVIDIA and one AMD target; and what it leaves out.
+BUILDS = [
+    *((target, case) for target in ("sm_90", "gfx942") for case in static.CASES),
+    *(("sm_90", static.stage(name, "statistics")) for name in TABLE),
+    *(("sm_90", static.stage(name, "gradient")) for name in TABLE),
+    *(("sm_90", static.stage(name, "terms")) for name, row in TABLE.items() if row.normalised),
+    *(("sm_90", static.sparse(name, "ghost", 12)) for name, row in TABLE.items() if row.tempered),
+]
+
+
+@pytest.mark.parametrize(("target", "case"), [pytest.param(*build, id=f"{build[0]}-{build[1]}") for build in BUILDS])
+def test_every_kernel_compiles(target: str, case: static.Case) -> None:
+    with compiled(TARGETS[target]) as kernels:
+        case.launch(50257)
+    assert kernels
+    assert all(kernel.asm["ttgir"] for kernel in kernels)
+
+
+def test_the_version_asked_for_is_the_one_tested() -> None:
+    assert triton.__version__ == os.environ.get("TRITON_TEST_VERSION", triton.__version__)
+    found = tuple(map(int, re.findall(r"\d+", triton.__version__)[:2]))
+    assert backend._OLDEST_TRITON <= found <= backend._NEWEST_TRITON
+
+
+@pytest.mark.parametrize(
+    ("version", "available", "said"),
+    [
+        ("3.4.0", False, r"3\.4\.0 is older than 3\.5.*install PyTorch 2\.9"),
+        ("3.5.1", True, r"^triton 3\.5\.1$"),
+        ("3.7.1+git1234", True, r"^triton 3\.7\.1\+git1234$"),
+        ("3.10.0", True, r"3\.10\.0, newer than 3\.9"),
+    ],
+)
+def test_a_version_out_of_range_is_named(
+    version: str, available: bool, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(triton, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    status = backend._triton_status()
+    assert status.available == available
+    assert re.search(said, status.detail)
