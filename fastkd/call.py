@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastkd.backend import RowSpec
+from fastkd.divergences import TABLE
 from fastkd.sources import Projection, Source, SparseKind, SparseTargets, Teacher
 
 __all__ = ["SCHEMA", "Call", "call_for"]
@@ -87,10 +88,14 @@ class Call(NamedTuple):
         return self.student_weight is None and self.teacher_weight is None
 
     def split(self) -> tuple[Call | None, Call]:
-        """The term of weight 0, None where there is none, and the call without it."""
+        """A term of weight 0 that could spoil the gradient of the other, or None, and the call without it.
+
+        Cross-entropy beside a divergence with a softmax cannot: it is NaN where that is, and where a label is no token,
+        which raises or, on a GPU, counts for nothing at weight 0.
+        """
         if self.soft_scale is not None and self.soft_weight == 0:
             return self._without(_HARD), self._without(_SOFT)
-        if self.hard_scale is not None and self.hard_weight == 0:
+        if self.hard_scale is not None and self.hard_weight == 0 and not TABLE[self.divergence].tempered:
             return self._without(_SOFT), self._without(_HARD)
         return None, self
 

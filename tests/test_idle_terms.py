@@ -76,3 +76,19 @@ def test_a_term_of_weight_zero_stays_out_of_the_gradient(
         assert torch.equal(a, b)
         assert compare.relative_error(a, c) < compare.FLOOR
     assert gradients[0].shape == (N, H)
+
+
+@pytest.mark.parametrize("settings", [{}, {"reduction": "none"}, {"inplace": True}], ids=str)
+def test_a_cross_entropy_without_a_softmax_stays_out_too(settings: dict[str, object], backend: str) -> None:
+    """Rows of -inf differ from a teacher's by nothing, but have no cross-entropy."""
+    student, teacher = torch.randn(2, V), torch.randn(2, V)
+    student[1] = teacher[1] = -torch.inf
+    leaf = student.requires_grad_()
+    kd = fastkd.KDLoss(divergence="mse", soft_weight=1.0, hard_weight=0.0, return_parts=True, **settings)  # type: ignore[arg-type]
+    loss, soft, hard = kd(leaf * 1, teacher, cases.labels(2, V))
+    (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    assert soft.isfinite().all()
+    assert hard.isnan().any()
+    assert gradient.isfinite().all()
+    assert gradient[0].abs().max() > 0
+    assert (gradient[1] == 0).all()

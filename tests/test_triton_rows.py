@@ -15,7 +15,9 @@ from fastkd import reference
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
 from fastkd.kernels.gpu.blocks import Rows, row_offset
+from fastkd.sparse import sparse_rows
 from tests import cases, compare
+from tests.sparse_targets import kept
 from tests.triton_interpreter import interpreted
 from tests.triton_judge import judge
 
@@ -221,6 +223,22 @@ def test_labels_outside_the_vocabulary_are_never_read() -> None:
         _, hard = gpu.kd_rows(student, teacher, labels, scale, scale, cases.spec(fastkd.ForwardKL(), 100), grad)
     assert hard.isnan().tolist() == [True, True, False]
     assert grad.isnan().any(-1).tolist() == [True, True, False]
+
+
+def test_such_labels_spoil_no_gradient_in_which_they_have_no_weight() -> None:
+    student, teacher = cases.logits("far", 3, 100)
+    scale, labels = torch.ones(3), torch.tensor([10**12, -5, 99])
+    for target in (teacher, sparse_rows(kept(teacher, 5), scale, 100, torch.float32)):
+        outcomes = []
+        for beside in (scale, None):
+            grad = torch.empty_like(student)
+            spec = cases.spec(fastkd.ForwardKL(), 100, hard_weight=0.0)
+            with interpreted():
+                _, hard = gpu.kd_rows(student, target, None if beside is None else labels, scale, beside, spec, grad)
+            outcomes.append((hard, grad))
+        assert outcomes[0][0].isnan().tolist() == [True, True, False]
+        torch.testing.assert_close(outcomes[0][1], outcomes[1][1])
+        assert outcomes[1][1].abs().max() > 0.01
 
 
 @pytest.mark.parametrize("divergence", TABLE)

@@ -185,7 +185,7 @@ def _kd_rows_kernel(
         hard = tl.log(sums.hard_sum) - (label_logit - sums.student_max)
         hard = tl.where(labelled, hard, tl.where(hard_on, float("nan"), 0.0))
         hard_factor = numbers.hard_weight * hard_by / sums.hard_sum
-        hard_factor = tl.where(labelled, hard_factor, tl.where(hard_on, float("nan"), 0.0))
+        hard_factor = tl.where(labelled, hard_factor, tl.where(hard_on & (numbers.hard_weight != 0), float("nan"), 0.0))
     tl.store(hard_values + index, hard)
 
     if grad_rows is not None:
