@@ -12,6 +12,7 @@ import functools
 import os
 import pathlib
 import site
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,11 +32,10 @@ __all__ = [
     "top_k",
 ]
 
-_ABI = 3
+_ABI = 4
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_CODES = {name: code for code, name in enumerate(TABLE)}
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
-_STATE_BYTES = 128
+_OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
 
 
@@ -75,7 +75,7 @@ class _KDRows(ctypes.Structure):
         ("hard", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("vocab_size", ctypes.c_int64),
-        ("divergence", ctypes.c_int64),
+        ("divergence", ctypes.c_char_p),
         ("threads", ctypes.c_int64),
         ("parameters", ctypes.c_double * 2),
         ("temperature", ctypes.c_double),
@@ -129,6 +129,24 @@ class _Selection(ctypes.Structure):
     )
 
 
+#: The argument structs, by their names in C++.
+_STRUCTURES = {structure.__name__[1:]: structure for structure in (_KDRows, _Statistics, _LogSoftmax, _Selection)}
+
+#: Every entry point: what it returns, and what it takes.
+_ENTRIES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "fastkd_abi": (ctypes.c_int, ()),
+    "fastkd_isa": (ctypes.c_char_p, ()),
+    "fastkd_knows": (ctypes.c_int, (ctypes.c_char_p,)),
+    "fastkd_size": (ctypes.c_int64, (ctypes.c_char_p,)),
+    "fastkd_kd_rows": (ctypes.c_int, (ctypes.POINTER(_KDRows),)),
+    "fastkd_row_statistics": (ctypes.c_int, (ctypes.POINTER(_Statistics),)),
+    "fastkd_log_softmax": (ctypes.c_int, (ctypes.POINTER(_LogSoftmax),)),
+    "fastkd_log_softmax_backward": (ctypes.c_int, (ctypes.POINTER(_LogSoftmax),)),
+    "fastkd_select": (ctypes.c_int, (ctypes.POINTER(_Selection),)),
+    "fastkd_advise_huge_pages": (None, (ctypes.c_void_p, ctypes.c_int64)),
+}
+
+
 @functools.cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
     """The library, or None and the reason."""
@@ -136,7 +154,9 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _find() -> list[pathlib.Path]:
-    """Beside this file; or, for an editable install, in site-packages, where the build put it."""
+    """FASTKD_LIBRARY; or beside this file; or, for an editable install, in site-packages, where the build put it."""
+    if named := os.environ.get("FASTKD_LIBRARY"):
+        return [pathlib.Path(named)]
     places = [pathlib.Path(__file__).parent.parent, *map(pathlib.Path, site.getsitepackages())]
     return [path for place in places for path in (place / "fastkd" / "_lib").glob("libfastkd.*")]
 
@@ -151,10 +171,20 @@ def _open(found: list[pathlib.Path]) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0]} cannot be loaded: {error}"
     if abi != _ABI:
         return None, f"{found[0]} has interface version {abi}, this package needs {_ABI}: reinstall fastkd"
-    library.fastkd_isa.restype = ctypes.c_char_p
+    if missing := [name for name in _ENTRIES if not hasattr(library, name)]:
+        return None, f"{found[0]} lacks {', '.join(missing)}, which this package calls: reinstall fastkd"
+    for name, (result, arguments) in _ENTRIES.items():
+        entry = getattr(library, name)
+        entry.restype, entry.argtypes = result, arguments
     instruction_set = library.fastkd_isa()
     if instruction_set is None:
         return None, "this processor lacks AVX2 and FMA, which the native kernels need"
+    if unknown := [name for name in TABLE if not library.fastkd_knows(name.encode())]:
+        return None, f"{found[0]} does not know the divergence {', '.join(unknown)}: reinstall fastkd"
+    for name, structure in _STRUCTURES.items():
+        theirs, ours = library.fastkd_size(name.encode()), ctypes.sizeof(structure)
+        if theirs != ours:
+            return None, f"{found[0]} takes {name} of {theirs} bytes, this package passes {ours}: reinstall fastkd"
     return library, f"native C++, {instruction_set.decode()}"
 
 
@@ -164,13 +194,20 @@ def status() -> tuple[bool, str]:
     return library is not None, detail
 
 
-def _call(name: str, arguments: ctypes.Structure) -> None:
+def _library() -> ctypes.CDLL:
     library, detail = _load()
     if library is None:
         raise RuntimeError(f"the cpu backend is not available: {detail}")
-    code = getattr(library, name)(ctypes.byref(arguments))
-    if code:
+    return library
+
+
+def _call(name: str, arguments: ctypes.Structure) -> None:
+    outcome = getattr(_library(), name)(ctypes.byref(arguments))
+    if outcome == _OUT_OF_MEMORY:
         raise MemoryError(f"{name}: out of memory for the per-thread row buffers")
+    if outcome == _UNKNOWN_DIVERGENCE:
+        beside = " beside a sparse teacher" if arguments.sparse.ids else ""
+        raise ValueError(f"the native library computes no divergence {arguments.divergence.decode()!r}{beside}")
 
 
 def _matrix(tensor: Tensor | None) -> _Matrix:
@@ -185,6 +222,11 @@ def _matrix(tensor: Tensor | None) -> _Matrix:
             f"{tensor.device}; fastkd.use_backend('reference') takes any"
         )
     return _Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
+
+
+def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Memory for the library to write: fp32 in main memory, whatever dtype and device torch would take."""
+    return torch.empty(shape, dtype=dtype, device="cpu")
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -207,7 +249,7 @@ def kd_rows(
 ) -> tuple[Tensor, Tensor]:
     """See `backend.Backend.kd_rows`."""
     rows = _row_count(student)
-    soft, hard = torch.empty(rows), torch.empty(rows)
+    soft, hard = _new(rows), _new(rows)
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
     )
@@ -227,7 +269,7 @@ def kd_rows(
             hard.data_ptr(),
             rows,
             spec.vocab_size,
-            _CODES[spec.divergence],
+            spec.divergence.encode(),
             torch.get_num_threads(),
             (ctypes.c_double * 2)(*spec.parameters),
             spec.temperature,
@@ -243,14 +285,14 @@ def kd_rows(
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
     """See `backend.Backend.tile_state`."""
-    return torch.empty(rows, _STATE_BYTES, dtype=torch.uint8, device=device)
+    return _new(rows, _library().fastkd_size(b"state"), dtype=torch.uint8)
 
 
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `backend.Backend.row_statistics`."""
     rows = _row_count(logits)
-    log_sum_exp, entropy, label_logprob = (torch.empty(rows) for _ in range(3))
-    argmax = torch.empty(rows, dtype=torch.int64)
+    log_sum_exp, entropy, label_logprob = (_new(rows) for _ in range(3))
+    argmax = _new(rows, dtype=torch.int64)
     labels = None if labels is None else labels.contiguous()
     _call(
         "fastkd_row_statistics",
@@ -272,7 +314,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """See `backend.Backend.log_softmax`."""
     rows = _row_count(logits)
-    normaliser = torch.empty(rows, 2)
+    normaliser = _new(rows, 2)
     arguments = _LogSoftmax(
         _matrix(logits),
         _Matrix(),
@@ -314,7 +356,7 @@ def sample(logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tupl
 
 def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     rows = _row_count(logits)
-    ids, log_weights, summary = torch.empty(rows, k, dtype=torch.int64), torch.empty(rows, k), torch.empty(rows)
+    ids, log_weights, summary = _new(rows, k, dtype=torch.int64), _new(rows, k), _new(rows)
     _call(
         "fastkd_select",
         _Selection(
@@ -339,4 +381,4 @@ def advise_huge_pages(tensor: Tensor) -> None:
         return
     library, _ = _load()
     if library is not None and os.environ.get("FASTKD_HUGE_PAGES", "1") != "0":
-        library.fastkd_advise_huge_pages(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_int64(size))
+        library.fastkd_advise_huge_pages(tensor.data_ptr(), size)

@@ -70,7 +70,7 @@ class _Logits:
         if tensor.dim() == 2:
             return rows, columns
         if isinstance(rows, slice):
-            rows = torch.arange(rows.start, rows.stop, device=tensor.device)
+            rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=tensor.device)
         return (*torch.unravel_index(rows, tensor.shape[:-1]), columns)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"fastkd: error: {name} is not installed: pip install 'fastkd[train]'", file=sys.stderr)
         return 2
     except KeyboardInterrupt as error:
-        print(f"fastkd: {error or 'interrupted'}", file=sys.stderr)
+        again = shlex.join(["fastkd", asked.command, *asked.arguments])
+        print(f"fastkd: {str(error) or f'interrupted: start again with {again}'}", file=sys.stderr)
         return 130
     return 0
 
@@ -46,6 +48,7 @@ def _training(name: str) -> Callable[[Sequence[str]], None]:
     """A command of fastkd.training, imported when it is called: it needs transformers."""
 
     def run(arguments: Sequence[str]) -> None:
+        importlib.import_module("fastkd.training.lock").check_one_process()
         commands = importlib.import_module("fastkd.training.commands")
         getattr(commands, name)(arguments)
 

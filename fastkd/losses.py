@@ -14,12 +14,12 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastkd import ops, sources
+from fastkd import ops, served, sources
 from fastkd.backend import RowSpec
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.heads import autocast_dtype
-from fastkd.sources import Source, SparseTargets, Teacher
+from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
 
@@ -131,6 +131,9 @@ class KDLoss(nn.Module):
             `KDParts` with `return_parts=True`. With nothing unmasked the loss and all gradients are 0.
         """
         self._check_settings()
+        if isinstance(teacher, LogProbabilities):
+            self._check_served("dense", teacher)
+            teacher = teacher.as_subclass(Tensor)
         vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
         self._check_call(student, teacher, labels, num_items)
         if labels is not None:
@@ -273,14 +276,13 @@ class KDLoss(nn.Module):
                     f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
                 )
 
+    def _check_served(self, kind: str, teacher: Teacher) -> None:
+        reason = served.refusal(kind, self.divergence)
+        if reason is not None:
+            raise ValueError(f"{type(teacher).__name__} cannot serve this loss: {reason}")
+
     def _check_sparse(self, teacher: SparseTargets) -> None:
-        if not self.divergence.tempered:
-            raise ValueError(f"{self.divergence} compares raw logits, which SparseTargets do not keep")
-        if teacher.kind != "ghost" and self.divergence.name != "forward_kl":
-            raise ValueError(
-                f"SparseTargets of kind {teacher.kind!r} say nothing of the tokens they left out, which "
-                f"{self.divergence} needs; use divergence='forward_kl' or targets of kind 'ghost'"
-            )
+        self._check_served(teacher.kind, teacher)
         temperature = self._teacher_temperature()
         if not math.isclose(teacher.temperature, temperature, rel_tol=1e-6):
             raise ValueError(

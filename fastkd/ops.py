@@ -146,7 +146,8 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
     if not _rounds_to_fp16(call) or not scales or scales[0].numel() == 0:
         return call, call.student.new_empty(0, dtype=torch.float32)
     _, exponent = torch.frexp(torch.stack(scales).abs().max())
-    factor = torch.ldexp(torch.ones_like(scales[0][0]), -exponent)
+    one = torch.ones_like(scales[0][0])
+    factor = torch.ldexp(one, -exponent.to(one.dtype))  # of an int, the power would have torch's default dtype
     soft_scale, hard_scale = (None if x is None else x * factor for x in (call.soft_scale, call.hard_scale))
     return call._replace(soft_scale=soft_scale, hard_scale=hard_scale), factor
 

@@ -29,6 +29,8 @@ _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 _ALIGNMENT = 16
 #: Rows of a head that are cast at a time where products need another dtype than its weights have.
 CAST_COLUMNS = 4096
+#: What a backend keeps of a row between tiles, at most.
+STATE_BYTES = 128
 
 
 class Side(NamedTuple):
@@ -208,7 +210,7 @@ class _Request(NamedTuple):
                 hidden += side.hidden * side.operand_bytes
         if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tile < self.vocab_size):
             hidden += 4 * student.hidden
-        state = 128 if tile < self.vocab_size else 0
+        state = STATE_BYTES if tile < self.vocab_size else 0
         casts = [
             min(CAST_COLUMNS, tile) * side.hidden * side.operand_bytes
             for side in self.sides

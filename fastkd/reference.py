@@ -241,11 +241,12 @@ def sample(logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tupl
     # above[h]: the mass of all but the h likeliest, summed from the least.
     rest = p.scatter(-1, ids, 0.0).sum(-1, keepdim=True, dtype=torch.float64)
     above = torch.cat((top.double(), rest), -1).flip(-1).cumsum(-1).flip(-1)
-    draws = k - torch.arange(top.shape[-1] + 1, device=top.device)
+    places = torch.arange(top.shape[-1] + 1, dtype=torch.int64, device=top.device)
+    draws = k - places
     heads = (top * draws[:-1] >= above[:, :-1]).cumprod(-1).sum(-1, keepdim=True)
     step = above.gather(-1, heads) / draws[heads].clamp(min=1)
 
-    is_head = torch.zeros_like(p).scatter(-1, ids, (torch.arange(top.shape[-1], device=top.device) < heads).to(p.dtype))
+    is_head = torch.zeros_like(p).scatter(-1, ids, (places[:-1] < heads).to(p.dtype))
     reached = torch.where(is_head == 1, 0.0, p).cumsum(-1, dtype=torch.float64)
     # The number of positions (uniform + j)·step below the running sum goes up by one where a token is drawn.
     passed = (draws[heads] * reached / reached[:, -1:] - uniforms[:, None]).ceil().clamp(min=0)

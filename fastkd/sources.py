@@ -15,7 +15,16 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-__all__ = ["Projection", "Source", "SparseKind", "SparseTargets", "Teacher", "check", "check_logits"]
+__all__ = [
+    "LogProbabilities",
+    "Projection",
+    "Source",
+    "SparseKind",
+    "SparseTargets",
+    "Teacher",
+    "check",
+    "check_logits",
+]
 
 _FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -203,6 +212,14 @@ class SparseTargets:
     def _mapped(self, function: Callable[[Tensor], Tensor]) -> SparseTargets:
         rest, entropy = (None if part is None else function(part) for part in (self.rest, self.entropy))
         return replace(self, ids=function(self.ids), logprobs=function(self.logprobs), rest=rest, entropy=entropy)
+
+
+class LogProbabilities(Tensor):
+    """Log-probabilities `[..., V]` in the place of a teacher's logits, as a dense cache keeps them.
+
+    A tensor like any other. Losses with a softmax take it as logits, since a constant per row is nothing to them; one
+    that compares raw logits refuses it. `tensor.as_subclass(LogProbabilities)` makes one.
+    """
 
 
 Source = Tensor | Projection

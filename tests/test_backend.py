@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import dataclasses
+import os
 import pathlib
 import subprocess
 import sys
@@ -10,7 +13,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native, reference
+from fastkd import _native, divergences, reference
 from fastkd.backend import select
 
 
@@ -79,6 +82,50 @@ def test_foreign_library_is_refused(tmp_path: pathlib.Path) -> None:
     library, detail = _native._open([tmp_path / "libfastkd.so"])
     assert library is None
     assert "cannot be loaded" in detail
+
+
+@dataclasses.dataclass(frozen=True)
+class Newer(fastkd.divergences.Divergence):
+    """What a later version of the package may have."""
+
+    name = "newer"
+
+
+class _WiderCall(ctypes.Structure):
+    _fields_ = (*_native._KDRows._fields_, ("more", ctypes.c_int64))
+
+
+@pytest.mark.parametrize(
+    ("of", "name", "value", "reason"),
+    [
+        (_native, "_ABI", 10**6, "has interface version"),
+        (divergences.TABLE, "newer", Newer, "does not know the divergence newer"),
+        (getattr(_native, "_ENTRIES", {}), "fastkd_newer", (None, ()), "lacks fastkd_newer"),
+        (getattr(_native, "_STRUCTURES", {}), "KDRows", _WiderCall, "takes KDRows of"),
+    ],
+)
+def test_a_library_older_than_the_package_is_not_available(
+    of: object, name: str, value: object, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if isinstance(of, dict):
+        monkeypatch.setitem(of, name, value)
+    else:
+        monkeypatch.setattr(of, name, value)
+    monkeypatch.setattr(_native, "_load", lambda: _native._open(_native._find()))
+    available, detail = _native.status()
+    assert not available, detail
+    assert reason in detail
+    assert str(_native._find()[0]) in detail
+    assert "reinstall fastkd" in detail
+
+
+def test_the_library_may_be_named(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-c", "import fastkd; print(*fastkd.backends()['cpu'])"]
+    for place, expected in ((_native._find()[0], "True native C++"), (tmp_path / "none.so", "False ")):
+        environment = {**os.environ, "FASTKD_LIBRARY": str(place)}
+        status = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+        assert status.startswith(expected)
+    assert str(tmp_path / "none.so") in status
 
 
 def test_native_library_is_free_of_torch() -> None:

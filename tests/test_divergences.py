@@ -2,23 +2,58 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
+import torch
 
 import fastkd
-from fastkd import reference
-from fastkd._native import _CODES
+from fastkd import _native, reference
 from fastkd.divergences import TABLE, resolve
+from fastkd.sparse import sparse_rows
+from tests import cases
+from tests.memory import printed
+from tests.sparse_targets import kept
 
 
 def test_every_row_has_its_eager_function() -> None:
     assert set(TABLE) == set(reference.DIVERGENCES) | {"mse"}
 
 
-def test_native_codes_follow_the_table() -> None:
-    assert list(_CODES) == list(TABLE)
-    assert sorted(_CODES.values()) == list(range(len(TABLE)))
+LOSSES = """
+import importlib, sys, torch
+from fastkd import _native, divergences
+if sys.argv[1] == "reversed":
+    rows = list(divergences.TABLE.items())[::-1]
+    divergences.TABLE.clear()
+    divergences.TABLE.update(rows)
+    importlib.reload(_native)  # whatever it keeps of the table, it makes anew
+from tests import cases
+from tests.sparse_targets import kept
+from fastkd.sparse import sparse_rows
+student, teacher = cases.logits("far", 2, 300)
+sparse = sparse_rows(kept(teacher, 5), None, 300, torch.float32)
+for name in sorted(divergences.TABLE):
+    spec = cases.spec(divergences.TABLE[name](), 300)
+    for given in (teacher, sparse) if name != "mse" else (teacher,):
+        print(_native.kd_rows(student, given, None, torch.ones(2), None, spec, None)[0].sum().item())
+"""
+
+
+def test_the_order_of_the_table_means_nothing() -> None:
+    in_order, in_reverse = printed(LOSSES, "in order"), printed(LOSSES, "reversed")
+    assert len(set(in_order)) == 2 * len(TABLE) - 1, "each divergence has a value of its own"
+    assert in_reverse == in_order
+
+
+def test_the_native_library_refuses_names_it_does_not_know() -> None:
+    student, teacher = cases.logits("far", 2, 300)
+    spec, scale = cases.spec(fastkd.ForwardKL(), 300), torch.ones(2)
+    sparse = sparse_rows(kept(teacher, 5), None, 300, torch.float32)
+    for name, given in (("hellinger", teacher), ("", teacher), ("forward", teacher), ("mse", sparse)):
+        with pytest.raises(ValueError, match=f"no divergence '{name}'"):
+            _native.kd_rows(student, given, None, scale, None, dataclasses.replace(spec, divergence=name), None)
 
 
 def test_names_and_objects_resolve_alike() -> None:

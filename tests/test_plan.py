@@ -8,6 +8,8 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import _native
+from fastkd.plan import STATE_BYTES
 from tests.memory import printed
 
 MIB = 1 << 20
@@ -111,3 +113,7 @@ print(peak(lambda: run(N, V)), fastkd.plan(N, V, H, H_TEACHER, dtype=dtype, memo
 def test_predicted_memory_is_measured_memory(dtype: str, mib: int) -> None:
     measured, predicted = printed(MEMORY, dtype, str(mib * MIB))
     assert 0.9 * predicted <= measured <= 1.1 * predicted
+
+
+def test_rows_in_tiles_keep_no_more_than_is_planned() -> None:
+    assert _native.tile_state(1, torch.device("cpu")).numel() <= STATE_BYTES

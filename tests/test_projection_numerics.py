@@ -14,6 +14,7 @@ import fastkd
 from fastkd import heads
 from fastkd.divergences import TABLE, Divergence
 from tests import cases, compare
+from tests.memory import printed
 from tests.projections import (
     FEW,
     H_TEACHER,
@@ -201,6 +202,25 @@ def test_the_budget_changes_nothing_but_the_order_of_sums(divergence: str) -> No
         for a, b in zip(ours.gradients, truth.gradients, strict=True):
             assert compare.relative_error(a, b) < 1e-6
     assert len(strategies) >= 3
+
+
+MANY_TILES = """
+import sys, torch
+from tests import cases
+from tests.projections import judge
+generator = torch.Generator().manual_seed(3)
+student, teacher = ([torch.randn(n, 32, generator=generator) for n in (64, 50257)] for _ in range(2))
+labels = cases.labels(64, 50257)
+print(judge(student, teacher, labels, divergence=sys.argv[1], memory_budget=1 << 20).loss.item())
+"""
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "mse"])
+def test_a_real_vocabulary_in_tiles_reads_each_column_once(divergence: str) -> None:
+    """In a process of its own: a sweep that left its tile would crash it, or count its neighbours' memory."""
+    assert fastkd.plan(64, 50257, 32, 32, memory_budget=1 << 20, divergence=divergence).strategy == "tiles"
+    (loss,) = printed(MANY_TILES, divergence)
+    assert loss > 0
 
 
 def test_twice_the_same_bits() -> None:

@@ -37,8 +37,10 @@ except ModuleNotFoundError as error:
     ) from error
 
 from fastkd.cache.collator import Collator
+from fastkd.cache.disk import CacheError
+from fastkd.cache.fingerprints import fingerprint
+from fastkd.cache.manifest import Settings
 from fastkd.cache.reader import Cache, open
-from fastkd.cache.store import CacheError, Settings
 from fastkd.cache.writer import Progress, write
 
-__all__ = ["Cache", "CacheError", "Collator", "Progress", "Settings", "open", "write"]
+__all__ = ["Cache", "CacheError", "Collator", "Progress", "Settings", "fingerprint", "open", "write"]

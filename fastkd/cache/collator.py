@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.cache import keys
 from fastkd.cache.reader import Cache
 from fastkd.sources import SparseTargets
 
@@ -20,13 +21,16 @@ class Collator:
     """A `collate_fn` for `torch.utils.data.DataLoader`: examples in, a padded batch with its teacher out.
 
     An example is a mapping with `input_ids` `[tokens]`, perhaps `labels` `[tokens]` (else the input_ids, as
-    transformers models expect them) and `attention_mask` `[tokens]`, whose 0s are taken out. The whole sequence is
-    looked up, then cut to `max_length`. Works in workers and with `pin_memory=True`.
+    transformers models expect them) and `attention_mask` `[tokens]`, whose 0s are taken out; and the columns that the
+    cache was written with beside these (`Cache.columns`). Other columns are left out. The whole sequence is looked up,
+    then cut to `max_length`. Works in workers and with `pin_memory=True`.
 
     Returns `input_ids`, `attention_mask` and `labels`, int64 `[batch, tokens]`, padded at the end with
-    `pad_token_id`, 0 and `label_pad`; and `teacher`, what `Cache.targets` returns.
+    `pad_token_id`, 0 and `label_pad`; the cache's columns `[batch, ...]`, for the student to see what the teacher saw,
+    padded with 0 where they have an entry per token; and `teacher`, what `Cache.targets` returns.
 
-    Raises ValueError for an example that does not fit together, CacheError for one that is not in the cache.
+    Raises ValueError for an example that does not fit together or beside the others, CacheError for one that is not
+    in the cache. Position ids of an example always count, unless they are 0, 1, 2, …
     """
 
     cache: Cache
@@ -39,28 +43,40 @@ class Collator:
             raise ValueError(f"max_length must be ≥ 1 or None, got {self.max_length}")
 
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | SparseTargets]:
-        pairs = [_without_padding(example) for example in examples]
-        sequences = [ids for ids, _ in pairs]
-        teacher = self.cache.targets(sequences, self.max_length)
-        ids, labels = ([part[: self.max_length] for part in parts] for parts in zip(*pairs, strict=True))
-        return {
+        parts = [_without_padding(example, self.cache.columns) for example in examples]
+        teacher = self.cache.targets([{"input_ids": ids, **columns} for ids, _, columns in parts], self.max_length)
+        ids = [part[: self.max_length] for part, _, _ in parts]
+        batch: dict[str, Tensor | SparseTargets] = {
             "input_ids": _padded(ids, self.pad_token_id),
             "attention_mask": _padded([torch.ones_like(part) for part in ids], 0),
-            "labels": _padded(labels, self.label_pad),
-            "teacher": teacher,
+            "labels": _padded([labels[: self.max_length] for _, labels, _ in parts], self.label_pad),
         }
+        for name in self.cache.columns:
+            batch[name] = self._column(name, [columns.get(name) for _, _, columns in parts])
+        return {**batch, "teacher": teacher}
+
+    def _column(self, name: str, values: list[Tensor | None]) -> Tensor:
+        parts = [value for value in values if value is not None]
+        if len(parts) < len(values):
+            raise ValueError(
+                f"{len(parts)} of the batch's {len(values)} examples have {name}: give it to all or to none"
+            )
+        if name in keys.PER_TOKEN:
+            parts = [part[..., : self.max_length].movedim(-1, 0) for part in parts]
+            return _padded(parts, 0).movedim(1, -1)
+        if len({part.shape for part in parts}) > 1:
+            raise ValueError(f"{name} of the batch's examples has the shapes {[tuple(part.shape) for part in parts]}")
+        return torch.stack(parts)
 
 
-def _without_padding(example: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    ids = torch.as_tensor(example["input_ids"], dtype=torch.int64)
-    labels = torch.as_tensor(example.get("labels", ids), dtype=torch.int64)
-    mask = torch.as_tensor(example.get("attention_mask", torch.ones_like(ids))).bool()
-    if ids.dim() != 1 or labels.shape != ids.shape or mask.shape != ids.shape:
+def _without_padding(example: Mapping[str, Any], names: Sequence[str]) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    ids, real = keys.unpadded(example)
+    labels = torch.as_tensor(example.get("labels", ids), dtype=torch.int64, device="cpu")
+    if labels.shape != ids.shape:
         raise ValueError(
-            f"input_ids, labels and attention_mask of an example must be [tokens] each, got {tuple(ids.shape)}, "
-            f"{tuple(labels.shape)} and {tuple(mask.shape)}"
+            f"input_ids and labels of an example must be [tokens] each, got {tuple(ids.shape)}, {tuple(labels.shape)}"
         )
-    return ids[mask], labels[mask]
+    return ids[real], labels[real], keys.columns_of(example, names, real)
 
 
 def _padded(parts: Sequence[Tensor], value: int) -> Tensor:

@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Sequence
+import warnings
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from fastkd import served
+from fastkd.cache import keys
+from fastkd.cache.disk import CacheError, disk
+from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
+from fastkd.cache.keys import TokenIds
+from fastkd.cache.manifest import MANIFEST, Manifest, Settings
 from fastkd.cache.records import Bytes, Dense, Rows
-from fastkd.cache.store import MANIFEST, CacheError, Index, Manifest, Settings, read_shard, sequence_key
-from fastkd.sources import SparseTargets
+from fastkd.cache.store import Index, check_sum, read_shard
+from fastkd.losses import KDLoss
+from fastkd.sources import LogProbabilities, SparseTargets
 
-__all__ = ["Cache", "open"]
+__all__ = ["Cache", "check_weights", "open"]
 
-TokenIds = Tensor | Sequence[int] | npt.NDArray[np.integer[Any]]
+#: Token ids `[tokens]`; or a mapping of them, `input_ids`, perhaps an `attention_mask` `[tokens]`, and the columns
+#: that the cache was written with.
+Sequenced = TokenIds | Mapping[str, Any]
 
 
 def open(directory: str | Path) -> Cache:
@@ -29,8 +37,11 @@ def open(directory: str | Path) -> Cache:
 class Cache:
     """What a teacher said of some sequences. `fastkd.cache.open` and `fastkd.cache.write` make one.
 
-    Rows are found by the token ids of their sequence, never by position: order, subsets and workers do not matter.
-    Shards are memory maps; pickled, as for a worker process, it is its directory, and opened again there.
+    Rows are found by what of their sequence reached the teacher, never by position: order, subsets and workers do not
+    matter. A sequence is given as its token ids, or as a mapping of `input_ids` and whatever else of `columns` it has.
+    Shards are memory maps; pickled, as for a worker process, it is its directory, and opened again there. The first
+    row that a process takes of a shard has the whole shard read and its checksum compared: a damaged one is a
+    CacheError.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -38,8 +49,9 @@ class Cache:
         self._manifest = Manifest.load(self.directory)
         self._records = self._manifest.settings.records()
         shards = [read_shard(self.directory, shard, self._records.size) for shard in self._manifest.shards]
-        self._rows: list[Bytes] = [rows for rows, _, _ in shards]
-        self._index = Index([(keys, starts) for _, keys, starts in shards])
+        self._rows: list[Bytes] = [rows for rows, _ in shards]
+        self._index = Index([places for _, places in shards])
+        self._verified: set[int] = set()  # numbers of shards
 
     def __reduce__(self) -> tuple[type[Cache], tuple[Path]]:
         return Cache, (self.directory,)
@@ -48,13 +60,19 @@ class Cache:
         state = "" if self.complete else ", incomplete"
         return f"Cache({str(self.directory)!r}: {self.sequences:,} sequences, {self.tokens:,} tokens{state})"
 
-    def __contains__(self, token_ids: TokenIds) -> bool:
-        return self._index.find([sequence_key(token_ids)])[0] is not None
+    def __contains__(self, sequence: Sequenced) -> bool:
+        found = keys.example(sequence, self.columns)
+        return self._index.find([found.key()], [len(found.ids)])[0] is not None
 
     @property
     def settings(self) -> Settings:
-        """Format, packing, k, temperature, vocab_size, seed, teacher, revision, tokenizer fingerprint."""
+        """Format, packing, k, temperature, vocab_size, seed, teacher, revision, fingerprints of weights and tokens."""
         return self._manifest.settings
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What beside token ids the sequences are found by."""
+        return self._manifest.columns
 
     @property
     def complete(self) -> bool:
@@ -72,57 +90,83 @@ class Cache:
     @property
     def bytes(self) -> int:
         """Of all its files."""
-        return (self.directory / MANIFEST).stat().st_size + sum(shard.bytes for shard in self._manifest.shards)
+        with disk(f"{self.directory / MANIFEST} cannot be read"):
+            size = (self.directory / MANIFEST).stat().st_size
+        return size + sum(shard.bytes for shard in self._manifest.shards)
 
-    def rows(self, token_ids: TokenIds) -> SparseTargets | Tensor:
-        """Of one sequence `[tokens]`: SparseTargets `[tokens, k]` or, of a dense cache, logits `[tokens, vocab_size]`.
+    def rows(self, sequence: Sequenced) -> SparseTargets | LogProbabilities:
+        """Of one sequence: SparseTargets `[tokens, k]` or, of a dense cache, LogProbabilities `[tokens, vocab_size]`.
 
-        CacheError where the sequence is not in the cache.
+        CacheError where the sequence is not in the cache, or its shard is damaged.
         """
-        return self._targets(self._decoded([token_ids], None), (len(token_ids),))
+        example = keys.example(sequence, self.columns)
+        return self._targets(self._decoded([example], None), (len(example.ids),))
 
-    def targets(self, sequences: Sequence[TokenIds], max_length: int | None = None) -> SparseTargets | Tensor:
+    def targets(
+        self, sequences: Sequence[Sequenced], max_length: int | None = None
+    ) -> SparseTargets | LogProbabilities:
         """Of whole sequences, cut to their first `max_length` rows and padded to the longest.
 
-        SparseTargets `[batch, tokens, k]`, of which padding has no tokens (log-probability −inf), or logits
-        `[batch, tokens, vocab_size]`, of which padding is 0. CacheError where a sequence is not in the cache.
+        SparseTargets `[batch, tokens, k]`, of which padding has no tokens (log-probability −inf), or
+        LogProbabilities `[batch, tokens, vocab_size]`, of which padding is 0: a tensor that a loss takes as logits.
+        CacheError where a sequence is not in the cache, or its shard is damaged.
         """
-        lengths = np.array([len(sequence) for sequence in sequences], np.int64)
+        examples = [keys.example(sequence, self.columns) for sequence in sequences]
+        lengths = np.array([len(example.ids) for example in examples], np.int64)
         if max_length is not None:
             lengths = lengths.clip(max=max_length)
         longest = int(lengths.max(initial=0))
         shape = (len(lengths), longest)
-        parts = self._decoded(sequences, max_length)
+        parts = self._decoded(examples, max_length)
         if (lengths != longest).any():
             real = torch.from_numpy(np.arange(longest) < lengths[:, None])
             nothing = (0, -torch.inf, 0) if isinstance(parts, Rows) else (0,)
             padded = []
             for part, fill in zip(parts if isinstance(parts, Rows) else (parts,), nothing, strict=True):
-                whole = torch.full((*shape, *part.shape[1:]), fill, dtype=part.dtype)
+                whole = torch.full((*shape, *part.shape[1:]), fill, dtype=part.dtype, device=part.device)
                 whole[real] = part
                 padded.append(whole.flatten(0, 1))
             parts = Rows(*padded) if isinstance(parts, Rows) else padded[0]
         return self._targets(parts, shape)
 
-    def check(self, *, tokenizer: Any = None, vocab_size: int | None = None, temperature: float | None = None) -> None:
+    def check(
+        self,
+        *,
+        tokenizer: Any = None,
+        vocab_size: int | None = None,
+        temperature: float | None = None,
+        teacher: nn.Module | str | None = None,
+        loss: KDLoss | None = None,
+    ) -> None:
         """Raise CacheError unless the cache fits a training with these; None is not looked at.
 
         `tokenizer`: every token must have the id it had when the cache was written. `vocab_size`: what the loss
-        counts. `temperature`: that of the loss; a dense cache serves any.
+        counts. `temperature`: the teacher's in the loss; a dense cache serves any. `teacher`: the model that the
+        cache should be of, or its `fastkd.cache.fingerprint`; a cache that does not say, as those of format version 1,
+        is a UserWarning. `loss`: its temperature and vocab_size, and whether its divergence can be had from this
+        cache.
         """
-        from fastkd.cache.writer import tokenizer_fingerprint
-
         settings = self.settings
+        if loss is not None:
+            temperature = loss.temperature if loss.teacher_temperature is None else loss.teacher_temperature
+            vocab_size = loss.vocab_size if vocab_size is None else vocab_size
+            reason = served.refusal(served.FORMATS[settings.format], loss.divergence)
+            if reason is not None:
+                raise CacheError(f"{self.directory} cannot serve this loss: {reason}")
         if vocab_size is not None and vocab_size != settings.vocab_size:
             raise CacheError(
                 f"{self.directory} has a vocabulary of {settings.vocab_size}, the training one of {vocab_size}: pass "
                 f"vocab_size={settings.vocab_size} to the loss if the other tokens are padding, else write it again"
             )
-        if temperature is not None and settings.format != "dense" and temperature != settings.temperature:
+        kind = served.SERVES[served.FORMATS[settings.format]]
+        if temperature is not None and not kind.any_temperature and temperature != settings.temperature:
             raise CacheError(
                 f"{self.directory} is at temperature {settings.temperature}, the training at {temperature}: train at "
                 f"{settings.temperature}, or write a cache at {temperature}"
             )
+        if teacher is not None:
+            given = teacher if isinstance(teacher, str) else fingerprint(teacher)
+            check_weights(self.directory, self._manifest, given)
         if tokenizer is None:
             return
         if settings.tokenizer is None:
@@ -132,42 +176,70 @@ class Cache:
 
     def verify(self) -> None:
         """Read every byte; CacheError names the first file that is not as it was written."""
-        for shard in self._manifest.shards:
-            digest = hashlib.sha256((self.directory / shard.file).read_bytes()).hexdigest()
-            if digest != shard.sha256:
-                raise CacheError(
-                    f"{self.directory / shard.file} is corrupt: its checksum is {digest[:16]}…, not "
-                    f"{shard.sha256[:16]}… as when it was written; delete the cache and write it again"
-                )
+        for number in range(len(self._manifest.shards)):
+            self._verify(number)
 
-    def _decoded(self, sequences: Sequence[TokenIds], max_length: int | None) -> Rows | Tensor:
+    def _verify(self, number: int) -> None:
+        check_sum(self.directory, self._manifest.shards[number])
+        self._verified.add(number)
+
+    def _decoded(self, examples: Sequence[keys.Example], max_length: int | None) -> Rows | Tensor:
         """The rows of the sequences, one after another."""
-        places = self._index.find([sequence_key(sequence) for sequence in sequences])
-        lengths = [len(sequence) if max_length is None else min(len(sequence), max_length) for sequence in sequences]
+        whole = [len(example.ids) for example in examples]
+        places = self._index.find([example.key() for example in examples], whole)
+        lengths = [length if max_length is None else min(length, max_length) for length in whole]
         records = np.empty((sum(lengths), self._records.size), np.uint8)
         filled = 0
         for number, (place, length) in enumerate(zip(places, lengths, strict=True)):
             if place is None:
-                raise CacheError(self._missing(number, sequences[number]))
+                self.verify()  # a damaged key is found nowhere
+                raise CacheError(self._missing(number, examples[number]))
             shard, start = place
+            if shard not in self._verified:
+                self._verify(shard)
             records[filled : filled + length] = self._rows[shard][start : start + length]
             filled += length
         return self._records.decode(records)
 
-    def _missing(self, number: int, sequence: TokenIds) -> str:
-        begin = ", ".join(str(int(token)) for token in sequence[:8])
+    def _missing(self, number: int, example: keys.Example) -> str:
+        begin = ", ".join(str(token) for token in example.ids[:8].tolist())
         state = "" if self.complete else " It is incomplete: the write that made it did not reach its end."
+        beside = f" and {', '.join(self.columns)}" if self.columns else ""
+        has = (
+            f" This one has {', '.join(sorted(example.columns)) or 'nothing'} beside them."
+            if (self.columns or example.columns)
+            else ""
+        )
         return (
-            f"sequence {number}, {len(sequence)} tokens [{begin}, …], is not in the cache {self.directory}.{state} "
-            "Rows are found by all token ids of a sequence: were the same windows cut, by the same tokenizer?"
+            f"sequence {number}, {len(example.ids)} tokens [{begin}, …], is not in the cache {self.directory}.{state} "
+            f"Rows are found by all token ids of a sequence{beside}: were the same windows cut, by the same "
+            f"tokenizer?{has}"
         )
 
-    def _targets(self, parts: Rows | Tensor, leading: tuple[int, ...]) -> SparseTargets | Tensor:
+    def _targets(self, parts: Rows | Tensor, leading: tuple[int, ...]) -> SparseTargets | LogProbabilities:
         if isinstance(self._records, Dense):
             assert isinstance(parts, Tensor)
-            return parts.view(*leading, -1)
+            return parts.view(*leading, -1).as_subclass(LogProbabilities)
         ids, log_weights, summary = (part.view(*leading, *part.shape[1:]) for part in parts)
         temperature = self.settings.temperature
         if self.settings.format == "sampled":
             return SparseTargets(ids, log_weights, "sampled", temperature, entropy=summary)
         return SparseTargets(ids, log_weights, "ghost", temperature, rest=summary)
+
+
+def check_weights(directory: Path, manifest: Manifest, weights: str) -> None:
+    """CacheError unless a cache is of a teacher of these weights; a UserWarning where it does not say."""
+    known = manifest.settings.weights
+    if known is None:
+        older = f" (its format version is {manifest.version})" if manifest.version == 1 else ""
+        warnings.warn(
+            f"the cache {directory} does not say which weights its teacher had{older}: that they are those of the "
+            "teacher at hand is not checked",
+            stacklevel=3,
+        )
+    elif known != weights:
+        raise CacheError(
+            f"the cache {directory} is of a teacher with other weights ({known}) than the one at hand ({weights}): it "
+            "was trained further, replaced, quantised or loaded in float16. Write to another directory, or use the "
+            "teacher that the cache is of"
+        )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -17,33 +15,25 @@ import torch
 from torch import Tensor, nn
 
 from fastkd.backend import select
+from fastkd.cache import keys
+from fastkd.cache.asked import check_extendable, check_same, check_shard_tokens, new_settings, packing
+from fastkd.cache.disk import CacheError, disk, locked, own_names
+from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
+from fastkd.cache.manifest import MANIFEST, Manifest
 from fastkd.cache.reader import Cache
 from fastkd.cache.records import Bytes, Dense, Rows
-from fastkd.cache.store import (
-    MANIFEST,
-    CacheError,
-    Index,
-    Manifest,
-    Settings,
-    locked,
-    read_shard,
-    sequence_key,
-    write_shard,
-)
+from fastkd.cache.store import Index, check_sum, read_shard, write_shard
 from fastkd.heads import logit_chunks
 from fastkd.models import project
 from fastkd.sources import Projection
 
-__all__ = ["Format", "Progress", "tokenizer_fingerprint", "write"]
+__all__ = ["Format", "Progress", "begun", "write"]
 
 Format = Literal["sampled", "topk", "dense"]
 Batch = Mapping[str, Any] | Tensor
 Teacher = nn.Module | Callable[[Any], Projection | Tensor]
 
-_DEFAULT_K = {"sampled": 12, "topk": 64}
-_SHARD_TOKENS, _SHARD_BYTES = 1 << 17, 1 << 28  # by default, the fewer
 _LOGIT_ROWS = 1024  # of a teacher that returns logits, at a time
-_DENSE_DTYPES = {torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 
 class Progress(NamedTuple):
@@ -62,13 +52,14 @@ def write(
     format: Format = "sampled",
     temperature: float = 1.0,
     k: int | None = None,
-    packed: bool = True,
-    dtype: torch.dtype = torch.float16,
-    seed: int = 0,
+    packed: bool | None = None,
+    dtype: torch.dtype | None = None,
+    seed: int | None = None,
     vocab_size: int | None = None,
     tokenizer: Any = None,
     teacher_name: str | None = None,
     teacher_revision: str | None = None,
+    teacher_fingerprint: str | None = None,
     shard_tokens: int | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Cache:
@@ -77,57 +68,72 @@ def write(
     Costs one forward of the teacher and the product of its output head; no `[tokens, vocab]` tensor is formed of a
     Projection. Sequences that are in the cache already are not computed again: a write that was stopped goes on, and
     leaves the same files as one that was not, if it is given the same batches. A finished cache is extended by what
-    is new in the batches.
+    is new in the batches; if nothing is, it is only read: by as many processes as like, also from a directory that
+    cannot be written to.
 
     Args:
         teacher: a transformers causal LM (see `fastkd.project`; it runs in eval mode), or a function of a batch that
             returns a Projection or logits `[batch, tokens, V]`.
         batches: mappings with `input_ids` int `[batch, tokens]`, perhaps `attention_mask` (0: padding, neither
-            computed nor stored), and what else the teacher takes; or the `input_ids` alone. A sequence is what is
-            not padding. Row i of it is the teacher's distribution after token i, as in the model's own logits.
+            computed nor stored), and what else the teacher takes, `[batch, ...]` each; or the `input_ids` alone. A
+            sequence is what is not padding, with its part of all else that reaches the teacher but `labels`. Row i of
+            it is the teacher's distribution after token i, as in the model's own logits. A model gets its padding at
+            the end, wherever it was.
         directory: made where there is none. Of several that write to it at a time, all but one are refused.
         format: `"sampled"`, `"topk"` or `"dense"`; see `fastkd.cache`.
         temperature: of the softmax, that of the loss the cache is for. A dense cache is at 1 and serves any.
-        k: tokens kept of a row: 12 (sampled), 64 (topk).
-        packed: False stores exact fp32 values and int32 ids.
-        dtype: of a dense cache, float16 or bfloat16.
-        seed: of the samples. Every sequence has random numbers of its own, from the seed and its token ids.
+        k: tokens kept of a row. None: as the directory's cache has it; of a new one 12 (sampled), 64 (topk).
+        packed: False stores exact fp32 values and int32 ids. None: as the directory's cache has it; a new one is
+            packed.
+        dtype: of a dense cache, float16 or bfloat16. None: as the directory's cache has it; of a new one float16.
+        seed: of the samples. Every sequence has random numbers of its own, from the seed and its key. None: as the
+            directory's cache has it; of a new one 0.
         vocab_size: the columns that count, where the teacher's rows are padded. None: all.
         tokenizer: a transformers tokenizer, of which a fingerprint is stored for `Cache.check`.
-        teacher_name, teacher_revision: stored; of a transformers model None reads them from its config.
-        shard_tokens: tokens in a file, at least; what a killed write loses. None: 131,072, fewer of a dense cache.
+        teacher_name, teacher_revision: stored; of a transformers model None reads them from its config. Names are
+            compared only where weights are not known.
+        teacher_fingerprint: what tells the teacher's weights from others. None: `fastkd.cache.fingerprint` of a model;
+            nothing of a function, whose changes then go unnoticed.
+        shard_tokens: tokens in a file, at least; what a killed write loses. None: as the directory's cache has it; of
+            a new one 131,072, fewer if dense.
         progress: called after each batch.
 
-    Raises CacheError where settings differ from the directory's, it is no cache, is being written, or cannot be
-    written to, and where the teacher's logits have no softmax; ValueError and TypeError for wrong arguments.
+    Raises CacheError where settings or the teacher's weights are not those of the directory's cache, it is no cache,
+    is damaged, is being written, or cannot be read or written, and where the teacher's logits have no softmax;
+    ValueError and TypeError for wrong arguments. A UserWarning says where a finished cache does not know its weights.
     """
+    check_shard_tokens(shard_tokens)
     directory = Path(directory)
     rest = iter(batches)
     first = list(itertools.islice(rest, 1))
-    directory.mkdir(parents=True, exist_ok=True)
-    with locked(directory), _in_eval_mode(teacher):
-        found = _manifest_of(directory)
-        if vocab_size is None:
-            vocab_size = found.settings.vocab_size if found else _width(teacher, first)
-        config = getattr(teacher, "config", None)
-        settings = _checked(
-            Settings(
-                format,
-                _packing(format, packed, dtype),
-                _DEFAULT_K.get(format) if k is None else k,
-                temperature,
-                vocab_size,
-                seed,
-                teacher_name or getattr(config, "_name_or_path", None) or None,
-                teacher_revision or getattr(config, "_commit_hash", None),
-                None if tokenizer is None else tokenizer_fingerprint(tokenizer),
-                shard_tokens or 0,
-            )
-        )
-        if shard_tokens is None:
-            fitting = max(1, _SHARD_BYTES // settings.records().size)
-            settings = replace(settings, shard_tokens=min(_SHARD_TOKENS, fitting))
-        writer = _Writer(directory, teacher, settings, found)
+    config = getattr(teacher, "config", None)
+    if teacher_fingerprint is None and isinstance(teacher, nn.Module):
+        teacher_fingerprint = fingerprint(teacher)
+    asked = {
+        "format": format,
+        "packing": packing(format, packed, dtype),
+        "k": k,
+        "temperature": temperature,
+        "vocab_size": vocab_size,
+        "seed": seed,
+        "teacher": teacher_name or getattr(config, "_name_or_path", None) or None,
+        "revision": teacher_revision or getattr(config, "_commit_hash", None),
+        "weights": teacher_fingerprint,
+        "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
+        "shard_tokens": shard_tokens,
+    }
+    with ExitStack() as held, _in_eval_mode(teacher):
+        with disk(f"cannot make the directory {directory}", "name another, or make room for it"):
+            directory.mkdir(parents=True, exist_ok=True)
+        found = begun(directory)
+        lock = _Lock(directory, held)
+        if found is None or not found.complete:
+            lock.take()
+            found = begun(directory)  # as another writer may have left it
+        if found is None and vocab_size is None:
+            new_settings({**asked, "vocab_size": 1})  # before the teacher runs
+            asked["vocab_size"] = _width(teacher, first)
+        writer = _Writer(directory, teacher, asked, found, lock)
         for batch in itertools.chain(first, rest):
             writer.add(batch if isinstance(batch, Mapping) else {"input_ids": batch})
             if progress is not None:
@@ -136,51 +142,97 @@ def write(
     return Cache(directory)
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """Of a transformers tokenizer's tokens and their ids: equal where every token has the same id."""
-    vocabulary = json.dumps(sorted(tokenizer.get_vocab().items()), ensure_ascii=True)
-    return hashlib.blake2b(vocabulary.encode(), digest_size=16).hexdigest()
+class _Lock:
+    """The directory's lock, taken once, when it is first needed."""
+
+    def __init__(self, directory: Path, held: ExitStack) -> None:
+        self.taken = False
+        self._directory, self._held = directory, held
+
+    def take(self) -> None:
+        if not self.taken:
+            self._held.enter_context(locked(self._directory))
+            self.taken = True
 
 
 class _Writer:
-    """One write: what is stored, and what waits for the next shard."""
+    """One write: what is stored, and what waits for the next shard.
 
-    def __init__(self, directory: Path, teacher: Teacher, settings: Settings, found: Manifest | None) -> None:
-        if found is not None:
-            _check_same(directory, found.settings, settings)
-        self.records = settings.records()
+    A finished cache is only read, without a lock, until a sequence comes that is not in it.
+    """
+
+    def __init__(
+        self, directory: Path, teacher: Teacher, asked: Mapping[str, Any], found: Manifest | None, lock: _Lock
+    ) -> None:
         self.tokens = self.computed = 0
-        self._directory, self._teacher, self._settings = directory, teacher, settings
-        self._manifest = found or Manifest(settings)
-        if found is None:
-            self._manifest.save(directory)
-        self._shards = [read_shard(directory, shard, self.records.size)[1:] for shard in self._manifest.shards]
-        self._index = Index(self._shards)
+        self._directory, self._teacher, self._asked, self._lock = directory, teacher, asked, lock
+        self._writing = False
         self._clear()
+        if found is None:
+            found = Manifest(new_settings(asked))
+            found.save(directory)
+        self._take(found)
+        if not found.complete:
+            self._begin_writing()
+
+    def _take(self, found: Manifest) -> None:
+        """Go on from a manifest. CacheError where it is of other settings, or of another teacher."""
+        check_same(self._directory, found, self._asked)
+        self._manifest, self._settings = found, found.settings
+        self.records = found.settings.records()
+        self._shards = [read_shard(self._directory, shard, self.records.size)[1] for shard in found.shards]
+        self._index = Index(self._shards)
+        self._shard_tokens = self._asked["shard_tokens"]
+        if self._shard_tokens is None:
+            self._shard_tokens = found.settings.shard_tokens
+
+    def _begin_writing(self) -> None:
+        """From here on the cache is changed, by this process alone."""
+        if not self._lock.taken:
+            self._lock.take()
+            self._take(Manifest.load(self._directory))  # as another writer may have left it
+        check_extendable(self._directory, self._manifest, self._asked)
+        for shard in self._manifest.shards:
+            check_sum(self._directory, shard)
+        self._writing = True
 
     def _clear(self) -> None:
         self._rows: list[Bytes] = []
         self._waiting: dict[bytes, int] = {}  # key → tokens
+        self._columns: set[str] = set()
 
     def add(self, batch: Mapping[str, Any]) -> None:
         """Store the sequences of a batch that are new."""
-        ids, real = _ids_and_mask(batch)
-        sequences = [tokens[mask].cpu().numpy() for tokens, mask in zip(ids, real, strict=True)]
-        keys = [sequence_key(sequence) for sequence in sequences]
-        new: dict[bytes, int] = {}
-        for number, (key, place) in enumerate(zip(keys, self._index.find(keys), strict=True)):
-            if place is None and key not in self._waiting and len(sequences[number]):
-                new.setdefault(key, number)
+        if isinstance(self._teacher, nn.Module):
+            batch = keys.padded_at_the_end(batch)
+        understood = keys.Batch.of(batch)
+        examples = understood.examples()
+        new = self._new(examples)
+        if new and not self._writing:
+            self._begin_writing()
+            new = self._new(examples)
         if new:
-            chosen = torch.zeros(len(sequences), dtype=torch.bool, device=real.device)
+            real = understood.real
+            chosen = torch.zeros(len(examples), dtype=torch.bool, device=real.device)
             chosen[list(new.values())] = True
-            lengths = [len(sequences[number]) for number in new.values()]
+            lengths = [len(examples[number].ids) for number in new.values()]
             self._rows.append(self._records_of(batch, real & chosen[:, None], list(new), lengths))
             self._waiting.update(zip(new, lengths, strict=True))
+            self._columns.update(*(examples[number].columns for number in new.values()))
             self.computed += sum(lengths)
-        self.tokens += sum(map(len, sequences))
-        if sum(self._waiting.values()) >= self._settings.shard_tokens:
+        self.tokens += sum(len(example.ids) for example in examples)
+        if self._waiting and sum(self._waiting.values()) >= self._shard_tokens:
             self._flush()
+
+    def _new(self, examples: list[keys.Example]) -> dict[bytes, int]:
+        """Key → number in the batch, of the sequences that are not in the cache."""
+        names = [example.key() for example in examples]
+        places = self._index.find(names, [len(example.ids) for example in examples])
+        new: dict[bytes, int] = {}
+        for number, (key, place) in enumerate(zip(names, places, strict=True)):
+            if place is None and key not in self._waiting and len(examples[number].ids):
+                new.setdefault(key, number)
+        return new
 
     def finish(self) -> None:
         if self._waiting:
@@ -191,9 +243,10 @@ class _Writer:
 
     def _flush(self) -> None:
         lengths = list(self._waiting.values())
-        self._manifest = write_shard(self._directory, self._manifest, self._rows, list(self._waiting), lengths)
-        keys = np.frombuffer(b"".join(self._waiting), "S16")
-        self._shards.append((keys, np.r_[0, np.cumsum(lengths)]))
+        self._manifest = write_shard(
+            self._directory, self._manifest, self._rows, list(self._waiting), lengths, self._columns
+        )
+        self._shards.append((np.frombuffer(b"".join(self._waiting), "S16"), np.r_[0, np.cumsum(lengths)]))
         self._index = Index(self._shards)
         self._clear()
 
@@ -263,22 +316,8 @@ def _uniforms(keys: list[bytes], lengths: list[int], seed: int) -> Tensor:
     for key, length in zip(keys, lengths, strict=True):
         own = hashlib.blake2b(key, digest_size=8, key=str(seed).encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(own, "little") >> 1)
-        parts.append(torch.rand(2, length, dtype=torch.float64, generator=generator))
+        parts.append(torch.rand(2, length, dtype=torch.float64, device="cpu", generator=generator))
     return torch.cat(parts, 1)
-
-
-def _ids_and_mask(batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    if "input_ids" not in batch:
-        raise ValueError(f"a batch must have input_ids, got {sorted(batch)}")
-    ids = torch.as_tensor(batch["input_ids"])
-    if ids.dim() != 2 or ids.is_floating_point() or ids.dtype == torch.bool:
-        raise ValueError(f"input_ids must be integers [batch, tokens], got {ids.dtype} {tuple(ids.shape)}")
-    if batch.get("attention_mask") is None:
-        return ids, torch.ones_like(ids, dtype=torch.bool)
-    mask = torch.as_tensor(batch["attention_mask"])
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask {tuple(mask.shape)} must be shaped like input_ids {tuple(ids.shape)}")
-    return ids, mask.bool().to(ids.device)
 
 
 def _width(teacher: Teacher, first: list[Batch]) -> int:
@@ -301,47 +340,12 @@ def _in_eval_mode(teacher: Teacher) -> Iterator[None]:
             teacher.train(training)
 
 
-def _packing(format: str, packed: bool, dtype: torch.dtype) -> str:
-    if format != "dense":
-        return "packed" if packed else "plain"
-    if dtype not in _DENSE_DTYPES:
-        raise ValueError(f"dtype of a dense cache must be torch.float16 or torch.bfloat16, got {dtype}")
-    return _DENSE_DTYPES[dtype]
-
-
-def _checked(settings: Settings) -> Settings:
-    if settings.format not in (*_DEFAULT_K, "dense"):
-        raise ValueError(f"format must be 'sampled', 'topk' or 'dense', got {settings.format!r}")
-    if not (isinstance(settings.temperature, (int, float)) and 0 < settings.temperature < math.inf):
-        raise ValueError(f"temperature must be a finite number > 0, got {settings.temperature!r}")
-    if settings.format == "dense":
-        if settings.temperature != 1 or settings.k is not None:
-            raise ValueError(
-                f"a dense cache keeps all tokens at temperature 1, which serves any; got k={settings.k} and "
-                f"temperature={settings.temperature}"
-            )
-    elif isinstance(settings.k, bool) or not isinstance(settings.k, int) or settings.k < 1:
-        raise ValueError(f"k must be an int ≥ 1, got {settings.k!r}")
-    if not 1 <= settings.vocab_size < 2**31:
-        raise ValueError(f"vocab_size must be in [1, 2³¹), got {settings.vocab_size}")
-    if settings.shard_tokens < 0:
-        raise ValueError(f"shard_tokens must be > 0, got {settings.shard_tokens}")
-    return replace(settings, temperature=float(settings.temperature))
-
-
-def _manifest_of(directory: Path) -> Manifest | None:
-    """The manifest of a cache that was begun here, or None in an empty directory."""
-    if (directory / MANIFEST).exists():
+def begun(directory: Path) -> Manifest | None:
+    """The manifest of a cache that was begun in a directory, None of an empty one. CacheError for any other."""
+    with disk(f"{directory} cannot be read"):
+        names = {path.name for path in directory.iterdir()}
+    if MANIFEST in names:
         return Manifest.load(directory)
-    if any(directory.iterdir()):
+    if not all(own_names(name) for name in names):
         raise CacheError(f"{directory} is not empty and no fastkd cache: name another directory")
     return None
-
-
-def _check_same(directory: Path, found: Settings, asked: Settings) -> None:
-    for name, value in vars(found).items():
-        if getattr(asked, name) != value:
-            raise CacheError(
-                f"{directory} was begun with {name}={value!r}, but {name}={getattr(asked, name)!r} is asked for: "
-                "write to another directory, or ask for the same"
-            )

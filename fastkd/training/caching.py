@@ -9,9 +9,11 @@ The windows of tokens are those that `fastkd distill` trains on with the same op
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,12 +21,21 @@ from tqdm import tqdm
 
 import fastkd.cache
 from fastkd.cache import Cache, CacheError, Progress
+from fastkd.cache.asked import check_same, packing
+from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
+from fastkd.cache.reader import check_weights
+from fastkd.cache.writer import begun
 from fastkd.training import checks, loading
 from fastkd.training.command_options import CacheOptions
 from fastkd.training.data import all_windows, load_corpus
-from fastkd.training.options import DataOptions, InputError, ModelOptions
+from fastkd.training.options import DataOptions, InputError, ModelOptions, Options
 
-__all__ = ["open_cache", "verify", "write", "write_cache"]
+__all__ = ["DTYPES", "check_cache", "check_teacher", "open_cache", "verify", "write", "write_cache"]
+
+#: cache_precision → what a dense cache stores; None asks for nothing.
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, None: None}
+
+Result = TypeVar("Result")
 
 #: In a file: what an interrupted write loses, at most. Dense rows are large, and have a limit of their own.
 _SHARD_TOKENS = 1 << 14
@@ -55,7 +66,7 @@ def write_cache(options: CacheOptions, models: ModelOptions, data: DataOptions) 
         format=options.cache_format,
         temperature=options.temperature,
         k=options.cache_tokens,
-        packed=not options.plain,
+        packed=False if options.plain else None,
         seed=options.seed,
         shard_tokens=options.shard_tokens,
         tokenizer=tokenizer,
@@ -78,18 +89,57 @@ def write(teacher: Any, windows: Tensor, directory: str, *, batch_size: int, **s
             raise InputError(str(error)) from error
 
 
+def check_cache(options: Options, tokenizer: Any) -> None:
+    """What can be seen of a run's cache before any work. Raises InputError.
+
+    A cache that was begun must be of what is asked for, another one must have a place. One that an earlier run leaves
+    in the output directory is not looked at where that run is overwritten.
+    """
+    wanted = options.distillation
+    directory, output = Path(wanted.cache_dir).resolve(), Path(options.training.output).resolve()
+    if not (wanted.cache_dir and wanted.needs_teacher):
+        return
+    if options.training.overwrite and directory.is_relative_to(output):
+        return
+    place = next(path for path in (directory, *directory.parents) if path.exists())
+    if not place.is_dir():
+        raise InputError(f"cache_dir is {wanted.cache_dir}, but {place} is a file: name a directory")
+    found = _input_error(begun, directory) if place == directory else None
+    if (found is None or not found.complete) and not os.access(place, os.W_OK):
+        raise InputError(f"cache_dir is {wanted.cache_dir}, but {place} may not be written to: name another")
+    if found is not None:
+        asked = {
+            "format": wanted.cache_format,
+            "packing": packing(str(wanted.cache_format), None, DTYPES[wanted.cache_precision]),
+            "k": wanted.cache_tokens,
+            "temperature": 1.0 if wanted.cache_format == "dense" else wanted.temperature,
+            "tokenizer": tokenizer_fingerprint(tokenizer),
+        }
+        _input_error(check_same, directory, found, asked)
+
+
+def check_teacher(options: Options, teacher: Any) -> None:
+    """The cache of a run, where there is one, is of this teacher's weights. Raises InputError."""
+    wanted = options.distillation
+    if wanted.cache_dir and wanted.needs_teacher and Path(wanted.cache_dir).is_dir():
+        found = _input_error(begun, Path(wanted.cache_dir))
+        if found is not None:
+            _input_error(check_weights, Path(wanted.cache_dir), found, fingerprint(teacher))
+
+
 def open_cache(directory: str) -> Cache:
     """`fastkd.cache.open`. Raises InputError for a CacheError."""
-    try:
-        return fastkd.cache.open(directory)
-    except CacheError as error:
-        raise InputError(str(error)) from error
+    return _input_error(fastkd.cache.open, directory)
 
 
 def verify(cache: Cache) -> None:
     """`Cache.verify`. Raises InputError for a CacheError."""
+    _input_error(cache.verify)
+
+
+def _input_error(function: Callable[..., Result], *arguments: Any) -> Result:
     try:
-        cache.verify()
+        return function(*arguments)
     except CacheError as error:
         raise InputError(str(error)) from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastkd.training.options import DistillationOptions, InputError, at_least, option
+from fastkd.training.options import DistillationOptions, InputError, at_least, check_kept, expand_home, option
 
 __all__ = ["CacheOptions", "InspectOptions", "SweepOptions"]
 
@@ -23,6 +23,9 @@ class SweepOptions:
     cache_dir: str = option("", "directory of caches, one for each temperature")
     cache_format: Literal["sampled", "topk"] = option("sampled", "what a cache keeps of each prediction")
     cache_tokens: int | None = option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
+
+    def __post_init__(self) -> None:
+        expand_home(self, "cache_dir")
 
     def cells(self) -> list[DistillationOptions]:
         """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
@@ -63,11 +66,13 @@ class CacheOptions:
     seed: int = option(0, "seed of the split and of the samples")
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         at_least(self, batch_size=1)
-        for name in ("cache_tokens", "shard_tokens"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise InputError(f"{name} is {value}; it must be at least 1")
+        check_kept(self.cache_format, self.cache_tokens)
+        if self.plain and self.cache_format == "dense":
+            raise InputError("plain is set, but a dense cache stores 16 bits of every token: leave one of them away")
+        if self.shard_tokens is not None:
+            at_least(self, shard_tokens=1)
         if not self.temperature > 0:
             raise InputError(f"temperature is {self.temperature}; it must be above 0")
 
@@ -87,6 +92,7 @@ class InspectOptions:
     plot: str = option("", "a .png file to draw the last prompt's distributions at these temperatures into")
 
     def __post_init__(self) -> None:
+        expand_home(self, "plot")
         at_least(self, top_k=1)
         for temperature in self.temperatures:
             if not temperature > 0:

@@ -18,6 +18,7 @@ from fastkd.training.options import (
     ModelOptions,
     Options,
     TrainingOptions,
+    at_home,
 )
 
 __all__ = ["cache", "distill", "evaluate", "export", "inspect_teacher", "sweep"]
@@ -95,7 +96,7 @@ def distill(arguments: Sequence[str]) -> None:
         return
     from fastkd.training.distill import distill as run
 
-    run(Options(*groups))
+    run(Options(*groups), extra.config)
 
 
 def evaluate(arguments: Sequence[str]) -> None:
@@ -107,7 +108,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     *groups, extra = parser.parse(arguments, config)
     from fastkd.training.evaluate import evaluate as run
 
-    run(extra.model, Options(*groups), extra.baseline)
+    baseline = extra.baseline and at_home(extra.baseline, "--baseline")
+    run(at_home(extra.model, "STUDENT"), Options(*groups), baseline)
 
 
 def sweep(arguments: Sequence[str]) -> None:
@@ -122,7 +124,7 @@ def sweep(arguments: Sequence[str]) -> None:
         raise InputError("the grid is empty: give --alpha and --temperature")
     from fastkd.training.sweep import sweep as run
 
-    run(Options(models, data, cells[0], training, evaluation), grid)
+    run(Options(models, data, cells[0], training, evaluation), grid, extra.config)
 
 
 def inspect_teacher(arguments: Sequence[str]) -> None:
@@ -146,7 +148,7 @@ def export(arguments: Sequence[str]) -> None:
     (asked,) = parser.parse(arguments)
     from fastkd.training.export import export as run
 
-    run(asked.student, asked.to, asked.output)
+    run(at_home(asked.student, "STUDENT"), asked.to, at_home(asked.output, "--output"))
 
 
 def cache(arguments: Sequence[str]) -> None:
@@ -194,17 +196,17 @@ def _cache_verify(arguments: Sequence[str]) -> None:
 def _directory(action: str, description: str, arguments: Sequence[str]) -> str:
     parser = argparse.ArgumentParser(prog=f"fastkd cache {action}", description=description)
     parser.add_argument("directory", help="of the cache")
-    return str(parser.parse_args(arguments).directory)
+    return at_home(parser.parse_args(arguments).directory, "directory")
 
 
 def _show(cache: Cache) -> None:
     print(repr(cache))
     print(f"  {'size':<14}{cache.bytes / 2**20:,.1f} MiB, {cache.bytes / max(cache.tokens, 1):.1f} bytes per token")
-    for name, value in vars(cache.settings).items():
+    for name, value in {**vars(cache.settings), "columns": ", ".join(cache.columns) or None}.items():
         if value is not None:
             print(f"  {name:<14}{value}")
 
 
 def _configurations(arguments: Sequence[str]) -> list[Path]:
     """The config.yaml of a run among the arguments."""
-    return [path for path in (Path(text) / "config.yaml" for text in arguments[:1]) if path.is_file()]
+    return [path for path in (Path(text).expanduser() / "config.yaml" for text in arguments[:1]) if path.is_file()]

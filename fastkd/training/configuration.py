@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from fastkd.training.options import GROUPS, InputError
+from fastkd.training.options import GROUPS, InputError, at_home
 
 __all__ = ["Parser", "differences", "dump", "load"]
 
@@ -61,6 +61,7 @@ class Parser:
         if unknown:
             self._parser.error(f"there are no options {' '.join(unknown)}")
         config = config or getattr(named, "config", None)
+        config = None if config is None else at_home(config, "CONFIG.yaml")
         given = {name for name, value in vars(named).items() if value != self._parser.get_default(name)}
         flags = [] if config is None else self._flags(config, overridden=given)
         return self._parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)

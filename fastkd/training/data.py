@@ -145,7 +145,7 @@ def token_windows(
             stream += [*ids, tokenizer.eos_token_id]
         if limit is not None and len(stream) >= length + (limit - 1) * stride:
             break
-    tokens = torch.tensor(stream, dtype=torch.int64)
+    tokens = torch.tensor(stream, dtype=torch.int64, device="cpu")
     if len(tokens) < length:
         return tokens.new_empty(0, length)
     return tokens.unfold(0, length, stride)[:limit].contiguous()
@@ -166,8 +166,9 @@ def _mixed(main: Tensor, other: Tensor, options: DataOptions, seed: int) -> Tens
     if not len(other):
         raise InputError(f"{options.mix_data} is shorter than one window of {options.max_length} tokens")
     count = round(len(main) * (1 - options.mix_weight) / options.mix_weight)
-    order = torch.randperm(len(other), generator=torch.Generator().manual_seed(seed))
-    chosen = torch.tensor(list(itertools.islice(itertools.cycle(order.tolist()), count)), dtype=torch.int64)
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(other), generator=generator, dtype=torch.int64, device="cpu").tolist()
+    chosen = list(itertools.islice(itertools.cycle(order), count))
     return torch.cat([main, other[chosen]])
 
 

@@ -10,7 +10,6 @@ its predictions into a cache, if there is to be one; train; train without a teac
 
 from __future__ import annotations
 
-import shutil
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -27,7 +26,7 @@ from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
 from fastkd.training.judge import CE_ONLY, STUDENT, Contender, verdict
 from fastkd.training.lessons import lessons
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, Options
-from fastkd.training.run import CHECKPOINTS, check_output, results, working
+from fastkd.training.run import CHECKPOINTS, Run, claimed
 from fastkd.training.setup import Materials, Setup, gather, with_teacher
 
 __all__ = ["LABELS_ALONE", "distill"]
@@ -35,20 +34,24 @@ __all__ = ["LABELS_ALONE", "distill"]
 LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
 
 
-def distill(options: Options) -> dict[str, Any]:
+def distill(options: Options, config: str | None = None) -> dict[str, Any]:
     """Run the distillation, print its report and return what metrics.json says.
 
-    Raises InputError, before any training and with nothing written, where the options cannot be met; after
-    Ctrl-C KeyboardInterrupt, with a run that `--resume` goes on with.
+    `config` is the file that the options were read from. Raises InputError, before any training and with nothing
+    written, where the options cannot be met; after Ctrl-C KeyboardInterrupt, whose text says what resumes the run.
     """
     started = time.perf_counter()
-    check_output(options)
-    materials = gather(options)
-    with working(options) as output:
+    with claimed(options, config=config) as run:
+        materials = gather(options)
+        output = run.begin(**materials.fingerprints())
+        taught = options
         if options.models.teacher == TRAINED_TEACHER:
-            options = _train_teacher(options, materials, output)
-        setup = with_teacher(options, materials)
+            _train_teacher(options, materials, run)
+            taught, options = (_taught_by(options, folder / "teacher") for folder in (output, run.output))
+        setup = with_teacher(taught, materials)
+        setup.options = options  # they name a trained teacher by the place where it ends up
         student = setup.student()
+        run.pin(**setup.fingerprints(student))
         before = setup.judge.judge("student before", student)
         if options.distillation.needs_teacher:
             checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
@@ -72,16 +75,15 @@ def distill(options: Options) -> dict[str, Any]:
         seconds |= {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
         record["seconds"] = seconds | {"total": time.perf_counter() - started}
-        with results(output) as staging:
+        with run.results() as staging:
             for name, model in students.items():
                 folder = staging if name == STUDENT else staging / "ce-only"
                 model.save_pretrained(folder)
                 materials.tokenizer.save_pretrained(folder)
-            title = f"{options.models.teacher} → {options.models.student}: {output.name}"
+            title = f"{options.models.teacher} → {options.models.student}: {run.output.name}"
             report.write(staging, title, contenders, fitted, lines, options, materials.tokenizer, record)
-        shutil.rmtree(output / CHECKPOINTS)  # of a finished run, whose best student is saved
     report.print_results(contenders, lines, options.evaluation.metrics)
-    print(f"saved to {output} after {time.perf_counter() - started:.0f} s; open {output / 'report.html'}")
+    print(f"saved to {run.output} after {time.perf_counter() - started:.0f} s; open {run.output / 'report.html'}")
     return record
 
 
@@ -104,21 +106,24 @@ def _introduce(setup: Setup, before: Contender) -> None:
         )
 
 
-def _train_teacher(options: Options, materials: Materials, output: Path) -> Options:
-    """Train a GPT-2 on the labels of the corpus and save it; the options with its directory as the teacher."""
-    directory = output / "teacher"
-    if not (directory / "config.json").exists():
-        transformers.set_seed(options.training.seed)
-        teacher = loading.teacher_to_train(materials.tokenizer).to(materials.device)
-        print(f"teacher: {teacher.num_parameters():,} parameters, trained on the labels first")
-        given = Lessons(Windows(materials.corpus.train), collate)
-        alone = options._replace(distillation=LABELS_ALONE)
-        kd = distillation_loss(LABELS_ALONE)
-        fit(teacher, materials.tokenizer, materials.corpus, given, kd, alone, output / CHECKPOINTS / "teacher")
-        with results(output) as staging:
-            teacher.save_pretrained(staging / "teacher")
-            materials.tokenizer.save_pretrained(staging / "teacher")
-    return options._replace(models=replace(options.models, teacher=str(directory)))
+def _train_teacher(options: Options, materials: Materials, run: Run) -> None:
+    """Train a GPT-2 on the labels of the corpus and save it in the run's folder `teacher`, unless it is there."""
+    if (run.directory / "teacher" / "config.json").exists():
+        return
+    transformers.set_seed(options.training.seed)
+    teacher = loading.teacher_to_train(materials.tokenizer).to(materials.device)
+    print(f"teacher: {teacher.num_parameters():,} parameters, trained on the labels first")
+    given = Lessons(Windows(materials.corpus.train), collate)
+    alone = options._replace(distillation=LABELS_ALONE)
+    checkpoints = run.directory / CHECKPOINTS / "teacher"
+    fit(teacher, materials.tokenizer, materials.corpus, given, distillation_loss(LABELS_ALONE), alone, checkpoints)
+    with run.results() as staging:
+        teacher.save_pretrained(staging / "teacher")
+        materials.tokenizer.save_pretrained(staging / "teacher")
+
+
+def _taught_by(options: Options, teacher: Path) -> Options:
+    return options._replace(models=replace(options.models, teacher=str(teacher)))
 
 
 def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory: Path) -> Fitted:

@@ -9,7 +9,7 @@ from typing import Any
 from fastkd.training import loading, report
 from fastkd.training.judge import CE_ONLY, STUDENT, verdict
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
-from fastkd.training.run import CONFIG_FILE, results
+from fastkd.training.run import CONFIG_FILE, note_files, results
 from fastkd.training.setup import gather, with_teacher
 
 __all__ = ["evaluate"]
@@ -27,7 +27,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
     models = replace(options.models, student=student, from_scratch=False, lora_rank=0, lora_targets=[])
     if models.teacher == TRAINED_TEACHER:
         models = replace(models, teacher=str(directory / "teacher"))
-    options = options._replace(models=models)
+    options = options._replace(models=models, distillation=replace(options.distillation, cache_dir=""))  # none is read
     if baseline is None and (directory / "ce-only" / "config.json").is_file():
         baseline = str(directory / "ce-only")
     setup = with_teacher(options, gather(options))
@@ -37,7 +37,9 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
         contenders.append(setup.judge.judge(CE_ONLY, other))
     lines = verdict(contenders)
     record = {"models": {one.name: one.record() for one in contenders}, "verdict": lines}
-    (directory / "eval").mkdir(exist_ok=True)
+    if not (directory / "eval").exists():
+        (directory / "eval").mkdir()
+        note_files(directory, ["eval"])
     with results(directory / "eval") as staging:
         title = f"{options.models.teacher} and {student}"
         report.write(staging, title, contenders, {}, lines, options, setup.materials.tokenizer, record)

@@ -97,8 +97,8 @@ class Measures:
 @torch.no_grad()
 def measure(student: Predictions, windows: Tensor, teacher: Predictions | None = None) -> Measures:
     """Judge a student on `windows` [n, length], on its own and, if there is one, against a teacher."""
-    bins = torch.zeros(3, BINS, dtype=torch.float64)
-    totals = torch.zeros(8, dtype=torch.float64)
+    bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
+    totals = torch.zeros(8, dtype=torch.float64, device="cpu")
     compared = teacher is not None and teacher is not student
     teacher_rows = teacher.rows(windows) if teacher is not None and compared else iter(())
     for projection, labels in student.rows(windows):
@@ -150,7 +150,7 @@ def _agreement(logits: Tensor, above: Tensor) -> Tensor:
         (p * p).sum(-1),
     )
     sums = [column.sum(dtype=torch.float64).cpu() for column in columns]
-    return torch.stack([*sums, torch.tensor(float(len(logits)), dtype=torch.float64)])
+    return torch.stack([*sums, torch.tensor(float(len(logits)), dtype=torch.float64, device="cpu")])
 
 
 def unigram_loss(train: Tensor, windows: Tensor, vocab_size: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +11,13 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import EarlyStoppingCallback, ProgressCallback, TrainerCallback, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
 import fastkd
+from fastkd.training.checkpoints import Sealer, checkpoint_of, last_whole, state_of
 from fastkd.training.data import Corpus, Windows, collate
 from fastkd.training.loading import device_of
 from fastkd.training.options import DistillationOptions, InputError, Options
+from fastkd.training.run import write_whole
 from fastkd.training.samples import samples
 from fastkd.training.trainer import Course, KDTrainer, StopOnInterrupt
 
@@ -104,6 +106,7 @@ def arguments(options: Options, directory: Path, *, resumed: bool = False) -> Tr
             save_steps=training.eval_steps,
             save_total_limit=2,
             load_best_model_at_end=True,
+            restore_callback_states_from_checkpoint=True,  # early stopping's count
             metric_for_best_model="hard",
             greater_is_better=False,
             dataloader_drop_last=True,
@@ -129,7 +132,8 @@ def fit(
 ) -> Fitted:
     """Train `student` in place, checkpoints in `directory`; at the end it is the best validated one.
 
-    Goes on from the last checkpoint there if options.training.resume. Raises KeyboardInterrupt after Ctrl-C, when a
+    Resumes from the last whole checkpoint there if options.training.resume: on the same machine it ends with the same
+    weights, bit for bit, as a training that was not interrupted. Raises KeyboardInterrupt after Ctrl-C, when a
     checkpoint has been saved.
     """
     finished = directory / "finished.pt"
@@ -137,10 +141,11 @@ def fit(
         kept = torch.load(finished, map_location=student.device, weights_only=True)
         student.load_state_dict(kept["student"])
         return Fitted(**kept["fitted"])
-    checkpoint = get_last_checkpoint(directory) if options.training.resume and directory.exists() else None
+    checkpoint = last_whole(directory) if options.training.resume else None
     set_seed(options.training.seed)
-    stop, storyteller = StopOnInterrupt(), _Storyteller(tokenizer, options, resumed=checkpoint is not None)
-    callbacks: list[TrainerCallback] = [stop, _ValidateAtEnd(), storyteller]
+    stop = StopOnInterrupt()
+    storyteller = _Storyteller(tokenizer, options, directory, stop)
+    callbacks: list[TrainerCallback] = [stop, _ValidateAtEnd(), storyteller, Sealer()]
     if options.training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.training.early_stopping_patience))
     wanted = options.distillation
@@ -161,18 +166,35 @@ def fit(
     trainer.add_callback(_Progress())
     if options.training.gradient_checkpointing:
         student.gradient_checkpointing_enable()
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.interrupted and trainer.state.global_step < trainer.state.max_steps:
-        raise KeyboardInterrupt(f"interrupted after step {trainer.state.global_step}, which is saved")
+    if checkpoint is not None and _is_last(checkpoint, options):  # Trainer would take a step more
+        trainer.state = state_of(checkpoint)
+        best = trainer.state.best_global_step or trainer.state.global_step
+        trainer.state.best_model_checkpoint = str(checkpoint_of(directory, best))
+        trainer._load_from_checkpoint(str(checkpoint))
+        storyteller.recall(trainer.state, student, ended=True)
+        trainer._load_best_model()
+    else:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     state = trainer.state
+    if stop.interrupted and not _is_last(checkpoint_of(directory, state.global_step), options):
+        raise KeyboardInterrupt(f"interrupted after step {state.global_step}, which is saved")
     windows = _windows_seen(state.global_step, len(corpus.train), options)
     size = student.num_parameters()
     fitted = Fitted(state.log_history, size, state.global_step, windows * corpus.train.shape[1], storyteller.told)
-    # Trainer takes a step more when it resumes from its last one.
     partial = finished.with_suffix(".partial")
     torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)
     partial.replace(finished)
+    if stop.interrupted:
+        raise KeyboardInterrupt(f"interrupted after the last step, {state.global_step}, which is saved")
     return fitted
+
+
+def _is_last(checkpoint: Path, options: Options) -> bool:
+    """Whether training ends with this checkpoint: all steps are done, or early stopping has ended it."""
+    state, patience = state_of(checkpoint), options.training.early_stopping_patience
+    kept: Any = state.stateful_callbacks
+    count = kept.get("EarlyStoppingCallback", {}).get("attributes", {}).get("early_stopping_patience_counter", 0)
+    return state.global_step >= state.max_steps or 0 < patience <= count
 
 
 def _windows_seen(steps: int, windows: int, options: Options) -> int:
@@ -230,20 +252,29 @@ _SHOWN = (
 
 
 class _Storyteller(TrainerCallback):
-    """Draws samples before training and after each epoch."""
+    """Draws samples before training and after each epoch, and keeps them in a file, for a run that is resumed."""
 
-    def __init__(self, tokenizer: Any, options: Options, resumed: bool) -> None:
-        self.tokenizer, self.options, self.resumed = tokenizer, options, resumed
+    def __init__(self, tokenizer: Any, options: Options, directory: Path, stop: StopOnInterrupt) -> None:
+        self.tokenizer, self.options, self._file, self._stop = tokenizer, options, directory / "samples.json", stop
         self.told: list[tuple[int, list[str]]] = []
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.resumed:
-            self._tell(state, kwargs["model"])
+        self.recall(state, kwargs["model"], ended=float(state.epoch or 0).is_integer())
 
     def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._tell(state, kwargs["model"])
+        if not self._stop.interrupted or state.global_step == state.max_steps:
+            self._tell(state, kwargs["model"])
+
+    def recall(self, state: Any, model: Any, *, ended: bool) -> None:
+        """Read what was drawn up to the step that is resumed from; draw its own, if an epoch `ended` with it."""
+        if state.global_step and self._file.exists():
+            drawn = json.loads(self._file.read_text(encoding="utf-8"))
+            self.told = [(step, texts) for step, texts in drawn if step <= state.global_step]
+        if ended and all(step != state.global_step for step, _ in self.told):
+            self._tell(state, model)
 
     def _tell(self, state: Any, model: Any) -> None:
         found = samples(model, self.tokenizer, self.options.evaluation, self.options.training.seed)
         if found:
             self.told.append((state.global_step, found))
+            write_whole(self._file, json.dumps(self.told))

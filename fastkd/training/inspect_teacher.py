@@ -80,7 +80,7 @@ def _prediction(teacher: Any, tokenizer: Any, prompt: str, top_k: int) -> Predic
     probabilities = logits.softmax(-1)
     largest = probabilities.topk(min(top_k, len(logits)))
     names = [tokenizer.decode([token]) for token in largest.indices.tolist()]
-    statistics = fastkd.row_statistics(logits[None], torch.tensor([ids[-1]]))
+    statistics = fastkd.row_statistics(logits[None], torch.tensor([ids[-1]], dtype=torch.int64, device=logits.device))
     return Prediction(
         context,
         tokenizer.decode([ids[-1]]),

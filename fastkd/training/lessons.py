@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import gc
-
-import torch
+from pathlib import Path
 
 from fastkd.cache import CacheError, Collator
-from fastkd.training.caching import write
+from fastkd.cache.writer import begun
+from fastkd.training.caching import DTYPES, write
 from fastkd.training.data import Windows, collate
 from fastkd.training.fit import Lessons
 from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
 
 __all__ = ["lessons"]
-
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, None: torch.float16}
 
 
 def lessons(setup: Setup) -> Lessons:
@@ -37,8 +35,8 @@ def lessons(setup: Setup) -> Lessons:
         format=options.cache_format,
         temperature=options.temperature,
         k=options.cache_tokens,
-        dtype=_DTYPES[options.cache_precision],
-        seed=setup.options.training.seed,
+        dtype=DTYPES[options.cache_precision],
+        seed=_seed_of_samples(options.cache_dir, setup.options.training.seed),
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         teacher_name=setup.options.models.teacher,
@@ -51,3 +49,11 @@ def lessons(setup: Setup) -> Lessons:
     setup.teacher = None
     gc.collect()
     return Lessons(Windows(train), Collator(cache))
+
+
+def _seed_of_samples(directory: str, seed: int) -> int | None:
+    """The run's own; None, which is the cache's, where another run has begun it."""
+    try:
+        return None if Path(directory).is_dir() and begun(Path(directory)) is not None else seed
+    except CacheError as error:
+        raise InputError(str(error)) from error

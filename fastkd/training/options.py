@@ -1,13 +1,17 @@
 """What the commands can be asked: one dataclass per concern, whose fields are flags and keys of a YAML file alike.
 
-Only the standard library is imported here. Contradictions that need no file and no model to see are refused when an
-object is made; `configuration.py` reads the objects from the command line.
+Only the standard library and fastkd's tables are imported here. Contradictions that need no file and no model to see
+are refused when an object is made; `configuration.py` reads the objects from the command line.
 """
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
+
+from fastkd import served
+from fastkd.divergences import TABLE, resolve
 
 __all__ = [
     "GROUPS",
@@ -98,6 +102,7 @@ class ModelOptions:
             raise InputError(
                 f"device is {self.device!r}; it is auto or cpu. CUDA_VISIBLE_DEVICES chooses among accelerators"
             )
+        expand_home(self, "teacher", "student")
         at_least(self, lora_rank=0)
         if self.lora_targets and not self.lora_rank:
             raise InputError(f"lora_targets {self.lora_targets} are given, but lora_rank is 0: set one")
@@ -134,6 +139,7 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
+        expand_home(self, "data", "mix_data", "out_of_domain")
         at_least(self, max_length=2, stride=0)
         if self.stride > self.max_length:
             raise InputError(f"stride {self.stride} is more than max_length {self.max_length}: text would be skipped")
@@ -175,6 +181,7 @@ class DistillationOptions:
     )
 
     def __post_init__(self) -> None:
+        expand_home(self, "cache_dir")
         self._resolve_weights()
         for name in ("soft_weight", "hard_weight", "final_soft_weight"):
             value = getattr(self, name)
@@ -204,7 +211,20 @@ class DistillationOptions:
                 f"cache_precision is {self.cache_precision!r}, but cache_format is {self.cache_format!r}, which has an "
                 "encoding of its own: leave one of them away"
             )
-        if self.cache_dir and self.cache_format != "dense" and self.temperature_schedule != "constant":
+        check_kept(self.cache_format, self.cache_tokens)
+        if self.cache_dir and self.needs_teacher:
+            self._check_served()
+
+    def _check_served(self) -> None:
+        """What the cache keeps must be what the loss needs."""
+        kind = served.FORMATS[str(self.cache_format)]
+        reason = served.refusal(kind, resolve(self.divergence)) if self.divergence in TABLE else None
+        if reason is not None:
+            raise InputError(
+                f"divergence is {self.divergence!r}, which a {self.cache_format} cache cannot serve: {reason}; or take "
+                "cache_dir away"
+            )
+        if not served.SERVES[kind].any_temperature and self.temperature_schedule != "constant":
             raise InputError(
                 f"temperature_schedule is {self.temperature_schedule!r}, but a {self.cache_format} cache holds the "
                 "teacher at one temperature: take cache_dir away, or the schedule"
@@ -281,6 +301,7 @@ class TrainingOptions:
     resume: bool = option(False, "go on with the interrupted run in the output directory")
 
     def __post_init__(self) -> None:
+        expand_home(self, "output")
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"epochs {self.epochs} and max_steps {self.max_steps} contradict each other: give one")
         if self.epochs is None and self.max_steps is None:
@@ -337,10 +358,34 @@ class EvaluationOptions:
             raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
 
+def check_kept(cache_format: str | None, cache_tokens: int | None) -> None:
+    """A cache keeps at least one token of a prediction, and a dense one all of them."""
+    if cache_tokens is None:
+        return
+    if cache_tokens < 1:
+        raise InputError(f"cache_tokens is {cache_tokens}; it must be at least 1")
+    if cache_format == "dense":
+        raise InputError(f"cache_tokens is {cache_tokens}, but a dense cache keeps all tokens: leave one of them away")
+
+
 def at_least(options: object, **least: float) -> None:
     for name, value in least.items():
         if getattr(options, name) < value:
             raise InputError(f"{name} is {getattr(options, name)}; it must be at least {value}")
+
+
+def expand_home(options: object, *names: str) -> None:
+    """Put the user's home directory where the paths of these names begin with `~`."""
+    for name in names:
+        object.__setattr__(options, name, at_home(getattr(options, name), name))
+
+
+def at_home(path: str, name: str) -> str:
+    """A path, of which a `~` at the beginning is a home directory. Raises InputError where there is none."""
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise InputError(f"{name} is {path!r}, but there is no such home directory: write the path out, or ./{path}")
+    return expanded
 
 
 class Options(NamedTuple):

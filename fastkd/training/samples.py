@@ -19,7 +19,7 @@ __all__ = ["next_token", "prompt_ids", "samples"]
 def prompt_ids(tokenizer: Any, prompt: str, model: Any) -> Tensor:
     """int64 [1, tokens] on the model's device; an empty prompt is the eos token, which separates documents."""
     ids = tokenizer(prompt, add_special_tokens=False)["input_ids"] or [tokenizer.eos_token_id]
-    return torch.tensor([ids], device=model.device)
+    return torch.tensor([ids], dtype=torch.int64, device=model.device)
 
 
 @torch.no_grad()

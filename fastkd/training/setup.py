@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -9,13 +11,15 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
-from fastkd.training import checks, loading
+from fastkd.training import caching, checks, loading
 from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.fit import arguments, distillation_loss
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
 
 __all__ = ["Materials", "Setup", "gather", "with_teacher"]
+
+_SAMPLED = 4096  # values of a tensor that go into its fingerprint
 
 
 class Materials(NamedTuple):
@@ -24,6 +28,11 @@ class Materials(NamedTuple):
     device: torch.device
     tokenizer: Any
     corpus: Corpus
+
+    def fingerprints(self) -> dict[str, str]:
+        """Of the windows of each kind: what text, tokenizer and split have made."""
+        named = {f"{name}_text": windows for name, windows in vars(self.corpus).items() if windows is not None}
+        return {name: _fingerprint({"windows": windows}) for name, windows in named.items()}
 
 
 @dataclass
@@ -42,6 +51,21 @@ class Setup:
         transformers.set_seed(self.options.training.seed)
         return loading.load_student(self.options.models, self.student_config, self.materials.device)
 
+    def fingerprints(self, student: Any) -> dict[str, str]:
+        """Of what a resumed run takes from elsewhere than its checkpoints, before training.
+
+        Of the student these are its configuration and shapes, and the weights that adapters leave as they are.
+        """
+        assert self.teacher is not None
+        config = {name: value for name, value in student.config.to_dict().items() if name != "transformers_version"}
+        shapes = {name: list(weight.shape) for name, weight in student.state_dict().items()}
+        made = json.dumps([config, shapes], sort_keys=True, default=str)
+        if self.options.models.lora_rank:
+            frozen = {name: weight for name, weight in student.state_dict().items() if "lora_" not in name}
+            made += _fingerprint(frozen)
+        found = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
+        return {"teacher": _fingerprint(self.teacher.state_dict()), "student": found}
+
 
 def gather(options: Options) -> Materials:
     """Check what can be checked without a model, then read the text. Raises InputError."""
@@ -50,6 +74,7 @@ def gather(options: Options) -> Materials:
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
     tokenizer = loading.load_tokenizer(options.models.teacher)
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
+    caching.check_cache(options, tokenizer)
     if options.models.teacher != TRAINED_TEACHER:  # that one's configuration is ours
         _configurations(options, tokenizer)
     corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
@@ -67,11 +92,24 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     vocab_size, config = _configurations(options, materials.tokenizer)
     teacher = loading.load_teacher(options.models, materials.device)
     checks.check_frozen(teacher)
+    caching.check_teacher(options, teacher)
     corpus = materials.corpus
     if on_validation:
         corpus = replace(corpus, held_out=corpus.validation)
     judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size)
     return Setup(options, materials, vocab_size, config, teacher, judge)
+
+
+def _fingerprint(tensors: dict[str, Any]) -> str:
+    """Of names, shapes and values; of a large floating-point tensor, of some values that are evenly spread over it."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        values = tensor.detach().flatten()
+        if values.is_floating_point():
+            values = values[:: max(1, len(values) // _SAMPLED)].float()  # equal on devices that prefer other dtypes
+        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _training_device(options: Options) -> torch.device:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,56 +13,70 @@ from fastkd.training.distill import whole
 from fastkd.training.fit import distillation_loss, fit
 from fastkd.training.lessons import lessons
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options
-from fastkd.training.run import CHECKPOINTS, check_output, results, working
+from fastkd.training.run import CHECKPOINTS, claimed, write_whole
 from fastkd.training.setup import Setup, gather, with_teacher
 
 __all__ = ["sweep"]
 
 
-def sweep(options: Options, grid: SweepOptions) -> list[dict[str, Any]]:
+def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> list[dict[str, Any]]:
     """Train and judge a student per cell; returns the rows of results.csv, best first.
 
     All start from the same weights and see the same text in the same order. They are judged on validation text, so
     that held-out text is left to judge the chosen one; and ranked by the mean of their ranks in cross-entropy and in
     KL to the teacher at T = 1: training losses of different weights and temperatures cannot be compared.
+
+    Raises InputError and KeyboardInterrupt as `distill` does; a sweep that is resumed keeps the rows of finished cells.
     """
-    if options.training.resume:
-        raise InputError("a sweep cannot be resumed: leave --resume away")
     if options.models.teacher == TRAINED_TEACHER:
         raise InputError(
             f"a sweep needs a teacher that is there: train one with fastkd distill --teacher {TRAINED_TEACHER}, "
             "whose run has it in its folder 'teacher'"
         )
-    check_output(options)
     cells = grid.cells()
     for cell in cells:
         distillation_loss(cell)
-    materials = gather(options)
-    with working(options) as output:
+    groups = (grid, options.models, options.data, options.training, options.evaluation)
+    with claimed(options, "sweep", groups, config) as run:
+        materials = gather(options)
+        output = run.begin(**materials.fingerprints())
         setup = with_teacher(options, materials, on_validation=True)
-        before = setup.judge.judge("student before", setup.student())
+        student = setup.student()
+        run.pin(**setup.fingerprints(student))
+        before = setup.judge.judge("student before", student)
         checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
-        rows = [_row(setup, cell, output, f"{number} of {len(cells)}") for number, cell in enumerate(cells, 1)]
-        rows = _ranked(rows)
-        shutil.rmtree(output / CHECKPOINTS)
-        with results(output) as staging:
+        rows = _ranked(_rows(setup, cells, output / CHECKPOINTS))
+        with run.results() as staging:
             report.write_csv(staging / "results.csv", rows)
             plots.sweep(rows).savefig(staging / "sweep.png", dpi=110)
     shown = ("rank", "soft_weight", "hard_weight", "temperature", "loss", "kl", "top1_agreement")
     print("\n" + report.table([shown, *([_short(row[name]) for name in shown] for row in rows)]) + "\n")
-    print(f"saved to {output}: results.csv, sweep.png")
+    print(f"saved to {run.output}: results.csv, sweep.png")
     return rows
 
 
-def _row(setup: Setup, cell: DistillationOptions, output: Path, count: str) -> dict[str, Any]:
+def _rows(setup: Setup, cells: list[DistillationOptions], work: Path) -> list[dict[str, Any]]:
+    """A row per cell. Those of finished cells are kept in a file, with which a resumed sweep begins."""
+    file = work / "rows.json"
+    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    if rows:
+        print(f"{len(rows)} of {len(cells)} students are finished")
+    for number, cell in enumerate(cells[len(rows) :], len(rows) + 1):
+        checkpoints = work / f"cell-{number}"
+        rows.append(_row(setup, cell, checkpoints, f"{number} of {len(cells)}"))
+        write_whole(file, json.dumps(rows))
+        shutil.rmtree(checkpoints)
+    return rows
+
+
+def _row(setup: Setup, cell: DistillationOptions, directory: Path, count: str) -> dict[str, Any]:
     soft, hard = cell.weights
     print(f"student {count}: soft weight {soft:g}, hard weight {hard:g}, temperature {cell.temperature:g}")
     setup.options = setup.options._replace(distillation=cell)
     teacher = setup.teacher
     given = lessons(setup)
     setup.teacher = teacher  # the next cell may need it
-    student, directory = setup.student(), output / CHECKPOINTS
-    shutil.rmtree(directory, ignore_errors=True)
+    student = setup.student()
     kd = distillation_loss(cell, setup.counted)
     fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, setup.options, directory)
     found = setup.judge.judge("student", whole(student))

@@ -48,9 +48,23 @@ const Choice& chosen() {
 
 }  // namespace
 
-FASTKD_API int fastkd_abi() { return 3; }
+// What fastkd/_native.py asks a library before it uses it: the version of this interface, which changes with the meaning
+// of its functions; the instruction set; which divergences there are, and how large what is laid out on both sides.
+FASTKD_API int fastkd_abi() { return 4; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
+
+FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.knows(divergence); }
+
+// Bytes of an argument struct, or of the state of a row between tiles ("state"); -1 for what is not known here.
+FASTKD_API int64_t fastkd_size(const char* name) {
+  const struct { const char* name; int64_t size; } sizes[] = {
+      {"KDRows", sizeof(KDRows)}, {"Statistics", sizeof(Statistics)}, {"LogSoftmax", sizeof(LogSoftmax)},
+      {"Selection", sizeof(Selection)}, {"state", kStateBytes}};
+  for (const auto& entry : sizes)
+    if (std::strcmp(name, entry.name) == 0) return entry.size;
+  return -1;
+}
 
 FASTKD_API int fastkd_kd_rows(const KDRows* call) { return chosen().kernels.kd_rows(*call); }
 

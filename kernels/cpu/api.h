@@ -38,7 +38,7 @@ struct KDRows {
   float* hard;
   int64_t rows;
   int64_t vocab_size;  // columns of a whole row that count
-  int64_t divergence;  // position in fastkd.divergences.TABLE
+  const char* divergence;  // its name
   int64_t threads;
   double parameters[2];
   double temperature, teacher_temperature;
@@ -86,11 +86,14 @@ struct Selection {
   double temperature;
 };
 
-// The kernels of one instruction set. Each returns 0, or 1 when a row buffer could not be allocated.
+enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2 };
+
+// The kernels of one instruction set. Each returns an Outcome; `knows` whether there is a divergence of that name.
 struct Kernels {
   int (*kd_rows)(const KDRows&);
   int (*row_statistics)(const Statistics&);
   int (*log_softmax)(const LogSoftmax&);
   int (*log_softmax_backward)(const LogSoftmax&);
   int (*select)(const Selection&);
+  bool (*knows)(const char*);
 };

@@ -11,6 +11,25 @@ namespace FASTKD_ISA {
 
 constexpr int64_t block = 1024;
 
+// The blocks of `columns` columns: for (const auto [start, n] : for_blocks(columns)), n = `block` but in the last. There
+// is no other loop over blocks, so none whose step, end and length disagree.
+struct Block {
+  int64_t start, n;
+};
+struct for_blocks {
+  int64_t columns;
+  explicit for_blocks(int64_t columns) : columns(columns) {}
+
+  struct Iterator {
+    int64_t start, columns;
+    Block operator*() const { return {start, columns - start < block ? columns - start : block}; }
+    void operator++() { start += block; }
+    bool operator!=(const Iterator&) const { return start < columns; }
+  };
+  Iterator begin() const { return {0, columns}; }
+  Iterator end() const { return {columns, columns}; }
+};
+
 enum Dtype : int64_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 inline int64_t element_size(int64_t dtype) { return dtype == kFloat32 ? 4 : 2; }

@@ -148,4 +148,34 @@ struct AlphaBeta {
   static vec weighted(vec weight, vec x) { return keep(weight != 0.f, weight * x); }
 };
 
+// Squared error of raw logits: no softmax, and sweeps of its own in rows.h.
+struct MSE {
+  explicit MSE(const double*) {}
+};
+
+// Every divergence once, by the name that users write. When this library is loaded, the names in fastkd/divergences.py
+// are looked up here.
+#define FASTKD_DIVERGENCES(X)                                                                \
+  X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(symmetric_kl, SymmetricKL) X(jsd, JSD) \
+  X(skew_kl, SkewKL) X(skew_reverse_kl, SkewReverseKL) X(tvd, TVD) X(alpha_beta, AlphaBeta) X(mse, MSE)
+
+template <class Divergence>
+struct Kind {
+  using type = Divergence;
+};
+
+// `function` of the Kind of that name; `unknown` where there is none.
+template <class Result, class Function>
+inline Result with_divergence(const char* name, Result unknown, const Function& function) {
+#define FASTKD_CASE(known, Divergence) \
+  if (strcmp(name, #known) == 0) return function(Kind<Divergence>{});
+  FASTKD_DIVERGENCES(FASTKD_CASE)
+#undef FASTKD_CASE
+  return unknown;
+}
+
+inline bool knows(const char* name) {
+  return with_divergence(name, false, [](auto) { return true; });
+}
+
 }  // namespace FASTKD_ISA

@@ -4,6 +4,6 @@
 
 namespace FASTKD_ISA {
 
-Kernels kernels() { return {kd_rows, row_statistics, log_softmax, log_softmax_backward, select}; }
+Kernels kernels() { return {kd_rows, row_statistics, log_softmax, log_softmax_backward, select, knows}; }
 
 }  // namespace FASTKD_ISA

@@ -7,9 +7,8 @@
 
 namespace FASTKD_ISA {
 
-// Placeholders for rows and calls without a divergence on probabilities.
+// Stands where a divergence does, for calls and rows without one.
 struct NoSoft {};
-struct MSE {};
 
 template <class Divergence, class = void>
 struct is_kl : std::false_type {};
@@ -232,22 +231,15 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   return failed;
 }
 
-// Positions in fastkd.divergences.TABLE.
 inline int kd_rows(const KDRows& call) {
-  const double* parameters = call.parameters;
-  if (call.sparse.ids && call.soft_scale) return kd_rows(Sparse(call), call);
-  switch (call.soft_scale ? call.divergence : -1) {
-    case 0: return kd_rows(ForwardKL(parameters), call);
-    case 1: return kd_rows(ReverseKL(parameters), call);
-    case 2: return kd_rows(JSD(parameters), call);
-    case 3: return kd_rows(SkewKL(parameters), call);
-    case 4: return kd_rows(SkewReverseKL(parameters), call);
-    case 5: return kd_rows(SymmetricKL(parameters), call);
-    case 6: return kd_rows(TVD(parameters), call);
-    case 7: return kd_rows(AlphaBeta(parameters), call);
-    case 8: return kd_rows(MSE{}, call);
-    default: return kd_rows(NoSoft{}, call);
-  }
+  if (!call.soft_scale) return kd_rows(NoSoft{}, call);
+  return with_divergence(call.divergence, (int)kUnknownDivergence, [&](auto kind) {
+    using Divergence = typename decltype(kind)::type;
+    if (!call.sparse.ids) return kd_rows(Divergence(call.parameters), call);
+    // A sparse teacher has probabilities, and no logits to compare.
+    if constexpr (std::is_same<Divergence, MSE>::value) return (int)kUnknownDivergence;
+    else return kd_rows(Sparse{category_slopes<Divergence>, call.parameters, call.sparse.count}, call);
+  });
 }
 
 }  // namespace FASTKD_ISA

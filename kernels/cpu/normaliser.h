@@ -23,8 +23,7 @@ template <bool full>  // full: entropy and arg-max too
 inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
   Normaliser result;
   float largest_logit = -kInf;
-  for (int64_t start = 0; start < width; start += block) {
-    const int64_t n = width - start < block ? width - start : block;
+  for (const auto [start, n] : for_blocks(width)) {
     const float* z = row.fetch(start, n);
     const float top = block_max(z, n);
     if (top * scale > result.max) result.raise(top * scale);
@@ -36,8 +35,9 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
     }
     vec sums{}, sums2{}, weighted{};
     const vec max = splat(result.max);
+    const int64_t next = start + block;
     const auto add = [&](int64_t i, vec& into) {
-      row.prefetch(start + block + i);
+      row.prefetch(next + i);
       const vec y = load(z + i) * scale - max;
       const vec e = exp2_nonpositive(y);
       into += e;
@@ -99,8 +99,7 @@ inline int log_softmax(const LogSoftmax& call) {
     const Normaliser normaliser = normalise<false>(row, width, scale);
     const float max = normaliser.max, log2_z = (float)::log2(normaliser.sum);
     call.normaliser[2 * i] = max, call.normaliser[2 * i + 1] = log2_z;
-    for (int64_t start = 0; start < width; start += block) {
-      const int64_t n = width - start < block ? width - start : block;
+    for (const auto [start, n] : for_blocks(width)) {
       const float* z = row.fetch(start, n);
       float* to = out.target(start, n);
       for (int64_t j = 0; j < n; j += lanes) store(to + j, ((load(z + j) * scale - max) - log2_z) * kLn2);
@@ -119,8 +118,7 @@ inline int log_softmax_backward(const LogSoftmax& call) {
     const Writer grad{row_at(call.out, i), call.out.dtype, scratch.out_block};
     const float max = call.normaliser[2 * i], log2_z = call.normaliser[2 * i + 1];
     double total = 0;
-    for (int64_t start = 0; start < width; start += block) {
-      const int64_t n = width - start < block ? width - start : block;
+    for (const auto [start, n] : for_blocks(width)) {
       const float* u = upstream.fetch(start, n);
       vec sums{};
       const int64_t whole = n / lanes * lanes;
@@ -129,8 +127,7 @@ inline int log_softmax_backward(const LogSoftmax& call) {
       total += sum(sums);
     }
     const float total_upstream = (float)total;
-    for (int64_t start = 0; start < width; start += block) {
-      const int64_t n = width - start < block ? width - start : block;
+    for (const auto [start, n] : for_blocks(width)) {
       const float* z = row.fetch(start, n);
       const float* u = upstream.fetch(start, n);
       float* to = grad.target(start, n);

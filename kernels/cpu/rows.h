@@ -126,8 +126,8 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
   constexpr bool functor = with_teacher && !forward && !reverse;
   int64_t top_start = -1;  // of the block that holds the largest logit
   const float cs = settings.student_scale, ct = settings.teacher_scale;
-  for (int64_t start = 0, b = 0; start < settings.columns; start += block, b++) {
-    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
+  for (const auto [start, n] : for_blocks(settings.columns)) {
+    const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
     const float* t = with_teacher ? row.teacher.fetch(start, n) : nullptr;
 
@@ -261,8 +261,8 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
                             const Scratch& scratch, const Sums& sums, double& value, double& total_g) {
   const Cells cells(settings, sums, scratch);
   const float center = center_of(divergence, cells);
-  for (int64_t start = 0, b = 0; start < settings.columns; start += block, b++) {
-    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
+  for (const auto [start, n] : for_blocks(settings.columns)) {
+    const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
     const float to_q = cells.to_q(b), to_p = cells.to_p(b);
@@ -288,8 +288,7 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
 // Squared error of raw logits; no softmax.
 inline double squared_error(const Row& row, const Settings& settings) {
   double total = 0;
-  for (int64_t start = 0; start < settings.vocab_size; start += block) {
-    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
+  for (const auto [start, n] : for_blocks(settings.columns)) {
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
     vec squares{};
@@ -321,8 +320,8 @@ inline void gradient(const Row& row, const Settings& settings, const Scratch& sc
                      const Combination& combination) {
   const LogRatio log_ratio(settings, sums);
   const bool stashed = logits != kDifference || hard != kNoHard;
-  for (int64_t start = 0, b = 0; start < settings.columns; start += block, b++) {
-    const int64_t n = settings.columns - start < block ? settings.columns - start : block;
+  for (const auto [start, n] : for_blocks(settings.columns)) {
+    const int64_t b = start / block;
     const float* s = logits ? row.student.fetch(start, n) : nullptr;
     const float* t = logits ? row.teacher.fetch(start, n) : nullptr;
     const double moved_s = stashed ? (double)scratch.student_max[b] - sums.student_max : 0;

@@ -78,8 +78,7 @@ struct Exponent {
 // The likeliest min(k, columns above -inf) tokens into `memory.found`; returns their number.
 inline int64_t find_likeliest(const Reader& row, int64_t columns, int64_t k, const SelectionScratch& memory) {
   const int64_t groups = (columns + group - 1) / group;
-  for (int64_t start = 0; start < columns; start += block) {
-    const int64_t n = columns - start < block ? columns - start : block;
+  for (const auto [start, n] : for_blocks(columns)) {
     const float* z = row.fetch(start, n);
     for (int64_t first = 0; first < n; first += group)
       memory.maxima[(start + first) / group] = block_max(z + first, n - first < group ? n - first : group);
@@ -122,8 +121,7 @@ inline Rest sum_rest(const Reader& row, int64_t columns, const Exponent& exponen
                      const SelectionScratch& memory, float* copy) {
   Rest rest;
   const Token *next = memory.found, *end = next + count;
-  for (int64_t start = 0; start < columns; start += block) {
-    const int64_t n = columns - start < block ? columns - start : block;
+  for (const auto [start, n] : for_blocks(columns)) {
     const float* z = without(row, start, n, next, end, copy);
     vec sums{}, sums2{}, weighted{};
     const auto add = [&](int64_t i, vec& into) {
@@ -157,8 +155,8 @@ class Draws {
     const Token *other = head_end, *const other_end = memory_.found + found;
     double before = 0, position = uniform * step;
     int64_t drawn = 0;
-    for (int64_t start = 0; start < columns_ && drawn < wanted; start += block) {
-      const int64_t n = columns_ - start < block ? columns_ - start : block;
+    for (const auto [start, n] : for_blocks(columns_)) {
+      if (drawn == wanted) break;
       double mass = memory_.mass[start / block];
       for (; other != other_end && other->column < start + n; other++) mass += ::exp2((double)exponent_(other->value));
       if (before + mass <= position) {

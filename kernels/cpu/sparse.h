@@ -51,28 +51,11 @@ double category_slopes(const double* parameters, const Categories& at, int64_t c
 
 using CategorySlopes = double (*)(const double* parameters, const Categories& at, int64_t count);
 
-// Positions in fastkd.divergences.TABLE.
-inline CategorySlopes category_slopes_of(int64_t divergence) {
-  switch (divergence) {
-    case 0: return category_slopes<ForwardKL>;
-    case 1: return category_slopes<ReverseKL>;
-    case 2: return category_slopes<JSD>;
-    case 3: return category_slopes<SkewKL>;
-    case 4: return category_slopes<SkewReverseKL>;
-    case 5: return category_slopes<SymmetricKL>;
-    case 6: return category_slopes<TVD>;
-    default: return category_slopes<AlphaBeta>;
-  }
-}
-
 // Stands where a functor does in loss.h.
 struct Sparse {
   CategorySlopes slopes;
   const double* parameters;
   int64_t count;
-
-  explicit Sparse(const KDRows& call)
-      : slopes(category_slopes_of(call.divergence)), parameters(call.parameters), count(call.sparse.count) {}
 };
 
 // The sums of a whole row: those of the rest and of the K tokens, relative to the maxima of both. Fills `at`.

@@ -1,0 +1,55 @@
+"""Which divergences a teacher can serve that is not whole logits, and at which temperature: one table.
+
+The loss, a cache and the options of the commands all ask `refusal`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastkd.divergences import TABLE, Divergence
+
+__all__ = ["FORMATS", "SERVES", "Served", "refusal"]
+
+
+class Served(NamedTuple):
+    """What a kind of teacher can be used for, and why not for more."""
+
+    divergences: tuple[str, ...]
+    any_temperature: bool  # False: that at which it was made
+    why: str
+
+
+_TEMPERED = tuple(name for name, row in TABLE.items() if row.tempered)
+
+#: `LogProbabilities`, and the kinds of `SparseTargets`.
+SERVES: dict[str, Served] = {
+    "dense": Served(
+        _TEMPERED, True, "holds log-probabilities, which are its teacher's logits but for a constant per row"
+    ),
+    "ghost": Served(_TEMPERED, False, "holds the probabilities of some tokens, and no logits"),
+    "renormalize": Served(("forward_kl",), False, "says nothing of the tokens it left out"),
+    "sampled": Served(("forward_kl",), False, "says nothing of the tokens it left out"),
+}
+#: What a cache of each format is read as.
+FORMATS = {"sampled": "sampled", "topk": "ghost", "dense": "dense"}
+_CACHES = {kind: format for format, kind in FORMATS.items()}
+
+
+def refusal(kind: str, divergence: Divergence) -> str | None:
+    """Why a teacher of this kind cannot serve the divergence, and what could; None where it can."""
+    serves = SERVES[kind]
+    if divergence.name in serves.divergences:
+        return None
+    if not divergence.tempered:
+        return (
+            f"{divergence} compares raw logits, and a {kind!r} teacher {serves.why}: use a live teacher, or another "
+            "divergence"
+        )
+    able = [f"{name!r}" for name, other in SERVES.items() if divergence.name in other.divergences]
+    formats = [f"{_CACHES[name]!r}" for name, other in SERVES.items() if divergence.name in other.divergences]
+    return (
+        f"{divergence} needs every token's probability, and a {kind!r} teacher {serves.why}: use "
+        f"{' or '.join(map(repr, serves.divergences))}, or a teacher of kind {' or '.join(able)} (a cache of format "
+        f"{' or '.join(formats)})"
+    )
