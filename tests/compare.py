@@ -22,7 +22,7 @@ CERTAIN = 4e-7
 #: Loss values in fp32, relative to their own size or, for a difference of near-equal sums, to the sums' rounding.
 VALUE = 2e-6
 #: Element by element, in roundings (half a unit in the last place) of what an element is computed from, its *size*.
-ROUNDINGS = 8
+ROUNDINGS = 5
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:

@@ -110,7 +110,8 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float], unit: 
     total = alpha + beta
 
     def power(a: float, b: float) -> Tensor:
-        return sum(x * log for x, log in ((a, log_p), (b, log_q)) if x).exp()  # type: ignore[union-attr]
+        exponents = [x * log for x, log in ((a, log_p), (b, log_q)) if x]  # 0 · −inf is 0 here
+        return sum(exponents, torch.zeros_like(log_q)).exp()
 
     ratio = log_q - log_p
     largest = torch.stack((power(total, 0), power(0, total), power(alpha, beta))).amax(0)
@@ -287,9 +288,7 @@ def _divided(call: LossCall, scale: Tensor) -> Tensor:
     return scale / divisor if divisor else torch.zeros_like(scale)
 
 
-def logits_of(
-    side: Operands, leaves: Sequence[Tensor], rows: Tensor, columns: int, eager: bool = False
-) -> Logits:
+def logits_of(side: Operands, leaves: Sequence[Tensor], rows: Tensor, columns: int, eager: bool = False) -> Logits:
     """The first `columns` logits of these rows of a side whose tensors are `leaves`, in float64.
 
     The eager reference divides by the temperature before it subtracts the maximum: each logit is rounded as it stands.

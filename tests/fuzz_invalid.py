@@ -197,9 +197,7 @@ def student_or_teacher(draw: random.Random, call: LossCall) -> Broken | None:
         logits.tolist(), logits.numpy(), Output(), "logits", 3.0, logits.long(), logits.to(torch.complex64),
         logits.bool(), torch.zeros(()), logits[..., :0], logits.to_sparse(), logits.to("meta"),
     ]  # fmt: skip
-    if name == "student":
-        wrong.append(None)
-    elif call.term_weights[0] > 0:
+    if name == "student" or call.term_weights[0] > 0:
         wrong.append(None)
     if name == "teacher":
         wrong += [torch.zeros(*shape[:-1], 1, shape[-1]), torch.zeros(7, *shape)]
@@ -334,7 +332,7 @@ def projection(draw: random.Random, call: LossCall) -> Broken:
 @_breaks
 def sparse_targets(draw: random.Random, call: LossCall) -> Broken:
     ids, logprobs = torch.tensor([[0, 2], [1, 3]]), torch.tensor([[0.6, 0.3], [0.5, 0.4]]).log()
-    rest, T = torch.tensor([0.1, 0.1]).log(), 2.0  # noqa: N806
+    rest, T = torch.tensor([0.1, 0.1]).log(), 2.0
     student = torch.randn(2, 5)
     wrong: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
         ("ids", {"ids": ids.float()}, {}), ("ids", {"ids": ids[:, :1]}, {}), ("ids", {"ids": None}, {}),

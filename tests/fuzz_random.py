@@ -35,7 +35,7 @@ def loss_call(draw: random.Random) -> LossCall:
     name, parameters, family = _divergence(draw, sparse, family)
     settings = _settings(draw, name, parameters)
     leading = _leading(draw, settings)
-    width = vocabulary(draw)
+    width = max(vocabulary(draw), 2 if min(parameters, default=0) < 0 else 1)  # see `_sparse`
     dtype = draw.choices((*NARROW, torch.float64), (10, 4, 4, 2))[0]
     if family == "offset" and (dtype not in (torch.float32, torch.float64) or name == "mse"):
         family = "far"
@@ -78,7 +78,9 @@ def loss_call(draw: random.Random) -> LossCall:
     _labels_and_weights(draw, generator, call, leading, banned)
     _poison(draw, call)
     # Mostly 1 and other powers of two, which cost a gradient in 16 bits no second rounding.
-    scalar = torch.tensor(draw.choice((1.0, 1.0, 1.0, 0.5, -2.0, 1024.0, 2.0**-10, 2.5, -0.7)), dtype=_loss_dtype(dtype))
+    scalar = torch.tensor(
+        draw.choice((1.0, 1.0, 1.0, 0.5, -2.0, 1024.0, 2.0**-10, 2.5, -0.7)), dtype=_loss_dtype(dtype)
+    )
     per_token = torch.randn(call.scored(torch.zeros(leading)).shape, generator=generator, dtype=_loss_dtype(dtype))
     call.upstream = per_token if settings["reduction"] == "none" else scalar
     return call
