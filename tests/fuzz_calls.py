@@ -75,7 +75,7 @@ class Sparse:
 
 @dataclass
 class LossCall:
-    """A call of `KDLoss(**settings)(student, teacher, labels, weights=…, num_items=…)` and what goes back through it."""
+    """`KDLoss(**settings)(student, teacher, labels, weights=…, num_items=…)` and what goes back through it."""
 
     settings: dict[str, Any]
     divergence: tuple[str, tuple[float, ...]]
@@ -86,6 +86,7 @@ class LossCall:
     num_items: Any
     backend: str | None
     upstream: Tensor = field(default_factory=lambda: torch.ones(()))
+    ambient: Any = None  # a default dtype or device of torch's, or autocast, in which the library is called
     notes: list[str] = field(default_factory=list)
 
     def setting(self, name: str) -> Any:
@@ -139,7 +140,18 @@ class LossCall:
                 return f"SparseTargets({', '.join(f'{name}={one(part)}' for name, part in parts)})"
             return repr(value)
 
-        names = ("settings", "student", "teacher", "labels", "weights", "num_items", "backend", "upstream", "notes")
+        names = (
+            "settings",
+            "student",
+            "teacher",
+            "labels",
+            "weights",
+            "num_items",
+            "backend",
+            "upstream",
+            "ambient",
+            "notes",
+        )
         return "; ".join(f"{name} {one(getattr(self, name))}" for name in names)
 
 
@@ -202,6 +214,19 @@ def laid_out(draw: random.Random, values: Tensor, often: float = 0.5, regular: b
     if regular:
         fitting = [_contiguous, _misaligned, _padded] + [_every_second_row] * (values.dim() in (2, 3))
     return lay_out(values, draw.choice(fitting))
+
+
+@contextlib.contextmanager
+def within(ambient: Any) -> Iterator[None]:
+    """Torch's default dtype, its default device, or autocast."""
+    before = torch.get_default_dtype()
+    try:
+        if isinstance(ambient, torch.dtype):
+            torch.set_default_dtype(ambient)
+        with ambient if isinstance(ambient, torch.autocast | torch.device) else contextlib.nullcontext():
+            yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextlib.contextmanager

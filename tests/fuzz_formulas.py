@@ -374,10 +374,8 @@ def expected(call: LossCall) -> Expected:
         if upstream is None:
             reduced.append((rows.sum(), size.sum()))
         else:
-            tokens = torch.zeros_like(soft_scale), torch.zeros_like(soft_scale)
-            reduced.append(
-                tuple(x.masked_scatter(live_tokens, y).view(call.upstream.shape) for x, y in zip(tokens, (rows, size)))
-            )
+            tokens = (torch.zeros_like(soft_scale).masked_scatter(live_tokens, x) for x in (rows, size))
+            reduced.append(tuple(x.view(call.upstream.shape) for x in tokens))
     return Expected(*reduced, gradients, largest)  # type: ignore[arg-type]
 
 

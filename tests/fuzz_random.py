@@ -78,11 +78,13 @@ def loss_call(draw: random.Random) -> LossCall:
     _labels_and_weights(draw, generator, call, leading, banned)
     _poison(draw, call)
     # Mostly 1 and other powers of two, which cost a gradient in 16 bits no second rounding.
-    scalar = torch.tensor(
-        draw.choice((1.0, 1.0, 1.0, 0.5, -2.0, 1024.0, 2.0**-10, 2.5, -0.7)), dtype=_loss_dtype(dtype)
-    )
+    factor = draw.choice((1.0, 1.0, 1.0, 0.5, -2.0, 1024.0, 2.0**-10, 2.5, -0.7))
+    scalar = torch.tensor(factor, dtype=_loss_dtype(dtype))
     per_token = torch.randn(call.scored(torch.zeros(leading)).shape, generator=generator, dtype=_loss_dtype(dtype))
     call.upstream = per_token if settings["reduction"] == "none" else scalar
+    if draw.random() < 0.1:
+        defaults = torch.float64, torch.bfloat16, torch.float16, torch.device("meta")
+        call.ambient = draw.choice((*defaults, torch.autocast("cpu", torch.bfloat16)))
     return call
 
 

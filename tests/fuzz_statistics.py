@@ -82,10 +82,9 @@ def check(call: StatisticsCall) -> None:
     flat = call.upstream.double().reshape(exact.shape)
     assert ours.dtype == gradient.dtype == leaf.dtype
     compare.assert_elements(ours.reshape(exact.shape), exact.detach(), unit, arithmetic, "log_softmax")
-    slope = (flat - exact.exp() * flat.sum(-1, keepdim=True)) / call.temperature
-    size = (
-        flat.abs() + exact.exp() * (flat.sum(-1, keepdim=True).abs() * unit + flat.abs().sum(-1, keepdim=True))
-    ) / call.temperature
+    total, totals = flat.sum(-1, keepdim=True), flat.abs().sum(-1, keepdim=True)
+    slope = (flat - exact.exp() * total) / call.temperature
+    size = (flat.abs() + exact.exp() * (total.abs() * unit + totals)) / call.temperature
     compare.assert_elements(gradient.reshape(exact.shape), slope.detach(), size.detach(), arithmetic)
 
 
@@ -105,21 +104,15 @@ def _check_statistics(
     average = (p * spread).sum(-1)
     total = torch.logsumexp(logits / call.temperature, -1)
     compare.assert_elements(log_sum_exp, total, average + total.abs(), arithmetic, "log_sum_exp")
-    uncertain = torch.where(p > 0, p * exact, 0.0)
-    compare.assert_elements(
-        entropy,
-        -uncertain.sum(-1),
-        (p * spread * (1 + torch.where(p > 0, exact, 0.0).abs())).sum(-1),
-        arithmetic,
-        "entropy",
-    )
+    logs = torch.where(p > 0, exact, 0.0)
+    size = (p * spread * (1 + logs.abs())).sum(-1)
+    compare.assert_elements(entropy, -(p * logs).sum(-1), size, arithmetic, "entropy")
     assert argmax.dtype == torch.int64
     largest = logits.amax(-1)
     there = logits.gather(-1, argmax[:, None])[:, 0]
     if call.side.is_projection:
-        compare.assert_elements(
-            there, largest, largest.abs() + unit.amax(-1) * call.temperature, torch.float32, "argmax"
-        )
+        size = largest.abs() + unit.amax(-1) * call.temperature
+        compare.assert_elements(there, largest, size, torch.float32, "argmax")
     else:
         assert torch.equal(argmax, (logits == largest[:, None]).int().argmax(-1)), "argmax: the first of equal maxima"
     if call.labels is None:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-import fastkd
 from tests import compare, fuzz, fuzz_invalid
 from tests.fuzz_random import loss_call
 
@@ -57,7 +56,7 @@ def seen(calls: int, change: float, least: float) -> tuple[int, int]:
 
 
 def test_one_percent_of_one_element_is_seen() -> None:
-    caught, made = seen(400, 0.01, least=1e-2)
+    caught, made = seen(400, 0.01, least=1e-3)
     assert caught >= 0.9 * made, f"{caught} of {made}"
 
 
@@ -99,8 +98,10 @@ def test_a_failure_says_how_to_run_it_alone(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_memory_around_a_tensor_is_watched() -> None:
     room = torch.zeros(10)
-    with pytest.raises(AssertionError, match="memory changed"), fuzz.untouched([room[2:5]]):
-        room[5] = 1
-    with fuzz.untouched([room[2:5]], written := room[2:5]):
-        written += 1
-    assert fastkd.__version__
+    part = room[2:5]
+    with pytest.raises(AssertionError, match="memory changed"), fuzz.untouched([part]):
+        part += 1
+    with pytest.raises(AssertionError, match="memory changed"), fuzz.untouched([part], written=part):
+        room[5] += 1
+    with fuzz.untouched([part], written=part):
+        part += 1
