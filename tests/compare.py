@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,8 @@ CERTAIN = 4e-7
 VALUE = 2e-6
 #: The reference against a definition in more digits: in float64, and in fp32 where only rounded logarithms count.
 DOUBLE, EAGER = 1e-12, 1e-4
+#: Element by element, in roundings (half a unit in the last place) of what an element is computed from, its *size*.
+ROUNDINGS = 5
 
 
 def relative_error(actual: Tensor, truth: Tensor) -> float:
@@ -57,3 +61,43 @@ def assert_value(actual: Tensor, truth: Tensor, eager: Tensor | None = None, wha
     assert not wrong.any(), (
         f"{what}: {int(wrong.sum())} of {wrong.numel()} off, first {actual[wrong][0]:.9g} != {truth[wrong][0]:.9g}"
     )
+
+
+def assert_elements(
+    actual: Tensor,
+    truth: Tensor,
+    size: Tensor,
+    arithmetic: torch.dtype,
+    what: str = "gradient",
+    underflow: float = 0.0,
+    scaled: float = 1.0,
+) -> None:
+    """Each element within what rounding explains: of the sums it comes from, computed in `arithmetic`, and of itself.
+
+    `size`, like `truth`, is the sum of the absolute values of what an element is computed from, float64. A result in 16
+    bits is rounded when it is stored, and again if it is then `scaled`, by anything but a power of two. `underflow` is
+    the largest number that may have been stored as 0.
+    """
+    actual, limits = actual.detach(), torch.finfo(actual.dtype)
+    assert actual.shape == truth.shape, f"{what}: shapes {tuple(actual.shape)} and {tuple(truth.shape)}"
+    truth = truth.clamp(-limits.max, limits.max)  # beyond that an infinity is right
+    smallest = limits.tiny if limits.bits > 16 else limits.tiny * limits.eps
+    limit = ROUNDINGS * torch.finfo(arithmetic).eps / 2 * size + smallest + underflow
+    if limits.bits == 16:
+        limit = limit + _half_unit(truth, limits.eps)
+        if math.frexp(scaled)[0] not in (0.5, -0.5):
+            limit = limit + abs(scaled) * _half_unit(truth / scaled, limits.eps)
+    gap = (actual.double().clamp(-limits.max, limits.max) - truth).abs()
+    wrong = ~((gap <= limit) | (truth.isnan() & actual.isnan()))
+    if wrong.any():
+        worst = int(torch.where(wrong, gap / limit, 0.0).nan_to_num(torch.inf).argmax())
+        at = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), truth.shape)) if truth.dim() else ()
+        raise AssertionError(
+            f"{what}: {int(wrong.sum())} of {wrong.numel()} elements off, worst {at}: {actual[at].item():.9g} != "
+            f"{truth[at].item():.9g}, by {gap[at].item():.3g} where {limit[at].item():.3g} is allowed"
+        )
+
+
+def _half_unit(x: Tensor, eps: float) -> Tensor:
+    """Half the distance from x to the next number of a format: what rounding to the nearest may take."""
+    return torch.ldexp(torch.ones_like(x), torch.frexp(x)[1] - 1) * (eps / 2) * (x != 0)
