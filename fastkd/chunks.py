@@ -10,7 +10,7 @@ their number, a synchronisation: there the kernel skips them, the products do no
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,11 +20,11 @@ from fastkd.backend import SparseRows, Tile, select
 from fastkd.call import Call
 from fastkd.divergences import TABLE
 from fastkd.heads import Head
-from fastkd.plan import NOTHING, Plan, Wants, padded, plan_for
+from fastkd.plan import NOTHING, Plan, Side, Wants, padded, plan_for
 from fastkd.sources import Projection, SparseTargets
 from fastkd.sparse import sparse_rows
 
-__all__ = ["Gradients", "kd_rows"]
+__all__ = ["Gradients", "check_budget", "kd_rows"]
 
 Rows = slice | Tensor
 
@@ -88,7 +88,9 @@ class _Sparse:
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
-    """`[rows, V]` without a copy; as it is where its strides do not allow that."""
+    """`[rows, V]` without a copy; as it is where its strides do not allow that. Copied where columns lie apart."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
     try:
         return tensor.view(-1, tensor.shape[-1])
     except RuntimeError:
@@ -107,6 +109,42 @@ def kd_rows(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tens
         return loop.soft, loop.hard, loop.gradients()
 
 
+def check_budget(call: Call, wants: Wants) -> None:
+    """ValueError where `memory_budget` is too small for these gradients: `Backend.kd_rows` would find it out later."""
+    sides = [
+        Head(source, call.vocab_size, call.autocast, NOTHING).side if isinstance(source, Projection) else None
+        for source in (call.student_source(), call.teacher_source())
+    ]
+    _plan(call, sides, _count(_live_rows(call)), wants)
+
+
+def _plan(call: Call, sides: Sequence[Side | None], rows: int, wants: Wants) -> Plan:
+    student, teacher = sides
+    return plan_for(
+        max(rows, 1),
+        call.vocab_size,
+        student,
+        teacher,
+        wants,
+        TABLE[call.divergence](*call.parameters),
+        call.student.device,
+        call.memory_budget,
+        whole_teacher=call.sparse_ids is None,
+        own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
+        tiles_allowed=hasattr(select(call.student), "tile_state"),
+    )
+
+
+def _live_rows(call: Call) -> Rows:
+    """The rows to compute: all, or on the CPU those with a scale."""
+    count = call.student.shape[:-1].numel()
+    scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
+    if call.student.device.type != "cpu" or not scales:
+        return slice(0, count)
+    live = torch.stack([scale != 0 for scale in scales]).any(0).nonzero()[:, 0]
+    return slice(0, count) if len(live) == count else live
+
+
 class _Loop:
     def __init__(self, call: Call, grad: Tensor | None, wants: Wants) -> None:
         student, teacher = call.student_source(), call.teacher_source()
@@ -117,7 +155,7 @@ class _Loop:
         count = call.student.shape[:-1].numel()
         dtype = torch.float64 if call.student.dtype == torch.float64 else torch.float32
         self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=self.device) for _ in range(2))
-        self.live = self._live_rows(count)
+        self.live = _live_rows(call)
         self.student: Head | _Logits
         self.teacher: Head | _Logits | _Sparse | None = None
         if isinstance(student, Projection):
@@ -130,32 +168,9 @@ class _Loop:
             self.teacher = _Sparse(sparse_rows(teacher, self.soft_scale, call.vocab_size, dtype))
         elif teacher is not None:
             self.teacher = _Logits(teacher, None)
-        self.plan = self._plan(call)
+        sides = [side.side if isinstance(side, Head) else None for side in (self.student, self.teacher)]
+        self.plan = _plan(call, sides, _count(self.live), wants)
         self._allocate()
-
-    def _live_rows(self, count: int) -> Rows:
-        """The rows to compute: all, or on the CPU those with a scale."""
-        scales = [scale for scale in (self.soft_scale, self.hard_scale) if scale is not None]
-        if self.device.type != "cpu" or not scales:
-            return slice(0, count)
-        live = torch.stack([scale != 0 for scale in scales]).any(0).nonzero()[:, 0]
-        return slice(0, count) if len(live) == count else live
-
-    def _plan(self, call: Call) -> Plan:
-        student, teacher = (side.side if isinstance(side, Head) else None for side in (self.student, self.teacher))
-        return plan_for(
-            max(_count(self.live), 1),
-            call.vocab_size,
-            student,
-            teacher,
-            self.wants,
-            TABLE[call.divergence](*call.parameters),
-            self.device,
-            call.memory_budget,
-            whole_teacher=not isinstance(self.teacher, _Sparse),
-            own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
-            tiles_allowed=hasattr(self.backend, "tile_state"),
-        )
 
     def _allocate(self) -> None:
         def buffer(side: Head | _Logits | _Sparse | None, dtype: torch.dtype, wanted: bool = True) -> Tensor | None:

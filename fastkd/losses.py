@@ -9,17 +9,18 @@ runs; see `_row_scales`. The kernels then serve every reduction, mask and shift 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import gradients, ops, served, sources
+from fastkd import arguments, chunks, gradients, ops, served, sources
 from fastkd.backend import RowSpec, forced, running_on
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.heads import autocast_dtype
 from fastkd.overlap import may_overlap_itself, may_share_memory
+from fastkd.plan import Wants
 from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -42,7 +43,7 @@ class KDLoss(nn.Module):
     """Knowledge-distillation loss on logits, fused: no probability tensor is formed.
 
     Args:
-        temperature: T of the soft term, for student and teacher (Hinton et al. 2015). Any T > 0.
+        temperature: T of the soft term, for student and teacher (Hinton et al. 2015), in [1e-30, 1e6].
         soft_weight, hard_weight: weights of the divergence and of the cross-entropy. A term of weight 0 costs nothing
             (unless `return_parts` asks for its value).
         alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` the
@@ -150,13 +151,13 @@ class KDLoss(nn.Module):
         if self.shift and labels is not None:
             labels = _shift_left(labels, self.ignore_index)
         soft_scale, hard_scale = self._row_scales(student, labels, weights, num_items)
-        t2 = self.temperature**2 if self.scale_t2 and self.divergence.tempered else 1.0
+        t2 = float(self.temperature) ** 2 if self.scale_t2 and self.divergence.tempered else 1.0
         spec = RowSpec(
             self.divergence.name,
             self.divergence.parameters,
             float(self.temperature),
             float(self._teacher_temperature()),
-            float(self.soft_weight * t2),
+            float(self.soft_weight) * t2,
             float(self.hard_weight),
             vocab_size,
         )
@@ -186,6 +187,8 @@ class KDLoss(nn.Module):
         wants = [x is not None and x.requires_grad and torch.is_grad_enabled() for x in parameters]
         idle, weighted = call.split()
         if idle is not None and any(wants):
+            if not weighted.on_logits and not torch.compiler.is_compiling():
+                chunks.check_budget(weighted, Wants(*wants))
             # A term of weight 0, whose value return_parts asks for: in the gradient, 0 times its NaN would be NaN.
             with torch.no_grad():
                 _, *values = self._run(idle)  # first, since in place the logits are about to go
@@ -193,6 +196,8 @@ class KDLoss(nn.Module):
             soft, hard = (value + other for value, other in zip(values, others, strict=True))  # one of them is absent
             return loss, soft, hard
         if self.reduction == "none":
+            if any(wants) and not torch.compiler.is_compiling():
+                call = _for_backward(call, Wants(*wants))
             return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
             return _InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
@@ -237,22 +242,24 @@ class KDLoss(nn.Module):
         return scale / num_items if num_items != 0 else torch.zeros_like(scale)
 
     def _check_settings(self) -> None:
-        for name in ("temperature", "teacher_temperature"):
-            value = getattr(self, name)
-            if value is not None and not (_is_number(value) and 0 < value < math.inf):
-                raise ValueError(f"{name} must be a finite number > 0, got {value!r}")
+        arguments.temperature("temperature", self.temperature)
+        if self.teacher_temperature is not None:
+            arguments.temperature("teacher_temperature", self.teacher_temperature)
         for name in ("soft_weight", "hard_weight"):
-            value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < math.inf):
-                raise ValueError(f"{name} must be a finite number >= 0, got {value!r}")
+            arguments.number(name, getattr(self, name))
+        for name in ("scale_t2", "shift", "mask_soft", "inplace", "return_parts"):
+            arguments.switch(name, getattr(self, name))
+        arguments.integer("ignore_index", self.ignore_index)
+        if self.vocab_size is not None:
+            arguments.integer("vocab_size", self.vocab_size, least=1)
+        if self.memory_budget is not None:
+            arguments.number("memory_budget", self.memory_budget, above=True)
         if self.soft_weight == self.hard_weight == 0:
             raise ValueError("soft_weight and hard_weight are both 0: there is nothing to compute")
-        if self.reduction not in ("mean", "sum", "none", "batchmean"):
+        if self.reduction not in get_args(Reduction):
             raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'batchmean', got {self.reduction!r}")
         if self.inplace and self.reduction == "none":
             raise ValueError("inplace=True cannot go with reduction='none', whose backward needs the logits again")
-        if self.memory_budget is not None and not (_is_number(self.memory_budget) and self.memory_budget > 0):
-            raise ValueError(f"memory_budget must be a number of bytes > 0, got {self.memory_budget!r}")
 
     def _teacher_temperature(self) -> float:
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature
@@ -283,8 +290,9 @@ class KDLoss(nn.Module):
             if isinstance(num_items, Tensor):
                 if num_items.numel() != 1:
                     raise ValueError(f"num_items must hold one number, got a tensor of shape {tuple(num_items.shape)}")
-            elif not (_is_number(num_items) and 0 <= num_items < math.inf):
-                raise ValueError(f"num_items must be a finite number >= 0, got {num_items!r}")
+                arguments.check_counts("num_items", num_items)
+            else:
+                arguments.number("num_items", num_items)
         if self.inplace and isinstance(student, Tensor) and not torch.compiler.is_compiling():
             _check_writable(student, teacher, labels, weights)
 
@@ -317,10 +325,43 @@ def kd_loss(
     *,
     weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
-    **settings: Any,
+    temperature: float = 2.0,
+    soft_weight: float = 0.5,
+    hard_weight: float = 0.5,
+    alpha: float | None = None,
+    alpha_on: Literal["soft", "hard"] | None = None,
+    divergence: str | Divergence = "forward_kl",
+    teacher_temperature: float | None = None,
+    scale_t2: bool = True,
+    ignore_index: int = -100,
+    reduction: Reduction = "mean",
+    shift: bool = False,
+    mask_soft: bool = True,
+    vocab_size: int | None = None,
+    memory_budget: int | None = None,
+    inplace: bool = False,
+    return_parts: bool = False,
 ) -> Tensor | KDParts:
-    """`KDLoss(**settings)(student, teacher, labels, weights=weights, num_items=num_items)`."""
-    return KDLoss(**settings).forward(student, teacher, labels, weights=weights, num_items=num_items)
+    """`KDLoss(...)(student, teacher, labels, weights=weights, num_items=num_items)`; arguments are described there."""
+    loss = KDLoss(
+        temperature,
+        soft_weight=soft_weight,
+        hard_weight=hard_weight,
+        alpha=alpha,
+        alpha_on=alpha_on,
+        divergence=divergence,
+        teacher_temperature=teacher_temperature,
+        scale_t2=scale_t2,
+        ignore_index=ignore_index,
+        reduction=reduction,
+        shift=shift,
+        mask_soft=mask_soft,
+        vocab_size=vocab_size,
+        memory_budget=memory_budget,
+        inplace=inplace,
+        return_parts=return_parts,
+    )
+    return loss.forward(student, teacher, labels, weights=weights, num_items=num_items)
 
 
 class _InPlace(torch.autograd.Function):
@@ -357,11 +398,23 @@ def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_
             f"alpha={alpha} alone is ambiguous: published recipes put alpha on the soft or on the hard term. "
             f"Pass alpha_on='soft' or alpha_on='hard' (got {alpha_on!r}), or soft_weight= and hard_weight="
         )
-    if not (_is_number(alpha) and 0 <= alpha <= 1):
+    if arguments.number("alpha", alpha) > 1:
         raise ValueError(f"alpha must be in [0, 1], got {alpha!r}")
     if (soft_weight, hard_weight) != (0.5, 0.5):
         raise ValueError("pass either alpha with alpha_on, or soft_weight and hard_weight, not both")
     return (alpha, 1 - alpha) if alpha_on == "soft" else (1 - alpha, alpha)
+
+
+def _for_backward(call: Call, wants: Wants) -> Call:
+    """The call as its backward can compute it again: the budget suffices, and autograd may keep the tensors."""
+    if not call.on_logits:
+        chunks.check_budget(call, wants)
+    kept: dict[str, Any] = {
+        name: tensor.clone()
+        for name, tensor in zip(call._fields, call.tensors, strict=False)
+        if tensor is not None and tensor.is_inference()
+    }
+    return call._replace(**kept)
 
 
 def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
@@ -381,14 +434,10 @@ def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | N
             )
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _shift_left(tokens: Tensor, fill: float) -> Tensor:
     """tokens `[..., S]` moved one place towards the front, the freed last place filled."""
-    return torch.nn.functional.pad(tokens[..., 1:], (0, 1), value=fill)
+    return torch.nn.functional.pad(tokens[..., 1:], (0, min(tokens.shape[-1], 1)), value=fill)
 
 
 def _without_last(tokens: Tensor) -> Tensor:
-    return torch.nn.functional.pad(tokens[..., :-1], (0, 1), value=0.0)
+    return torch.nn.functional.pad(tokens[..., :-1], (0, min(tokens.shape[-1], 1)), value=0.0)

@@ -65,6 +65,8 @@ class RowLayout(NamedTuple):
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
     """The rows of `[..., V]` as at most two strides, or None where that cannot express them (then copy)."""
+    if tensor.numel() == 0:
+        return RowLayout(0, 1, 0, tensor.shape[-1])
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         return None
     levels: list[tuple[int, int]] = []  # (size, stride), outermost first, mergeable neighbours merged
@@ -91,6 +93,11 @@ def _empty_like_rows(student: Tensor) -> Tensor:
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
     _native.advise_huge_pages(out)
     return out
+
+
+def _zeros_like_rows(student: Tensor) -> Tensor:
+    """Contiguous zeros `[..., V]`; `zeros_like` would keep a stride between columns."""
+    return torch.zeros(student.shape, dtype=student.dtype, device=student.device)
 
 
 # --- the loss ---------------------------------------------------------------------------------------------------
@@ -181,7 +188,7 @@ def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     call, wants = Call(*fields), Wants(*wants_)
     grad = None
     if call.student_weight is None and wants.hidden:
-        grad = _empty_like_rows(call.student) if call.on_logits else torch.zeros_like(call.student)
+        grad = _empty_like_rows(call.student) if call.on_logits else _zeros_like_rows(call.student)
     scaled, factor = _in_range(call)
     soft, hard, gradients = _compute(scaled, grad, wants)
     loss = _weighted_rows(call, soft, hard).sum()

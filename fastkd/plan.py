@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from fastkd import arguments
 from fastkd.divergences import Divergence, resolve
 
 __all__ = ["Plan", "plan"]
@@ -135,8 +136,7 @@ def plan(
 def _check_size(name: str, value: object, optional: bool = False) -> None:
     if value is None and optional:
         return
-    if isinstance(value, bool) or not isinstance(value, int) or value <= 0:
-        raise ValueError(f"{name} must be an int > 0{' or None' if optional else ''}, got {value!r}")
+    arguments.integer(name, value, least=1)
 
 
 def plan_for(

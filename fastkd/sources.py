@@ -7,13 +7,14 @@ any work, quoting the offending value.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+
+from fastkd import arguments
 
 __all__ = [
     "LogProbabilities",
@@ -26,8 +27,6 @@ __all__ = [
     "check_logits",
     "tensors",
 ]
-
-_FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,7 +58,7 @@ class Projection:
     def __post_init__(self) -> None:
         for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
             if tensor is not None or name != "bias":
-                _check_floating(f"Projection {name}", tensor)
+                arguments.floating(f"Projection {name}", tensor)
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
         if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:
@@ -81,10 +80,9 @@ class Projection:
                 "Projection hidden, weight and bias must all be float64 or none of them, got "
                 f"{self.hidden.dtype}, {self.weight.dtype} and {None if self.bias is None else self.bias.dtype}"
             )
-        if self.softcap is not None and not _is_positive(self.softcap):
-            raise ValueError(f"Projection softcap must be a finite number > 0 or None, got {self.softcap!r}")
-        if not _is_positive(self.logit_scale):
-            raise ValueError(f"Projection logit_scale must be a finite number > 0, got {self.logit_scale!r}")
+        if self.softcap is not None:
+            arguments.number("Projection softcap", self.softcap, above=True)
+        arguments.number("Projection logit_scale", self.logit_scale, above=True)
 
     @property
     def shape(self) -> torch.Size:
@@ -104,7 +102,9 @@ class Projection:
 
     def logits(self) -> Tensor:
         """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
-        z = self.logit_scale * torch.nn.functional.linear(self.hidden, self.weight, self.bias)
+        wide = torch.promote_types(self.hidden.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), self.weight.to(wide), bias)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
 
     def detach(self) -> Projection:
@@ -156,12 +156,11 @@ class SparseTargets:
     entropy: Tensor | None = None
 
     def __post_init__(self) -> None:
-        _check_integers("SparseTargets ids", self.ids)
-        _check_floating("SparseTargets logprobs", self.logprobs)
+        arguments.integers("SparseTargets ids", self.ids)
+        arguments.floating("SparseTargets logprobs", self.logprobs)
         if self.kind not in get_args(SparseKind):
             raise ValueError(f"SparseTargets kind must be one of {get_args(SparseKind)}, got {self.kind!r}")
-        if not _is_positive(self.temperature):
-            raise ValueError(f"SparseTargets temperature must be a finite number > 0, got {self.temperature!r}")
+        arguments.temperature("SparseTargets temperature", self.temperature)
         if self.ids.dim() == 0 or self.ids.shape[-1] == 0 or self.ids.shape != self.logprobs.shape:
             raise ValueError(
                 f"SparseTargets ids and logprobs must have the same shape [..., K] with K > 0, got "
@@ -170,7 +169,7 @@ class SparseTargets:
         for name, value, kind in (("rest", self.rest, "ghost"), ("entropy", self.entropy, "sampled")):
             if value is None:
                 continue
-            _check_floating(f"SparseTargets {name}", value)
+            arguments.floating(f"SparseTargets {name}", value)
             if self.kind != kind:
                 raise ValueError(f"SparseTargets {name} belongs to kind={kind!r}, but kind is {self.kind!r}")
             if value.shape != self.ids.shape[:-1]:
@@ -239,18 +238,19 @@ def check(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or size.
     """
     _check_source("student", student)
+    arguments.holds_values("student", student)
     if teacher is not None:
         if not isinstance(teacher, SparseTargets):
             _check_source("teacher", teacher)
         _check_beside("teacher", teacher, student, teacher.shape[:-1])
+        _check_doubles(student, teacher)
     if labels is not None:
-        _check_integers("labels", labels)
+        arguments.integers("labels", labels)
         _check_beside("labels", labels, student, labels.shape)
     if weights is not None:
-        _check_tensor("weights", weights)
-        if weights.is_complex():
-            raise TypeError(f"weights must be real numbers, got {weights.dtype}")
+        arguments.tensor("weights", weights)
         _check_beside("weights", weights, student, weights.shape)
+        arguments.check_counts("weights", weights)
     return _vocab_size(student, teacher, vocab_size)
 
 
@@ -261,42 +261,18 @@ def tensors(source: Teacher) -> list[Tensor]:
     return [value for value in vars(source).values() if isinstance(value, Tensor)]
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-
-
-def _check_integers(name: str, value: object) -> None:
-    _check_tensor(name, value)
-    assert isinstance(value, Tensor)
-    if value.dtype == torch.bool or value.is_floating_point() or value.is_complex():
-        raise TypeError(f"{name} must be integers (token ids), got {value.dtype}")
-
-
-def _check_floating(name: str, value: object) -> None:
-    _check_tensor(name, value)
-    if value.dtype not in _FLOATING:  # type: ignore[attr-defined]
-        raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")  # type: ignore[attr-defined]
-
-
 def _check_source(name: str, source: object) -> None:
     if isinstance(source, Projection):
         return  # checked itself
     if not isinstance(source, Tensor):
         also = " or fastkd.SparseTargets" if name == "teacher" else ""
-        raise TypeError(
-            f"{name} must be a torch.Tensor of logits or a fastkd.Projection{also}, got {type(source).__name__}"
-        )
+        arguments.tensor(name, source, also=f" of logits or a fastkd.Projection{also}")
     check_logits(source, f"{name} logits")
 
 
 def check_logits(logits: object, name: str = "logits") -> None:
     """Raise TypeError or ValueError for anything but a floating tensor `[..., vocab]`."""
-    _check_floating(name, logits)
+    arguments.floating(name, logits)
     assert isinstance(logits, Tensor)
     if logits.dim() == 0 or logits.shape[-1] == 0:
         raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
@@ -312,6 +288,14 @@ def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Siz
         raise ValueError(f"{name} is on {value.device}, but the student is on {student.device}")
 
 
+def _check_doubles(student: Source, teacher: Teacher) -> None:
+    """TypeError for float64 beside another dtype, but that the reference widens a teacher's logits to the student's."""
+    doubles = [source.dtype == torch.float64 for source in (student, teacher)]
+    widened = doubles == [True, False] and isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    if any(doubles) and not all(doubles) and not widened and not isinstance(teacher, SparseTargets):
+        raise TypeError(f"student and teacher must both be float64 or neither, got {student.dtype} and {teacher.dtype}")
+
+
 def _vocab_size(student: Source, teacher: Teacher | None, vocab_size: int | None) -> int:
     width = student.shape[-1]
     teacher_width = width if teacher is None or isinstance(teacher, SparseTargets) else teacher.shape[-1]
@@ -323,8 +307,7 @@ def _vocab_size(student: Source, teacher: Teacher | None, vocab_size: int | None
                 "pass vocab_size=<number of real tokens> so that only the first vocab_size columns count"
             )
         return width
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int):
-        raise TypeError(f"vocab_size must be an int, got {type(vocab_size).__name__}")
+    vocab_size = arguments.integer("vocab_size", vocab_size)
     if not 0 < vocab_size <= narrowest:
         raise ValueError(f"vocab_size={vocab_size} must be in [1, {narrowest}], the narrower of the two sources")
     return vocab_size

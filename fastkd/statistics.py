@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd import gradients, sources
+from fastkd import arguments, gradients, sources
 from fastkd.heads import logit_chunks
 from fastkd.sources import Projection, Source
 
@@ -24,26 +23,21 @@ class RowStatistics(NamedTuple):
     label_logprob: Tensor  # log-probability of the label; NaN without labels and where a label is no token id
 
 
-def _check_temperature(temperature: float) -> float:
-    if isinstance(temperature, bool) or not isinstance(temperature, (int, float)) or not 0 < temperature < math.inf:
-        raise ValueError(f"temperature must be a finite number > 0, got {temperature!r}")
-    return float(temperature)
-
-
 def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) over the last dimension, fused and differentiable.
 
     Args:
         logits: `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend); fp32 inside, rounded once.
-        temperature: any T > 0.
+        temperature: T in [1e-30, 1e6].
 
     Returns:
         The same shape and dtype. Raises TypeError / ValueError for a wrong dtype, shape or temperature, and
         NotImplementedError in forward mode (`torch.func.jvp`).
     """
     sources.check_logits(logits)
+    arguments.holds_values("logits", logits)
     gradients.refuse_forward_mode(logits)
-    out: Tensor = torch.ops.fastkd.log_softmax(logits, _check_temperature(temperature))[0]
+    out: Tensor = torch.ops.fastkd.log_softmax(logits, arguments.temperature("temperature", temperature))[0]
     return out
 
 
@@ -54,7 +48,7 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
         source: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a `Projection`, whose
             logits are computed a chunk at a time.
         labels: token ids `[...]`, or None. Ids outside [0, V), such as −100, read NaN.
-        temperature: any T > 0.
+        temperature: T in [1e-30, 1e6].
 
     Returns:
         `RowStatistics`, fp32 (arg-max int64) of the leading shape, without gradient.
@@ -62,7 +56,7 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
     """
     sources.check(source, None, labels, None, None)
     gradients.refuse_forward_mode(source)
-    temperature = _check_temperature(temperature)
+    temperature = arguments.temperature("temperature", temperature)
     flat = None if labels is None else labels.to(torch.int64).reshape(-1)
     if isinstance(source, Projection):
         rows = _of_projection(source, flat, temperature)

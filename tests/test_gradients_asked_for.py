@@ -21,7 +21,7 @@ LABELS = cases.labels(N, V)
 
 
 def leaf(*shape: int) -> Tensor:
-    return torch.randn(*shape, requires_grad=True)
+    return torch.rand(*shape, requires_grad=True)
 
 
 def sparse(**which: bool) -> Teacher:
@@ -117,7 +117,7 @@ WAYS: dict[str, Callable[[Callable[[Tensor], Any], Tensor], Any]] = {
 def test_forward_mode_is_refused(function: str, way: str, backend: str) -> None:
     call, shape = FUNCTIONS[function]
     with pytest.raises(NotImplementedError, match=r"no forward-mode derivatives.*use reverse mode"):
-        WAYS[way](call, torch.randn(shape))
+        WAYS[way](call, torch.rand(shape))
 
 
 def test_other_tensors_of_a_forward_mode_go_on(backend: str) -> None:

@@ -17,7 +17,7 @@ LABELS = torch.tensor([1, 2, 0, 3])
 
 def student_and(rest: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
     """Four rows of logits in the midst of a buffer, and another part of it."""
-    buffer = torch.randn(12, V, requires_grad=True) * 1
+    buffer = torch.rand(12, V, requires_grad=True) * 1
     return buffer[4:8], rest(buffer.detach())
 
 

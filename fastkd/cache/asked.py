@@ -5,7 +5,6 @@ None asks for nothing: what the cache has, or a default of a new one.
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Mapping
 from dataclasses import replace
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from fastkd import arguments
 from fastkd.cache.disk import CacheError
 from fastkd.cache.manifest import VERSION, Manifest, Settings
 from fastkd.cache.reader import check_weights
@@ -53,8 +53,7 @@ def new_settings(asked: Mapping[str, Any]) -> Settings:
     settings = Settings(**values)
     if format not in (*_DEFAULT_K, "dense"):
         raise ValueError(f"format must be 'sampled', 'topk' or 'dense', got {format!r}")
-    if not (isinstance(settings.temperature, (int, float)) and 0 < settings.temperature < math.inf):
-        raise ValueError(f"temperature must be a finite number > 0, got {settings.temperature!r}")
+    arguments.temperature("temperature", settings.temperature)
     if format == "dense":
         if settings.temperature != 1 or k is not None:
             raise ValueError(

@@ -27,7 +27,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import reprlib
 import string
 from collections.abc import Callable, Mapping
@@ -37,6 +36,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fastkd.arguments import COLDEST, HOTTEST
 from fastkd.cache.disk import CacheError, disk, replace_file
 from fastkd.cache.records import Dense, PackedSampled, PackedTopK, Plain, Records
 
@@ -112,7 +112,10 @@ def _or_null(key: _Key) -> _Key:
 
 _TEXT = _Key("a text", lambda value: isinstance(value, str))
 _TEXTS = _Key("a list of texts", lambda value: isinstance(value, list) and all(map(_TEXT.fits, value)))
-_NUMBER = _Key("a finite number > 0", lambda value: type(value) in (int, float) and 0 < value < math.inf)
+_TEMPERATURE = _Key(
+    f"a number in [{COLDEST:g}, {HOTTEST:g}]",
+    lambda value: type(value) in (int, float) and COLDEST <= value <= HOTTEST,
+)
 
 _SHARD = {
     "file": _TEXT,
@@ -126,7 +129,7 @@ _DOCUMENT = {
     "format": _one_of("sampled", "topk", "dense"),
     "packing": _one_of("packed", "plain", *_DENSE),
     "k": _or_null(_integer(1, 2**31 - 1)),
-    "temperature": _NUMBER,
+    "temperature": _TEMPERATURE,
     "vocab_size": _integer(1, 2**31 - 1),
     "seed": _Key("an integer", lambda value: type(value) is int),
     "teacher": _or_null(_TEXT),
