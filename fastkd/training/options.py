@@ -6,7 +6,10 @@ are refused when an object is made; `configuration.py` reads the objects from th
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -53,6 +56,12 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 class InputError(ValueError):
     """What was asked cannot be done: the message says why and what to do. Nothing was trained or written."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a misspelt word: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def option(default: Any, help: str, *aliases: str) -> Any:
@@ -139,6 +148,7 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
         expand_home(self, "data", "mix_data", "out_of_domain")
         at_least(self, max_length=2, stride=0)
         if self.stride > self.max_length:
@@ -176,12 +186,15 @@ class DistillationOptions:
         None, "what a cache keeps of each prediction [sampled, or dense where cache_precision is given]"
     )
     cache_tokens: int | None = option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
-    cache_precision: Literal["fp16", "bf16"] | None = option(
+    cache_precision: Literal["fp16", "bf16", "float16", "bfloat16"] | None = option(
         None, "what a dense cache stores; the others have an encoding of their own"
     )
 
     def __post_init__(self) -> None:
         expand_home(self, "cache_dir")
+        spelt = {"float16": "fp16", "bfloat16": "bf16"}.get(str(self.cache_precision), self.cache_precision)
+        object.__setattr__(self, "cache_precision", spelt)
+        check_finite(self)
         self._resolve_weights()
         for name in ("soft_weight", "hard_weight", "final_soft_weight"):
             value = getattr(self, name)
@@ -302,6 +315,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         expand_home(self, "output")
+        check_finite(self)
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"epochs {self.epochs} and max_steps {self.max_steps} contradict each other: give one")
         if self.epochs is None and self.max_steps is None:
@@ -350,10 +364,12 @@ class EvaluationOptions:
     top_p: float = option(0.5, "samples are drawn from the likeliest tokens of this total probability")
 
     def __post_init__(self) -> None:
+        check_finite(self)
         at_least(self, eval_windows=1, eval_batch_size=1, sample_tokens=0)
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
-            raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
+            meant = did_you_mean(unknown[0], METRICS)
+            raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}{meant}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
@@ -366,6 +382,13 @@ def check_kept(cache_format: str | None, cache_tokens: int | None) -> None:
         raise InputError(f"cache_tokens is {cache_tokens}; it must be at least 1")
     if cache_format == "dense":
         raise InputError(f"cache_tokens is {cache_tokens}, but a dense cache keeps all tokens: leave one of them away")
+
+
+def check_finite(options: object) -> None:
+    """No number of these options is infinite or NaN, which passes every comparison or none."""
+    for name, value in vars(options).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} is {value}; it must be a finite number")
 
 
 def at_least(options: object, **least: float) -> None:

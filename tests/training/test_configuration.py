@@ -85,7 +85,39 @@ def test_what_is_printed_is_read_again(tmp_path, capsys):
     assert parse(str(tmp_path / "again.yaml")) == parse(str(tmp_path / "config.yaml"), "--prompts", "a", "b: c")
 
 
+#: The same in groups, as a guide prints it.
+GROUPED = """
+distillation_config:
+  models: {teacher_model: gpt2-large, student_model: gpt2}
+  loss:
+    temperature: 3.0
+    alpha: 0.4
+    alpha_on: soft
+  cache: {cache_dir: cache, cache_precision: float16}
+  training:
+    fp16: true
+    per_device_train_batch_size: 4
+"""
+
+
+def test_groups_of_a_configuration_may_stand_in_one_mapping(tmp_path):
+    (tmp_path / "config.yaml").write_text(GROUPED)
+    found = parse(str(tmp_path / "config.yaml"), "--temperature", "2")
+    expected = {"teacher": "gpt2-large", "temperature": 2.0, "soft_weight": 0.4, "cache_precision": "fp16"}
+    expected |= {"cache_format": "dense", "fp16": True, "batch_size": 4, "student": "gpt2"}
+    assert {name: found[name] for name in expected} == expected
+
+
 BAD_FILES = [
+    ("loss: {temprature: 2}", "unknown key 'temprature'; did you mean 'temperature'"),
+    ("a: {b: {c: {temperature: 2}}}", "nests 'c' too deep"),
+    ("a: &a {b: *a}", "too deep"),
+    ("a: {temperature: 2}\ntemperature: 3", "both 'temperature' and 'temperature'"),
+    ("temperature: [1, 2]", "the list [1, 2] under 'temperature', which takes one value"),
+    ("temperature: .nan", "temperature is nan"),
+    ("soft_weight: .inf", "soft_weight is inf"),
+    ("output: 2024-13-45", "is not YAML"),
+    ("size: smal", "did you mean 'small'"),
     ("temprature: 2", "unknown key 'temprature'; did you mean 'temperature'"),
     ("temperature: hot", "invalid float value: 'hot'"),
     ("size: huge", "invalid choice: 'huge'"),
@@ -107,7 +139,12 @@ def test_bad_files(tmp_path, text, message):
 
 BAD_FLAGS = [
     (["absent.yaml"], "cannot read the configuration absent.yaml"),
-    (["--temprature", "2"], "temprature"),
+    (["--temprature", "2"], "did you mean '--temperature'"),
+    (["--size", "smal"], "did you mean 'small'"),
+    (["--metrics", "perplexty"], "did you mean 'perplexity'"),
+    (["--prompts", "a", "config.yaml"], "write CONFIG.yaml first"),
+    (["--bf16", "config.yaml"], "write CONFIG.yaml before the options"),
+    (["--hard-weight", "nan"], "hard_weight is nan"),
     (["--temperature", "0"], "temperature is 0.0"),
     (["--soft-weight", "-1"], "soft_weight is -1.0"),
     (["--soft-weight", "0", "--hard-weight", "0"], "both 0"),
