@@ -11,10 +11,12 @@ import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from fastkd import served
 from fastkd.divergences import TABLE, resolve
+from fastkd.training.optimizers import OPTIMIZER_PACKAGES, OPTIMIZERS_WITH_ARGUMENTS, SCHEDULERS
 
 __all__ = [
     "GROUPS",
@@ -294,7 +296,7 @@ class TrainingOptions:
     gradient_accumulation_steps: int = option(1, "batches per optimizer step; the loss is exact over all of them")
     learning_rate: float = option(2e-3, "peak learning rate")
     optimizer: str = option("adamw_torch", "an optimizer of transformers' Trainer", "optim")
-    scheduler: str = option("cosine", "a learning rate schedule of transformers' Trainer", "lr_scheduler_type")
+    scheduler: str = option("cosine", "a learning rate schedule: " + ", ".join(SCHEDULERS), "lr_scheduler_type")
     warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises to its peak")
     weight_decay: float = option(0.1, "AdamW's, of matrices; biases and norms are not decayed")
     adam_beta1: float = option(0.9, "AdamW's")
@@ -338,6 +340,17 @@ class TrainingOptions:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
+        package = OPTIMIZER_PACKAGES.get(self.optimizer)
+        if package is not None and find_spec(package) is None:
+            raise InputError(f"optimizer is {self.optimizer!r}, which needs {package}: install it, or take adamw_torch")
+        if self.optimizer.startswith(OPTIMIZERS_WITH_ARGUMENTS):
+            raise InputError(f"optimizer is {self.optimizer!r}, which needs arguments of its own: take adamw_torch")
+        if self.scheduler not in SCHEDULERS:
+            meant = did_you_mean(self.scheduler, SCHEDULERS)
+            raise InputError(
+                f"scheduler is {self.scheduler!r}; those that need no arguments of their own are "
+                f"{', '.join(SCHEDULERS)}{meant}"
+            )
         if self.fp16 and self.bf16:
             raise InputError("fp16 and bf16 are both set: choose one")
         if self.overwrite and self.resume:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
 import subprocess
 import sys
 
@@ -140,6 +142,10 @@ def test_bad_files(tmp_path, text, message):
 BAD_FLAGS = [
     (["absent.yaml"], "cannot read the configuration absent.yaml"),
     (["--temprature", "2"], "did you mean '--temperature'"),
+    (["--optimizer", "adamw_torch_xla"], "which needs torch_xla"),
+    (["--optimizer", "galore_adamw"], "which needs arguments of its own"),
+    (["--scheduler", "warmup_stable_decay"], "those that need no arguments of their own are"),
+    (["--scheduler", "cosin"], "did you mean 'cosine'"),
     (["--size", "smal"], "did you mean 'small'"),
     (["--metrics", "perplexty"], "did you mean 'perplexity'"),
     (["--prompts", "a", "config.yaml"], "write CONFIG.yaml first"),
@@ -249,3 +255,53 @@ def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"fastkd.training.{name}", raising=False)
     assert main(["distill"]) == 2
     assert "pip install 'fastkd[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_printing_fails_in_no_encoding(encoding):
+    code = "import sys; from fastkd.cli import main; sys.exit(main(['distill', '--print-config', '--prompts', '→ 雪']))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False, capture_output=True)
+    assert found.returncode == 0, found.stderr
+    assert rb"\u96ea" in found.stdout
+
+
+VALUES = [
+    "",
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "1e999",
+    "x",
+    "true",
+    "[1, 2]",
+    "{a: 1}",
+    "null",
+    "'~nobody/x'",
+    "config.yaml",
+    "é",
+]
+
+
+def test_every_configuration_is_read_or_refused(tmp_path):
+    """Seeded: random keys, values and shapes; whatever is not read ends in an InputError."""
+    chance = random.Random(0)
+    keys = [field.name for group in GROUPS for field in dataclasses.fields(group)] + ["temprature", "loss", "1", "x y"]
+    file = tmp_path / "config.yaml"
+    refused = 0
+    for number in range(400):
+        pairs = [(chance.choice(keys), chance.choice(VALUES)) for _ in range(chance.randint(1, 3))]
+        if number % 2:
+            lines = [f"{key}: {value}" for key, value in pairs]
+            inner = "\n".join("  " + line for line in lines)
+            text = f"group:\n{inner}" if chance.random() < 0.3 else "\n".join(lines)
+            file.write_text(text, encoding="utf-8")
+            arguments = [str(file)]
+        else:
+            arguments = [part for key, value in pairs for part in (f"--{key}", value)]
+        try:
+            parse(*arguments)
+        except InputError:
+            refused += 1
+    assert 200 < refused < 400
