@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -16,6 +17,9 @@ _EXTRAS = ("transformers", "accelerate", "yaml", "matplotlib", "tqdm", "datasets
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 0, 2 when asked for what cannot be done, 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):  # what is printed is never worth a run: ASCII has no arrow
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="fastkd",
         description="Knowledge distillation of language models.",

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-from fastkd.training.options import DistillationOptions, InputError, at_least, check_kept, expand_home, option
+from fastkd.training.options import (
+    DistillationOptions,
+    InputError,
+    at_least,
+    check_finite,
+    check_kept,
+    expand_home,
+    option,
+)
 
 __all__ = ["CacheOptions", "InspectOptions", "SweepOptions"]
 
@@ -67,6 +75,7 @@ class CacheOptions:
 
     def __post_init__(self) -> None:
         expand_home(self, "output")
+        check_finite(self)
         at_least(self, batch_size=1)
         check_kept(self.cache_format, self.cache_tokens)
         if self.plain and self.cache_format == "dense":

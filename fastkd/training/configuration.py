@@ -9,8 +9,7 @@ argument parser, which loads neither torch nor its models.
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,12 +17,15 @@ from typing import Any, NoReturn
 import yaml
 from transformers.hf_argparser import HfArgumentParser
 
-from fastkd.training.options import GROUPS, InputError, at_home
+from fastkd.training.options import GROUPS, InputError, at_home, did_you_mean
 
 __all__ = ["Parser", "differences", "dump", "load"]
 
 #: Options that exclude each other: one on the command line drops the others of a YAML file.
 _RIVALS = ({"epochs", "max_steps"}, {"alpha", "alpha_on", "soft_weight", "hard_weight"})
+
+_LEVELS = 2  # of mappings around an option: its group, and one around the groups
+_SUFFIXES = (".yaml", ".yml")
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -47,6 +49,12 @@ class Parser:
         )
         self.add = self._parser.add_argument
         self._keys, self._elsewhere = _keys(groups), _keys(GROUPS)
+        self._lists = {
+            one.name
+            for group in groups
+            for one in fields(group)
+            if isinstance(self._parser.get_default(one.name), list)
+        }
         if config:
             self.add("config", nargs="?", metavar="CONFIG.yaml", help="options, by name; flags win over them")
             self.add("--print-config", action="store_true", help="print the resolved options as YAML and stop")
@@ -59,7 +67,10 @@ class Parser:
         """
         named, unknown = self._parser.parse_known_args(list(arguments))
         if unknown:
-            self._parser.error(f"there are no options {' '.join(unknown)}")
+            meant = "".join(did_you_mean(flag, self._parser.options) for flag in unknown if flag.startswith("--"))
+            self._parser.error(f"there are no options {' '.join(unknown)}{meant}")
+        if hasattr(named, "config") and named.config is None:
+            self._check_swallowed(vars(named))
         config = config or getattr(named, "config", None)
         config = None if config is None else at_home(config, "CONFIG.yaml")
         given = {name for name, value in vars(named).items() if value != self._parser.get_default(name)}
@@ -70,19 +81,20 @@ class Parser:
         flags: list[str] = []
         overridden = {name for rivals in _RIVALS if rivals & overridden for name in rivals}
         seen: dict[str, str] = {}
-        for key, value in load(config).items():
-            name = self._keys.get(str(key).replace("-", "_"))
-            if name is None and key in self._elsewhere:
+        for key, value in self._leaves(load(config), config):
+            name = self._keys.get(_plain(key))
+            if name is None and _plain(key) in self._elsewhere:
                 continue  # a run's configuration serves commands that need less of it
             if name is None:
-                close = difflib.get_close_matches(str(key), self._keys, n=1)
-                meant = f"; did you mean {close[0]!r}?" if close else ""
+                meant = did_you_mean(str(key), {**self._keys, **self._elsewhere})
                 raise InputError(f"{config} has an unknown key {key!r}{meant} (fastkd distill --print-config has all)")
             if name in seen:
                 raise InputError(f"{config} has both {seen[name]!r} and {key!r}, which are one option: keep one")
             seen[name] = str(key)
             if value is None or value == [] or name in overridden:
                 continue
+            if isinstance(value, list) and name not in self._lists:
+                raise InputError(f"{config} has the list {value!r} under {key!r}, which takes one value")
             values = value if isinstance(value, list) else [value]
             if any(isinstance(one, (dict, list)) for one in values):
                 raise InputError(
@@ -91,10 +103,45 @@ class Parser:
             flags += _flag(name, values)
         return flags
 
+    def _leaves(self, mapping: dict[Any, Any], config: str, depth: int = 0) -> Iterator[tuple[Any, Any]]:
+        """Keys and values; those of groups too, whose own names say nothing. Groups may stand in one wrapping."""
+        for key, value in mapping.items():
+            known = {_plain(key)} & (self._keys.keys() | self._elsewhere.keys())
+            if known or not isinstance(value, dict):
+                yield key, value
+            elif depth == _LEVELS:
+                raise InputError(f"{config} nests {key!r} too deep: options stand in groups, these in one mapping")
+            else:
+                yield from self._leaves(value, config, depth + 1)
+
+    def _check_swallowed(self, named: dict[str, Any]) -> None:
+        """Options that take several values take a file that follows them too: no text ends like one by chance."""
+        for name in self._lists & named.keys():
+            found = [text for text in named[name] if str(text).endswith(_SUFFIXES)]
+            if found:
+                raise InputError(f"--{name} has taken {found[-1]!r} for one of its values: write CONFIG.yaml first")
+
 
 class _Refusing(HfArgumentParser):
+    @property
+    def options(self) -> Iterable[str]:
+        """Every flag."""
+        return self._option_string_actions.keys()
+
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; see {self.prog} --help")
+        first = "; write CONFIG.yaml before the options" if any(end in message for end in _SUFFIXES) else ""
+        raise InputError(f"{message}{first}; see {self.prog} --help")
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(str(value), map(str, action.choices or ()))
+            raise
+
+
+def _plain(key: object) -> str:
+    return str(key).replace("-", "_")
 
 
 def _flag(name: str, values: Sequence[Any]) -> list[str]:
@@ -120,7 +167,7 @@ def load(path: str | Path) -> dict[Any, Any]:
         found = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: no UTF-8, or a date that is none
         raise InputError(f"{path} is not YAML: {error}") from error
     if not isinstance(found, dict):
         raise InputError(f"{path} must hold keys and values, such as 'temperature: 2', not {type(found).__name__}")

@@ -189,11 +189,12 @@ def _saved_dataset(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
         if isinstance(found, dict):
             raise InputError(f"{path} holds the splits {', '.join(found)}: name the directory of one of them")
         for number, row in enumerate(found, 1):
-            if not isinstance(row.get(text_column), str):
-                raise InputError(f"{path}, row {number}: this row has no {text_column!r} string")
+            _check_text(row.get(text_column), f"{path}, row {number}", text_column)
             yield row
-    except (OSError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"cannot read {path}: {error}") from error
+    except InputError:
+        raise
+    except Exception as error:  # the library raises what pyarrow, its file systems and its parsers raise
+        raise InputError(f"cannot read {path}: {_first_line(error)}") from error
 
 
 def _dataset(data: str, text_column: str) -> Iterator[str]:
@@ -212,12 +213,35 @@ def _dataset(data: str, text_column: str) -> Iterator[str]:
     try:
         found = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # the library raises what its file systems and its scripts raise
-        raise InputError(f"cannot load the data {data!r}: {str(error).splitlines()[0]}\n{ways}") from error
+        raise InputError(f"cannot load the data {data!r}: {_first_line(error)}\n{ways}") from error
     if text_column not in found.column_names:
         raise InputError(
             f"the dataset {data!r} has no column {text_column!r}: pass --text-column, one of {found.column_names}"
         )
-    yield from found[text_column]
+    for number, text in enumerate(found[text_column], 1):
+        _check_text(text, f"{data}, row {number}", text_column)
+        yield text
+
+
+def _check_text(text: object, where: str, text_column: str) -> None:
+    """A row holds a string that is text. A JSON escape can name half of a character, which no tokenizer takes."""
+    if not isinstance(text, str):
+        found = "nothing" if text is None else f"a {type(text).__name__}"
+        raise InputError(
+            f"{where}: this row has no {text_column!r} string, but {found}: name another --text-column, or write "
+            "each document (a chat, for example) as one string"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{where}: {text_column!r} has the lone surrogate {text[error.start]!a} at character {error.start}, which "
+            "is no text: replace it"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _packaged_reviews() -> Iterator[str]:
@@ -256,12 +280,13 @@ def _rows(path: Path, text_column: str) -> Iterator[dict[str, Any]]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             for line, row in parse(file, text_column):
-                if not isinstance(row, dict) or not isinstance(row.get(text_column), str):
-                    raise InputError(f"{path}, line {line}: this row has no {text_column!r} string")
+                _check_text(row.get(text_column) if isinstance(row, dict) else row, f"{path}, line {line}", text_column)
                 yield row
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except InputError:
+        raise
+    except (ValueError, RecursionError, csv.Error) as error:  # ValueError: no UTF-8, no JSON, a number too long for it
         raise InputError(f"{path}, after line {line}: {getattr(error, 'msg', error)}") from error
 
 

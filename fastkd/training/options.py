@@ -6,12 +6,17 @@ are refused when an object is made; `configuration.py` reads the objects from th
 
 from __future__ import annotations
 
+import difflib
+import math
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from fastkd import served
 from fastkd.divergences import TABLE, resolve
+from fastkd.training.optimizers import OPTIMIZER_PACKAGES, OPTIMIZERS_WITH_ARGUMENTS, SCHEDULERS
 
 __all__ = [
     "GROUPS",
@@ -53,6 +58,12 @@ Schedule = Literal["constant", "linear", "cosine"]
 
 class InputError(ValueError):
     """What was asked cannot be done: the message says why and what to do. Nothing was trained or written."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """The end of a message about a misspelt word: the nearest known one, or nothing."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f"; did you mean {close[0]!r}?" if close else ""
 
 
 def option(default: Any, help: str, *aliases: str) -> Any:
@@ -139,6 +150,7 @@ class DataOptions:
     )
 
     def __post_init__(self) -> None:
+        check_finite(self)
         expand_home(self, "data", "mix_data", "out_of_domain")
         at_least(self, max_length=2, stride=0)
         if self.stride > self.max_length:
@@ -176,12 +188,15 @@ class DistillationOptions:
         None, "what a cache keeps of each prediction [sampled, or dense where cache_precision is given]"
     )
     cache_tokens: int | None = option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
-    cache_precision: Literal["fp16", "bf16"] | None = option(
+    cache_precision: Literal["fp16", "bf16", "float16", "bfloat16"] | None = option(
         None, "what a dense cache stores; the others have an encoding of their own"
     )
 
     def __post_init__(self) -> None:
         expand_home(self, "cache_dir")
+        spelt = {"float16": "fp16", "bfloat16": "bf16"}.get(str(self.cache_precision), self.cache_precision)
+        object.__setattr__(self, "cache_precision", spelt)
+        check_finite(self)
         self._resolve_weights()
         for name in ("soft_weight", "hard_weight", "final_soft_weight"):
             value = getattr(self, name)
@@ -281,7 +296,7 @@ class TrainingOptions:
     gradient_accumulation_steps: int = option(1, "batches per optimizer step; the loss is exact over all of them")
     learning_rate: float = option(2e-3, "peak learning rate")
     optimizer: str = option("adamw_torch", "an optimizer of transformers' Trainer", "optim")
-    scheduler: str = option("cosine", "a learning rate schedule of transformers' Trainer", "lr_scheduler_type")
+    scheduler: str = option("cosine", "a learning rate schedule: " + ", ".join(SCHEDULERS), "lr_scheduler_type")
     warmup_ratio: float = option(0.05, "share of the steps in which the learning rate rises to its peak")
     weight_decay: float = option(0.1, "AdamW's, of matrices; biases and norms are not decayed")
     adam_beta1: float = option(0.9, "AdamW's")
@@ -302,6 +317,7 @@ class TrainingOptions:
 
     def __post_init__(self) -> None:
         expand_home(self, "output")
+        check_finite(self)
         if self.epochs is not None and self.max_steps is not None:
             raise InputError(f"epochs {self.epochs} and max_steps {self.max_steps} contradict each other: give one")
         if self.epochs is None and self.max_steps is None:
@@ -324,6 +340,17 @@ class TrainingOptions:
             raise InputError(f"learning_rate is {self.learning_rate}; it must be above 0")
         if not 0 <= self.warmup_ratio < 1:
             raise InputError(f"warmup_ratio is {self.warmup_ratio}; it must be in [0, 1)")
+        package = OPTIMIZER_PACKAGES.get(self.optimizer)
+        if package is not None and find_spec(package) is None:
+            raise InputError(f"optimizer is {self.optimizer!r}, which needs {package}: install it, or take adamw_torch")
+        if self.optimizer.startswith(OPTIMIZERS_WITH_ARGUMENTS):
+            raise InputError(f"optimizer is {self.optimizer!r}, which needs arguments of its own: take adamw_torch")
+        if self.scheduler not in SCHEDULERS:
+            meant = did_you_mean(self.scheduler, SCHEDULERS)
+            raise InputError(
+                f"scheduler is {self.scheduler!r}; those that need no arguments of their own are "
+                f"{', '.join(SCHEDULERS)}{meant}"
+            )
         if self.fp16 and self.bf16:
             raise InputError("fp16 and bf16 are both set: choose one")
         if self.overwrite and self.resume:
@@ -350,10 +377,12 @@ class EvaluationOptions:
     top_p: float = option(0.5, "samples are drawn from the likeliest tokens of this total probability")
 
     def __post_init__(self) -> None:
+        check_finite(self)
         at_least(self, eval_windows=1, eval_batch_size=1, sample_tokens=0)
         unknown = [name for name in self.metrics if name not in METRICS]
         if unknown:
-            raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}")
+            meant = did_you_mean(unknown[0], METRICS)
+            raise InputError(f"metrics has {', '.join(unknown)}; there are {', '.join(METRICS)}{meant}")
         if not 0 < self.top_p <= 1:
             raise InputError(f"top_p is {self.top_p}; it must be in (0, 1]")
 
@@ -366,6 +395,13 @@ def check_kept(cache_format: str | None, cache_tokens: int | None) -> None:
         raise InputError(f"cache_tokens is {cache_tokens}; it must be at least 1")
     if cache_format == "dense":
         raise InputError(f"cache_tokens is {cache_tokens}, but a dense cache keeps all tokens: leave one of them away")
+
+
+def check_finite(options: object) -> None:
+    """No number of these options is infinite or NaN, which passes every comparison or none."""
+    for name, value in vars(options).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{name} is {value}; it must be a finite number")
 
 
 def at_least(options: object, **least: float) -> None:

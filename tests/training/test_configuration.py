@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import random
 import subprocess
 import sys
 
@@ -85,7 +87,39 @@ def test_what_is_printed_is_read_again(tmp_path, capsys):
     assert parse(str(tmp_path / "again.yaml")) == parse(str(tmp_path / "config.yaml"), "--prompts", "a", "b: c")
 
 
+#: The same in groups, as a guide prints it.
+GROUPED = """
+distillation_config:
+  models: {teacher_model: gpt2-large, student_model: gpt2}
+  loss:
+    temperature: 3.0
+    alpha: 0.4
+    alpha_on: soft
+  cache: {cache_dir: cache, cache_precision: float16}
+  training:
+    fp16: true
+    per_device_train_batch_size: 4
+"""
+
+
+def test_groups_of_a_configuration_may_stand_in_one_mapping(tmp_path):
+    (tmp_path / "config.yaml").write_text(GROUPED)
+    found = parse(str(tmp_path / "config.yaml"), "--temperature", "2")
+    expected = {"teacher": "gpt2-large", "temperature": 2.0, "soft_weight": 0.4, "cache_precision": "fp16"}
+    expected |= {"cache_format": "dense", "fp16": True, "batch_size": 4, "student": "gpt2"}
+    assert {name: found[name] for name in expected} == expected
+
+
 BAD_FILES = [
+    ("loss: {temprature: 2}", "unknown key 'temprature'; did you mean 'temperature'"),
+    ("a: {b: {c: {temperature: 2}}}", "nests 'c' too deep"),
+    ("a: &a {b: *a}", "too deep"),
+    ("a: {temperature: 2}\ntemperature: 3", "both 'temperature' and 'temperature'"),
+    ("temperature: [1, 2]", "the list [1, 2] under 'temperature', which takes one value"),
+    ("temperature: .nan", "temperature is nan"),
+    ("soft_weight: .inf", "soft_weight is inf"),
+    ("output: 2024-13-45", "is not YAML"),
+    ("size: smal", "did you mean 'small'"),
     ("temprature: 2", "unknown key 'temprature'; did you mean 'temperature'"),
     ("temperature: hot", "invalid float value: 'hot'"),
     ("size: huge", "invalid choice: 'huge'"),
@@ -107,7 +141,16 @@ def test_bad_files(tmp_path, text, message):
 
 BAD_FLAGS = [
     (["absent.yaml"], "cannot read the configuration absent.yaml"),
-    (["--temprature", "2"], "temprature"),
+    (["--temprature", "2"], "did you mean '--temperature'"),
+    (["--optimizer", "adamw_torch_xla"], "which needs torch_xla"),
+    (["--optimizer", "galore_adamw"], "which needs arguments of its own"),
+    (["--scheduler", "warmup_stable_decay"], "those that need no arguments of their own are"),
+    (["--scheduler", "cosin"], "did you mean 'cosine'"),
+    (["--size", "smal"], "did you mean 'small'"),
+    (["--metrics", "perplexty"], "did you mean 'perplexity'"),
+    (["--prompts", "a", "config.yaml"], "write CONFIG.yaml first"),
+    (["--bf16", "config.yaml"], "write CONFIG.yaml before the options"),
+    (["--hard-weight", "nan"], "hard_weight is nan"),
     (["--temperature", "0"], "temperature is 0.0"),
     (["--soft-weight", "-1"], "soft_weight is -1.0"),
     (["--soft-weight", "0", "--hard-weight", "0"], "both 0"),
@@ -212,3 +255,53 @@ def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
         monkeypatch.delitem(sys.modules, f"fastkd.training.{name}", raising=False)
     assert main(["distill"]) == 2
     assert "pip install 'fastkd[train]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_printing_fails_in_no_encoding(encoding):
+    code = "import sys; from fastkd.cli import main; sys.exit(main(['distill', '--print-config', '--prompts', '→ 雪']))"
+    command = [sys.executable, "-c", code]
+    found = subprocess.run(command, env={**os.environ, "PYTHONIOENCODING": encoding}, check=False, capture_output=True)
+    assert found.returncode == 0, found.stderr
+    assert rb"\u96ea" in found.stdout
+
+
+VALUES = [
+    "",
+    "0",
+    "-1",
+    "nan",
+    "inf",
+    "1e999",
+    "x",
+    "true",
+    "[1, 2]",
+    "{a: 1}",
+    "null",
+    "'~nobody/x'",
+    "config.yaml",
+    "é",
+]
+
+
+def test_every_configuration_is_read_or_refused(tmp_path):
+    """Seeded: random keys, values and shapes; whatever is not read ends in an InputError."""
+    chance = random.Random(0)
+    keys = [field.name for group in GROUPS for field in dataclasses.fields(group)] + ["temprature", "loss", "1", "x y"]
+    file = tmp_path / "config.yaml"
+    refused = 0
+    for number in range(400):
+        pairs = [(chance.choice(keys), chance.choice(VALUES)) for _ in range(chance.randint(1, 3))]
+        if number % 2:
+            lines = [f"{key}: {value}" for key, value in pairs]
+            inner = "\n".join("  " + line for line in lines)
+            text = f"group:\n{inner}" if chance.random() < 0.3 else "\n".join(lines)
+            file.write_text(text, encoding="utf-8")
+            arguments = [str(file)]
+        else:
+            arguments = [part for key, value in pairs for part in (f"--{key}", value)]
+        try:
+            parse(*arguments)
+        except InputError:
+            refused += 1
+    assert 200 < refused < 400

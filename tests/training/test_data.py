@@ -138,6 +138,11 @@ BAD_FILES = [
     ("broken.jsonl", b'{"text": "the film"}\n{"text": \n', "after line 1"),
     ("field.jsonl", b'{"text": "the film"}\n{"body": "x"}\n', "line 2: this row has no 'text' string"),
     ("list.jsonl", b'["the film"]\n', "line 1: this row has no 'text' string"),
+    ("surrogate.jsonl", b'{"text": "the film"}\n{"text": "a \\ud83d b"}\n', "line 2: 'text' has the lone surrogate"),
+    ("null.jsonl", b'{"text": null}\n', "line 1: this row has no 'text' string, but nothing"),
+    ("chat.jsonl", b'{"text": [{"role": "user"}]}\n', "line 1: this row has no 'text' string, but a list"),
+    ("deep.jsonl", b'{"text": ' + b"[" * 100_000, "after line 0"),
+    ("long.jsonl", b'{"text": ' + b"1" * 5000 + b"}", "after line 0"),
     ("column.csv", b"body,label\nthe film,1\n", "line 2: this row has no 'text' string"),
     ("short.csv", b"label,text\n1,the film\n2\n", "line 3: this row has no 'text' string"),
     ("quote.csv", b'text\n"the film', "after line"),
@@ -173,3 +178,22 @@ def test_documents_that_datasets_opens(tmp_path, form):
     (tmp_path / "nothing").mkdir()
     with pytest.raises(InputError, match="cannot read"):
         read_documents(str(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize("content", [b"", b"PAR1 is not all of it", b"PAR1" + bytes(100) + b"PAR1"])
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_broken_table_is_refused_by_name(tmp_path, suffix, content):
+    pytest.importorskip("datasets")
+    path = tmp_path / f"text.{suffix}"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"text.{suffix}"):
+        read_documents(str(path))
+
+
+@pytest.mark.parametrize("row", [None, [{"role": "user", "content": "hello"}]])
+def test_a_row_of_the_hub_that_is_no_text_is_named(monkeypatch, row):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_dict({"text": [row]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: data)
+    with pytest.raises(InputError, match="somewhere/chats, row 1: this row has no 'text' string"):
+        read_documents("somewhere/chats")
