@@ -16,6 +16,7 @@ from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.fit import arguments, distillation_loss
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
+from fastkd.training.plain import visible
 
 __all__ = ["Materials", "Setup", "gather", "with_teacher"]
 
@@ -83,7 +84,7 @@ def gather(options: Options) -> Materials:
             f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
             f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
         )
-    print(f"data: {corpus.description()}")
+    print(visible(f"data: {corpus.description()}"))
     return Materials(device, tokenizer, corpus)
 
 
