@@ -21,6 +21,7 @@ import transformers
 
 import fastkd
 from fastkd.training import checks, loading, report
+from fastkd.training.adapters import merged
 from fastkd.training.data import Windows, collate
 from fastkd.training.evaluation import flops
 from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
@@ -63,14 +64,15 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         clock = time.perf_counter()
         given = lessons(setup)
         seconds = {"cache": time.perf_counter() - clock}
-        fitted = {STUDENT: _fit(setup, student, given, options, output / CHECKPOINTS / "student")}
-        students = {STUDENT: whole(student)}
+        work, some = output / CHECKPOINTS, materials.corpus.validation[:4]
+        fitted = {STUDENT: _fit(setup, student, given, options, work / "student")}
+        students = {STUDENT: merged(student, some, work / "student")}
         if options.evaluation.ce_baseline:
             alone = setup.student()
             without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[STUDENT]))
             given = Lessons(Windows(materials.corpus.train), collate)
-            fitted[CE_ONLY] = _fit(setup, alone, given, without, output / CHECKPOINTS / "ce-only")
-            students[CE_ONLY] = whole(alone)
+            fitted[CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
+            students[CE_ONLY] = merged(alone, some, work / "ce-only")
 
         with run.results() as staging:  # first of all: nothing that follows costs a student
             for name, model in students.items():
@@ -93,11 +95,6 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
     again = shlex.join(["fastkd", "eval", str(run.output)])
     report.warn(failed, f"the student is saved all the same; {again} writes a report into {run.output / 'eval'}")
     return record
-
-
-def whole(student: Any) -> Any:
-    """A student as a plain transformers model, its adapters merged into it."""
-    return student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
 
 
 def _introduce(setup: Setup, before: Contender) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.training import checks, plots, report
+from fastkd.training.adapters import merged
 from fastkd.training.command_options import SweepOptions
-from fastkd.training.distill import whole
 from fastkd.training.fit import distillation_loss, fit
 from fastkd.training.lessons import lessons
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options
@@ -82,7 +82,7 @@ def _row(setup: Setup, cell: DistillationOptions, directory: Path, count: str) -
     student = setup.student()
     kd = distillation_loss(cell, setup.counted)
     fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, setup.options, directory)
-    found = setup.judge.judge("student", whole(student))
+    found = setup.judge.judge("student", merged(student, setup.materials.corpus.validation[:4], directory))
     settings = {"soft_weight": soft, "hard_weight": hard, "temperature": cell.temperature}
     return {**settings, "loss": found.held_out.loss, **found.row()}
 
