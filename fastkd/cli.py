@@ -11,12 +11,16 @@ from collections.abc import Callable, Sequence
 
 import fastkd
 from fastkd.training.options import InputError
+from fastkd.training.plain import visible
 
 _EXTRAS = ("transformers", "accelerate", "yaml", "matplotlib", "tqdm", "datasets", "numpy", "safetensors")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command; returns the exit status: 0, 2 when asked for what cannot be done, 130 when interrupted."""
+    """Run a command; returns the exit status: 0, 2 when asked for what cannot be done, 130 when interrupted.
+
+    A report or figure that cannot be made, with all else saved, is a warning and 0.
+    """
     for stream in (sys.stdout, sys.stderr):  # what is printed is never worth a run: ASCII has no arrow
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -33,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         _COMMANDS[asked.command][1](asked.arguments)
     except InputError as error:
-        print(f"fastkd: error: {error}", file=sys.stderr)
+        print(visible(f"fastkd: error: {error}"), file=sys.stderr)
         return 2
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]

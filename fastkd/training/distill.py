@@ -10,6 +10,7 @@ its predictions into a cache, if there is to be one; train; train without a teac
 
 from __future__ import annotations
 
+import shlex
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -20,12 +21,14 @@ import transformers
 
 import fastkd
 from fastkd.training import checks, loading, report
+from fastkd.training.adapters import merged
 from fastkd.training.data import Windows, collate
 from fastkd.training.evaluation import flops
 from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
 from fastkd.training.judge import CE_ONLY, STUDENT, Contender, verdict
 from fastkd.training.lessons import lessons
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, Options
+from fastkd.training.plain import visible
 from fastkd.training.run import CHECKPOINTS, Run, claimed
 from fastkd.training.setup import Materials, Setup, gather, with_teacher
 
@@ -38,7 +41,8 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
     """Run the distillation, print its report and return what metrics.json says.
 
     `config` is the file that the options were read from. Raises InputError, before any training and with nothing
-    written, where the options cannot be met; after Ctrl-C KeyboardInterrupt, whose text says what resumes the run.
+    written, where the options cannot be met; after Ctrl-C KeyboardInterrupt, whose text says what resumes the run. A
+    report that cannot be made is no failure of the run, which has its student: a warning names what is missing.
     """
     started = time.perf_counter()
     with claimed(options, config=config) as run:
@@ -60,15 +64,21 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         clock = time.perf_counter()
         given = lessons(setup)
         seconds = {"cache": time.perf_counter() - clock}
-        fitted = {STUDENT: _fit(setup, student, given, options, output / CHECKPOINTS / "student")}
-        students = {STUDENT: whole(student)}
+        work, some = output / CHECKPOINTS, materials.corpus.validation[:4]
+        fitted = {STUDENT: _fit(setup, student, given, options, work / "student")}
+        students = {STUDENT: merged(student, some, work / "student")}
         if options.evaluation.ce_baseline:
             alone = setup.student()
             without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[STUDENT]))
             given = Lessons(Windows(materials.corpus.train), collate)
-            fitted[CE_ONLY] = _fit(setup, alone, given, without, output / CHECKPOINTS / "ce-only")
-            students[CE_ONLY] = whole(alone)
+            fitted[CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
+            students[CE_ONLY] = merged(alone, some, work / "ce-only")
 
+        with run.results() as staging:  # first of all: nothing that follows costs a student
+            for name, model in students.items():
+                folder = staging if name == STUDENT else staging / "ce-only"
+                model.save_pretrained(folder)
+                materials.tokenizer.save_pretrained(folder)
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
         cost = _flops(setup, fitted[STUDENT])
         lines = [*verdict(contenders), _cost_line(cost)]
@@ -76,20 +86,15 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
         record["seconds"] = seconds | {"total": time.perf_counter() - started}
         with run.results() as staging:
-            for name, model in students.items():
-                folder = staging if name == STUDENT else staging / "ce-only"
-                model.save_pretrained(folder)
-                materials.tokenizer.save_pretrained(folder)
             title = f"{options.models.teacher} → {options.models.student}: {run.output.name}"
-            report.write(staging, title, contenders, fitted, lines, options, materials.tokenizer, record)
+            failed = report.write(staging, title, contenders, fitted, lines, options, materials.tokenizer, record)
     report.print_results(contenders, lines, options.evaluation.metrics)
-    print(f"saved to {run.output} after {time.perf_counter() - started:.0f} s; open {run.output / 'report.html'}")
+    print(
+        visible(f"saved to {run.output} after {time.perf_counter() - started:.0f} s; see {run.output / 'report.html'}")
+    )
+    again = shlex.join(["fastkd", "eval", str(run.output)])
+    report.warn(failed, f"the student is saved all the same; {again} writes a report into {run.output / 'eval'}")
     return record
-
-
-def whole(student: Any) -> Any:
-    """A student as a plain transformers model, its adapters merged into it."""
-    return student.merge_and_unload() if hasattr(student, "merge_and_unload") else student
 
 
 def _introduce(setup: Setup, before: Contender) -> None:

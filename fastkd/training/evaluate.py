@@ -9,6 +9,7 @@ from typing import Any
 from fastkd.training import loading, report
 from fastkd.training.judge import CE_ONLY, STUDENT, verdict
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
+from fastkd.training.plain import visible
 from fastkd.training.run import CONFIG_FILE, note_files, results
 from fastkd.training.setup import gather, with_teacher
 
@@ -42,7 +43,8 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
         note_files(directory, ["eval"])
     with results(directory / "eval") as staging:
         title = f"{options.models.teacher} and {student}"
-        report.write(staging, title, contenders, {}, lines, options, setup.materials.tokenizer, record)
+        failed = report.write(staging, title, contenders, {}, lines, options, setup.materials.tokenizer, record)
     report.print_results(contenders, lines, options.evaluation.metrics)
-    print(f"saved to {directory / 'eval'}")
+    print(visible(f"saved to {directory / 'eval'}"))
+    report.warn(failed, "the rest is there; the same command makes it again")
     return record

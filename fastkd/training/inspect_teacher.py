@@ -13,6 +13,7 @@ import fastkd
 from fastkd.training import loading, plots
 from fastkd.training.command_options import InspectOptions
 from fastkd.training.options import InputError, ModelOptions
+from fastkd.training.plain import visible
 from fastkd.training.report import table
 from fastkd.training.samples import next_token
 
@@ -54,7 +55,7 @@ def inspect_teacher(models: ModelOptions, options: InspectOptions) -> list[Predi
             figure.savefig(options.plot, dpi=110)
         except OSError as error:
             raise InputError(f"cannot write {options.plot}: {error.strerror}") from error
-        print(f"\ndrawn into {options.plot}")
+        print(visible(f"\ndrawn into {options.plot}"))
     return found
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Tokenizer
 
+from fastkd.training.adapters import adapt
 from fastkd.training.options import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, InputError, ModelOptions
 
 __all__ = [
@@ -89,23 +90,7 @@ def load_student(options: ModelOptions, config: Any, device: torch.device) -> An
         student = AutoModelForCausalLM.from_config(config)
     else:
         student = _load(AutoModelForCausalLM, options.student, what="student", dtype=torch.float32)
-    student = student.to(device)
-    if not options.lora_rank:
-        return student
-    try:
-        from peft import LoraConfig, get_peft_model
-    except ModuleNotFoundError as error:
-        raise InputError("lora_rank needs peft: pip install 'fastkd[train]'") from error
-    lora = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=options.lora_rank,
-        lora_alpha=options.lora_alpha,
-        target_modules=options.lora_targets or None,
-    )
-    try:
-        return get_peft_model(student, lora)
-    except ValueError as error:
-        raise InputError(f"cannot adapt {options.student!r}: {error}; name layers with --lora-targets") from error
+    return adapt(student.to(device), options)
 
 
 def student_tokenizer(options: ModelOptions, teachers: Any) -> Any:

@@ -10,6 +10,7 @@ from matplotlib.ticker import LogLocator, ScalarFormatter
 
 from fastkd.training.fit import Fitted
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender
+from fastkd.training.plain import figure_text
 
 __all__ = ["calibration", "losses", "next_tokens", "sweep", "temperatures", "validation"]
 
@@ -69,7 +70,7 @@ def next_tokens(contenders: Sequence[Contender], prompts: Sequence[str], decode:
             at = [row + (place - (len(contenders) - 1) / 2) * height for row in range(len(tokens))]
             axes.bar(at, probabilities, height, color=_COLOURS.get(contender.name), label=contender.name)
         axes.set_xticks(range(len(tokens)), [_shown(decode(token)) for token in tokens])
-        axes.set(title=f"after “{prompts[number]}”", ylabel="probability")
+        axes.set(title=f"after “{figure_text(prompts[number])}”", ylabel="probability")
         axes.spines[["top", "right"]].set_visible(False)
     figure.axes[0].legend(frameon=False)
     return figure
@@ -123,13 +124,13 @@ def temperatures(curves: Mapping[float, Sequence[float]], tokens: Sequence[str],
         colour = (0.12, 0.47, 0.71, 1 - 0.75 * place / max(len(curves) - 1, 1))
         axes.bar(at, probabilities, height, color=colour, label=f"T = {temperature:g}")
     axes.set_xticks(range(len(tokens)), [_shown(token) for token in tokens])
-    axes.set(title=title, ylabel="probability")
+    axes.set(title=figure_text(title), ylabel="probability")
     return _finished(figure, axes)
 
 
 def _shown(token: str) -> str:
-    """A token as a label: blanks visible, and no mathematics in it."""
-    return token.replace(" ", "␣").replace("\n", "⏎").replace("$", r"\$") or "∅"
+    """A token as a label: blanks visible."""
+    return figure_text(token.replace(" ", "␣")) or "∅"
 
 
 def _finished(figure: Figure, axes: Any) -> Figure:

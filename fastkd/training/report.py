@@ -1,4 +1,7 @@
-"""The evidence of a run, as files: metrics.json, results.csv, samples.md and report.html, which is one file."""
+"""The evidence of a run, as files: metrics.json, results.csv, samples.md and report.html, which is one file.
+
+A file or figure that cannot be made costs nothing else: the others are written, and a warning names it.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,8 @@ import csv
 import html
 import io
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +22,10 @@ from fastkd.training.configuration import dump
 from fastkd.training.fit import Fitted
 from fastkd.training.judge import CE_ONLY, STUDENT, Contender
 from fastkd.training.options import EvaluationOptions, Options
+from fastkd.training.plain import markdown, visible
 from fastkd.training.run import METRICS_FILE
 
-__all__ = ["print_results", "result_table", "table", "write", "write_csv"]
+__all__ = ["print_results", "result_table", "table", "warn", "write", "write_csv", "write_each"]
 
 _TITLES: dict[str, tuple[str, Callable[[float], str]]] = {
     "perplexity": ("perplexity", "{:,.1f}".format),
@@ -75,14 +80,56 @@ def write(
     options: Options,
     tokenizer: Any,
     record: dict[str, Any],
-) -> None:
-    """All files of the report. `fitted` is by contender's name; `lines` are the verdict; `record` is metrics.json."""
+) -> list[str]:
+    """All files of the report. `fitted` is by contender's name; `lines` are the verdict; `record` is metrics.json.
+
+    Returns what could not be made, and why, for `warn`.
+    """
     rows = [{"model": one.name, "parameters": one.parameters, **one.row()} for one in contenders]
-    write_csv(directory / "results.csv", rows)
-    _write_samples(directory / "samples.md", contenders, fitted.get(STUDENT), options.evaluation)
-    page = _page(title, contenders, fitted, lines, options, lambda token: str(tokenizer.decode([token])))
-    (directory / "report.html").write_text(page, encoding="utf-8")
-    (directory / METRICS_FILE).write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    undrawn: list[str] = []
+
+    def page() -> str:
+        def decode(token: int) -> str:
+            return str(tokenizer.decode([token]))
+
+        return _page(title, contenders, fitted, lines, options, decode, undrawn)
+
+    story = fitted.get(STUDENT)
+    files: dict[str, Callable[[Path], None]] = {
+        METRICS_FILE: lambda path: _write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
+        "results.csv": lambda path: write_csv(path, rows),
+        "samples.md": lambda path: _write(path, _samples(contenders, story, options.evaluation)),
+        "report.html": lambda path: _write(path, page()),
+    }
+    return write_each(directory, files) + undrawn
+
+
+def write_each(directory: Path, files: Mapping[str, Callable[[Path], None]]) -> list[str]:
+    """Have each file written by its function; returns what failed, and why. A failed file is not there."""
+    failed = []
+    for name, writer in files.items():
+        try:
+            writer(directory / name)
+        except Exception as error:  # whatever it is, what was trained is worth more
+            (directory / name).unlink(missing_ok=True)
+            failed.append(_failure(name, error))
+    return failed
+
+
+def warn(failed: Sequence[str], again: str) -> None:
+    """Say on stderr what could not be made; `again` says what is saved nevertheless, and how to make the rest."""
+    for failure in failed:
+        print(visible(f"fastkd: warning: {failure}"), file=sys.stderr)
+    if failed:
+        print(visible(f"fastkd: warning: {again}"), file=sys.stderr)
+
+
+def _failure(name: str, error: Exception) -> str:
+    return f"{name} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a lone surrogate: JSON's own escape
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -93,17 +140,15 @@ def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _write_samples(
-    path: Path, contenders: Sequence[Contender], fitted: Fitted | None, evaluation: EvaluationOptions
-) -> None:
-    """Continuations of each prompt: by each contender, and by the student in the course of its training."""
+def _samples(contenders: Sequence[Contender], fitted: Fitted | None, evaluation: EvaluationOptions) -> str:
+    """Markdown. Continuations of each prompt: by each contender, and by the student in the course of its training."""
     lines = ["# Samples", f"\n{evaluation.sample_tokens} new tokens, top_p {evaluation.top_p}."]
     for number, prompt in enumerate(evaluation.prompts):
-        lines.append(f"\n## {prompt}\n")
+        lines.append(f"\n## {markdown(prompt)}\n")
         told = [(f"student, step {step}", texts) for step, texts in (fitted.samples if fitted else [])]
         told += [(contender.name, contender.samples) for contender in contenders]
-        lines += [f"- **{name}**: {' '.join(texts[number].split())}" for name, texts in told if texts]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        lines += [f"- **{name}**: {markdown(texts[number])}" for name, texts in told if texts]
+    return "\n".join(lines) + "\n"
 
 
 def _page(
@@ -113,20 +158,29 @@ def _page(
     lines: Sequence[str],
     options: Options,
     decode: Callable[[int], str],
+    undrawn: list[str],
 ) -> str:
-    """HTML without outside references."""
+    """HTML without outside references. A figure that cannot be drawn is added to `undrawn`."""
+
+    def image(draw: Callable[[], Figure], alternative: str) -> str:
+        try:
+            return _image(draw(), alternative)
+        except Exception as error:  # the rest of the page is worth more
+            undrawn.append(_failure(f"the figure of {alternative}", error))
+            return f"<p>{_text(undrawn[-1])}</p>"
+
     evaluation = options.evaluation
     student = next(contender for contender in contenders if contender.name == STUDENT)
-    parts = [f"<h1>{html.escape(title)}</h1>", _table(result_table(contenders, evaluation.metrics))]
-    parts.append("<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in lines) + "</ul>")
+    parts = [f"<h1>{_text(title)}</h1>", _table(result_table(contenders, evaluation.metrics))]
+    parts.append("<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>")
     if STUDENT in fitted:
         alone = fitted.get(CE_ONLY)
         teacher = next((one.held_out.perplexity for one in contenders if one.name == "teacher"), None)
-        parts += ["<h2>Training</h2>", _image(plots.losses(fitted[STUDENT], alone), "losses by step")]
-        parts.append(_image(plots.validation(fitted, teacher), "validation perplexity by step"))
-    parts += ["<h2>What the models expect next</h2>"]
-    parts.append(_image(plots.next_tokens(contenders, evaluation.prompts, decode), "next-token distributions"))
-    parts += ["<h2>Calibration</h2>", _image(plots.calibration(contenders), "calibration")]
+        parts += ["<h2>Training</h2>", image(lambda: plots.losses(fitted[STUDENT], alone), "losses by step")]
+        parts.append(image(lambda: plots.validation(fitted, teacher), "validation perplexity by step"))
+    expected = image(lambda: plots.next_tokens(contenders, evaluation.prompts, decode), "next-token distributions")
+    parts += ["<h2>What the models expect next</h2>", expected]
+    parts += ["<h2>Calibration</h2>", image(lambda: plots.calibration(contenders), "calibration")]
     if student.samples:
         rows = [["prompt", *(contender.name for contender in contenders)]]
         rows += [
@@ -134,15 +188,20 @@ def _page(
             for number, prompt in enumerate(evaluation.prompts)
         ]
         parts += ["<h2>Samples</h2>", _table(rows, "text")]
-    parts += ["<h2>Configuration</h2>", f"<pre>{html.escape(dump(options))}</pre>"]
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    parts += ["<h2>Configuration</h2>", f"<pre>{_text(dump(options))}</pre>"]
+    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
     body = "\n".join(parts)
     return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
 
 
+def _text(text: str) -> str:
+    """Any text as HTML that shows it."""
+    return html.escape(visible(text))
+
+
 def _table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
     def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) + "</tr>"
+        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
 
     return f'<table class="{kind}">{line(rows[0], "th")}' + "".join(line(row, "td") for row in rows[1:]) + "</table>"
 
@@ -151,4 +210,4 @@ def _image(figure: Figure, alternative: str) -> str:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(alternative)}" src="data:image/png;base64,{data}">'
+    return f'<img alt="{_text(alternative)}" src="data:image/png;base64,{data}">'

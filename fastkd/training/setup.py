@@ -12,10 +12,12 @@ import torch
 import transformers
 
 from fastkd.training import caching, checks, loading
+from fastkd.training.adapters import check_adapters
 from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.fit import arguments, distillation_loss
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
+from fastkd.training.plain import visible
 
 __all__ = ["Materials", "Setup", "gather", "with_teacher"]
 
@@ -75,15 +77,18 @@ def gather(options: Options) -> Materials:
     tokenizer = loading.load_tokenizer(options.models.teacher)
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
     caching.check_cache(options, tokenizer)
-    if options.models.teacher != TRAINED_TEACHER:  # that one's configuration is ours
-        _configurations(options, tokenizer)
+    if options.models.teacher != TRAINED_TEACHER:
+        _, student = _configurations(options, tokenizer)
+    else:  # the teacher's configuration is ours
+        student = loading.student_config(options.models, len(tokenizer), tokenizer)
+    check_adapters(options.models, student)
     corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
     if len(corpus.train) < options.training.batch_size:
         raise InputError(
             f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
             f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
         )
-    print(f"data: {corpus.description()}")
+    print(visible(f"data: {corpus.description()}"))
     return Materials(device, tokenizer, corpus)
 
 

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.training import checks, plots, report
+from fastkd.training.adapters import merged
 from fastkd.training.command_options import SweepOptions
-from fastkd.training.distill import whole
 from fastkd.training.fit import distillation_loss, fit
 from fastkd.training.lessons import lessons
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, InputError, Options
+from fastkd.training.plain import visible
 from fastkd.training.run import CHECKPOINTS, claimed, write_whole
 from fastkd.training.setup import Setup, gather, with_teacher
 
@@ -48,10 +49,12 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
         rows = _ranked(_rows(setup, cells, output / CHECKPOINTS))
         with run.results() as staging:
             report.write_csv(staging / "results.csv", rows)
-            plots.sweep(rows).savefig(staging / "sweep.png", dpi=110)
+            draw = {"sweep.png": lambda path: plots.sweep(rows).savefig(path, dpi=110)}
+            failed = report.write_each(staging, draw)
     shown = ("rank", "soft_weight", "hard_weight", "temperature", "loss", "kl", "top1_agreement")
     print("\n" + report.table([shown, *([_short(row[name]) for name in shown] for row in rows)]) + "\n")
-    print(f"saved to {run.output}: results.csv, sweep.png")
+    print(visible(f"saved to {run.output}: results.csv{'' if failed else ', sweep.png'}"))
+    report.warn(failed, f"{run.output / 'results.csv'} has all that it would show")
     return rows
 
 
@@ -79,7 +82,7 @@ def _row(setup: Setup, cell: DistillationOptions, directory: Path, count: str) -
     student = setup.student()
     kd = distillation_loss(cell, setup.counted)
     fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, setup.options, directory)
-    found = setup.judge.judge("student", whole(student))
+    found = setup.judge.judge("student", merged(student, setup.materials.corpus.validation[:4], directory))
     settings = {"soft_weight": soft, "hard_weight": hard, "temperature": cell.temperature}
     return {**settings, "loss": found.held_out.loss, **found.row()}
 
