@@ -30,6 +30,7 @@ from fastkd.training import checks, loading
 from fastkd.training.command_options import CacheOptions
 from fastkd.training.data import all_windows, load_corpus
 from fastkd.training.options import DataOptions, InputError, ModelOptions, Options
+from fastkd.training.places import check_writable
 
 __all__ = ["DTYPES", "check_cache", "check_teacher", "open_cache", "verify", "write", "write_cache"]
 
@@ -48,6 +49,7 @@ def write_cache(options: CacheOptions, models: ModelOptions, data: DataOptions) 
     Raises InputError, before the teacher runs, where the options cannot be met. Interrupted, it leaves a cache that
     the same call completes.
     """
+    check_writable(options.output, "output")
     device = loading.device_of(models)
     config, tokenizer = loading.teacher_config(models.teacher), loading.load_tokenizer(models.teacher)
     checks.check_tokenizers(tokenizer, tokenizer)

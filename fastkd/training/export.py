@@ -14,6 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
 
 from fastkd.training.options import InputError
+from fastkd.training.places import check_writable
 
 __all__ = ["export"]
 
@@ -24,6 +25,9 @@ def export(student: str, to: str, output: str) -> None:
     `hf`: as save_pretrained writes it. `int4`: likewise, with the weights of linear layers in 4 bits by torchao.
     `gguf`: one file, model.gguf. Raises InputError, with nothing written, where that cannot be done.
     """
+    if Path(output).exists():
+        raise InputError(f"{output} exists: name a new directory with --output")
+    check_writable(output, "--output")
     try:
         config, tokenizer = AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student)
         settings = {"quantization_config": _four_bits(config), "device_map": "cpu"} if to == "int4" else {}
@@ -60,8 +64,6 @@ def _four_bits(config: Any) -> Any:
 @contextmanager
 def _new_directory(output: Path) -> Iterator[Path]:
     """A directory that becomes `output` if the block succeeds, else goes away."""
-    if output.exists():
-        raise InputError(f"{output} exists: name a new directory with --output")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         staging = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))

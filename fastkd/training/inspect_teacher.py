@@ -13,6 +13,7 @@ import fastkd
 from fastkd.training import loading, plots
 from fastkd.training.command_options import InspectOptions
 from fastkd.training.options import InputError, ModelOptions
+from fastkd.training.places import check_writable
 from fastkd.training.plain import visible
 from fastkd.training.report import table
 from fastkd.training.samples import next_token
@@ -33,6 +34,8 @@ class Prediction(NamedTuple):
 
 def inspect_teacher(models: ModelOptions, options: InspectOptions) -> list[Prediction]:
     """Print a table per prompt, and one of temperatures; draw the last prompt's if asked to. Raises InputError."""
+    if options.plot:
+        check_writable(options.plot, "plot")
     tokenizer = loading.load_tokenizer(models.teacher)
     teacher = loading.load_teacher(models, loading.device_of(models))
     found = [_prediction(teacher, tokenizer, prompt, options.top_k) for prompt in options.prompts]

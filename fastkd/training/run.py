@@ -28,6 +28,7 @@ from typing import Any
 from fastkd.training.configuration import differences, dump, load
 from fastkd.training.lock import check_one_process, locked
 from fastkd.training.options import InputError, Options, TrainingOptions
+from fastkd.training.places import anchored
 
 __all__ = ["CHECKPOINTS", "CONFIG_FILE", "METRICS_FILE", "Run", "claimed", "note_files", "results", "write_whole"]
 
@@ -80,7 +81,7 @@ class Run:
         self.options, self.command, self.output = options, command, output
         self.resumed = options.training.resume
         self._groups = [
-            replace(group, overwrite=False, resume=False) if isinstance(group, TrainingOptions) else group
+            anchored(replace(group, overwrite=False, resume=False) if isinstance(group, TrainingOptions) else group)
             for group in groups
         ]
         beside = _beside(output)

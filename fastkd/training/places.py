@@ -1,0 +1,43 @@
+"""Where options point to on disk: the same place from any directory, and one that can be written to."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+from fastkd.training.options import InputError
+
+__all__ = ["anchored", "check_writable"]
+
+#: Options that are paths; and those that are one where something has that name, and a name of the Hub elsewhere.
+_PATHS = ("output", "cache_dir")
+_MAY_BE_PATHS = ("teacher", "student", "data", "mix_data", "out_of_domain")
+
+
+def anchored(group: Any) -> Any:
+    """A group of options with absolute paths, as a run keeps them: it may be resumed or judged from elsewhere."""
+    changes = {}
+    for one in fields(group):
+        value = getattr(group, one.name)
+        if value and (one.name in _PATHS or (one.name in _MAY_BE_PATHS and os.path.exists(value))):
+            changes[one.name] = os.path.abspath(value)
+    return replace(group, **changes) if changes else group
+
+
+def check_writable(path: str, name: str) -> None:
+    """Raise InputError where no file could be written at this path, or into this directory. Leaves nothing behind."""
+    place = Path(path).absolute()
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    if place.is_file() and place == Path(path).absolute():
+        place = place.parent  # it is replaced
+    try:
+        if not place.is_dir():
+            raise NotADirectoryError(20, f"{place} is a file")
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise InputError(f"{name} is {path!r}, but nothing can be written there: {error.strerror}") from error
