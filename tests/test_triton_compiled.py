@@ -138,10 +138,10 @@ def test_a_sweep_too_many_is_seen(target: str) -> None:
 
 
 def test_unrolled_steps_are_counted() -> None:
-    """AMD's compiler makes two steps of the backward's first sweep one: as many bytes per logit as ever."""
+    """AMD's compiler may make two steps of the backward's first sweep one: as many bytes per logit as ever."""
     (case,) = (case for case in CASES if case.name == "log_softmax_backward")
     reading = static.read(case, "gfx942", 128256)
-    assert [sweep.columns for sweep in reading.sweeps] == [32, 16]
+    assert [sweep.columns for sweep in reading.sweeps] in ([32, 16], [16, 16])  # Triton from 3.8, and before
     assert reading.estimate.bytes_per_logit == case.bytes_per_logit == 8
 
 

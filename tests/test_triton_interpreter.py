@@ -24,7 +24,8 @@ def _everyone_writes_the_same(target):
 @triton.jit
 def _doubled(source, target, BLOCK: tl.constexpr):
     offsets = tl.arange(0, BLOCK)
-    tl.store(target + offsets, tl.load(source + offsets) * 2)
+    value = tl.load(source + offsets)
+    tl.store(target + offsets, value + value)
 
 
 def test_the_checker_sees_a_store_out_of_bounds() -> None:

@@ -206,7 +206,7 @@ BAD_OPTIONS = [
     ({"max_length": CONTEXT + 1}, f"max_length {CONTEXT + 1} is more than the student's {CONTEXT} positions"),
     ({"batch_size": 10_000}, "a batch needs 10000"),
     ({"optimizer": "nonsense"}, "the training options are refused"),
-    ({"scheduler": "nonsense"}, "the training options are refused"),
+    ({"scheduler": "nonsense"}, "scheduler is 'nonsense'; those that need"),
     ({"divergence": "nonsense"}, "nonsense"),
     ({"data": "absent.txt"}, "cannot read absent.txt"),
     ({"data": "text.pdf"}, "cannot tell the format"),
