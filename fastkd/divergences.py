@@ -40,6 +40,8 @@ class Divergence:
     tempered: ClassVar[bool] = True
     #: Whether a term can only be computed once both softmaxes are normalised, which is one more sweep over the logits.
     normalised: ClassVar[bool] = True
+    #: Whether slopes, as multiples of the student's probability, stay small however far apart two logits are.
+    bounded: ClassVar[bool] = True
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -83,6 +85,7 @@ class ReverseKL(Divergence):
     """KL(q ‖ p) = Σ q (log q − log p): mode-seeking (MiniLLM, Gu et al. 2024)."""
 
     name: ClassVar[str] = "reverse_kl"
+    bounded: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
 
 
@@ -138,6 +141,7 @@ class SymmetricKL(Divergence):
     """weight·KL(p ‖ q) + (1−weight)·KL(q ‖ p)."""
 
     name: ClassVar[str] = "symmetric_kl"
+    bounded: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
     weight: float = 0.5
 
@@ -165,6 +169,7 @@ class AlphaBeta(Divergence):
     """
 
     name: ClassVar[str] = "alpha_beta"
+    bounded: ClassVar[bool] = False
     alpha: float = 0.2
     beta: float = 0.7
 
@@ -179,6 +184,7 @@ class MSE(Divergence):
     """Mean over the vocabulary of (z_student − z_teacher)²: raw logits, no temperature, no softmax."""
 
     name: ClassVar[str] = "mse"
+    bounded: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
     tempered: ClassVar[bool] = False
 

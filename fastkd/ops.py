@@ -150,7 +150,7 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
 
     fp16 ends at 6e-8, and a mean over many tokens puts the gradients of logits below it. Loss scaling is no help: it
     comes with the upstream gradient, after the rounding. At its other end, 65504, large weights do the same. The factor
-    brings the largest weight of a row to between ½ and 1. The backward divides by it and multiplies by the upstream.
+    brings the largest weight of a row to between 8 and 16. The backward divides by it and multiplies by the upstream.
     """
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
     if not _rounds_to_fp16(call) or not scales or scales[0].numel() == 0:
@@ -162,7 +162,7 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
         weight = weight + call.hard_scale.abs() * call.hard_weight
     _, exponent = torch.frexp(weight.max())
     one = torch.ones_like(scales[0][0])
-    factor = torch.ldexp(one, -exponent.to(one.dtype))  # of an int, the power would have torch's default dtype
+    factor = torch.ldexp(one, 4 - exponent.to(one.dtype))  # of an int, the power would have torch's default dtype
     soft_scale, hard_scale = (None if x is None else x * factor for x in (call.soft_scale, call.hard_scale))
     return call._replace(soft_scale=soft_scale, hard_scale=hard_scale), factor
 
@@ -170,12 +170,15 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
 def _reach(call: Call) -> float:
     """The factor of the soft weight at which no gradient of fp16 logits, which differ by 131008 at most, overflows.
 
-    Raw differences are multiplied by 2/V. Of the divergences, reverse KL reaches furthest: q(1 − q) ≤ ¼ times a
-    difference of log-ratios, 131008·(1/T + 1/T_teacher), over T. AlphaBeta with a negative parameter has no bound.
+    A cross-entropy's is 1, a bounded divergence's not much more. Raw differences are multiplied by 2/V. Of the others
+    reverse KL reaches furthest: q(1 − q) ≤ ¼ times a difference of log-ratios, 131008·(1/T + 1/T_teacher), over T;
+    AlphaBeta with a negative parameter has no bound.
     """
-    if not TABLE[call.divergence].tempered:
-        return max(1.0, 4 / call.vocab_size)
-    return max(1.0, (1 / call.temperature + 1 / call.teacher_temperature) / 2) / call.temperature
+    divergence = TABLE[call.divergence]
+    if not divergence.tempered:
+        return max(1.0, 64 / call.vocab_size)
+    furthest = 1.0 if divergence.bounded else max(1.0, 8 * (1 / call.temperature + 1 / call.teacher_temperature))
+    return furthest / call.temperature
 
 
 def _rounds_to_fp16(call: Call) -> bool:
