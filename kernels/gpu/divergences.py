@@ -72,7 +72,8 @@ def probability_gap(p, q, d):
 @triton.jit
 def mixture(d, lam):
     """(λp + (1−λ)q) / max(p, q), in (0, 1]."""
-    return tl.where(d > 0, 1 - lam, lam) + tl.where(d > 0, lam, 1 - lam) * exp(-tl.abs(d))
+    x = exp(-tl.abs(d))
+    return lam * tl.where(d > 0, x, 1.0) + (1 - lam) * tl.where(d > 0, 1.0, x)
 
 
 @triton.jit
@@ -83,8 +84,8 @@ def log_mixture(d, lam):
 @triton.jit
 def mixture_gap(d, lam):
     """(q − p) / (λp + (1−λ)q)."""
-    e = expm1(-tl.abs(d))
-    return tl.where(d > 0, -e, e) / mixture(d, lam)
+    e = expm1(-tl.abs(d)) / mixture(d, lam)
+    return tl.where(d > 0, -e, e)
 
 
 # --- Kullback-Leibler family ------------------------------------------------------------------------------------
