@@ -60,7 +60,7 @@ def check_adapters(options: ModelOptions, config: Any) -> None:
     """Refuse adapters as `adapt` does, on a student of this configuration that has no weights. Raises InputError."""
     if options.lora_rank:
         with torch.device("meta"):
-            adapt(AutoModelForCausalLM.from_config(config), options)
+            adapt(AutoModelForCausalLM.from_config(config, trust_remote_code=False), options)
 
 
 def merged(student: Any, windows: Tensor, directory: Path) -> Any:

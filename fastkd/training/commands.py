@@ -106,8 +106,8 @@ def evaluate(arguments: Sequence[str]) -> None:
     parser = Parser("eval", _EVAL, GROUPS, config=False)
     parser.add("model", metavar="STUDENT", help="directory of a finished run, or of any model with its tokenizer")
     parser.add("--baseline", metavar="DIRECTORY", help="a model to compare with; a run's ce-only, if it has one")
-    config = next((str(path) for path in _configurations(arguments)), None)
-    *groups, extra = parser.parse(arguments, config)
+    config = Path(parser.named(arguments).model).expanduser() / "config.yaml"
+    *groups, extra = parser.parse(arguments, str(config) if config.is_file() else None)
     from fastkd.training.evaluate import evaluate as run
 
     baseline = extra.baseline and at_home(extra.baseline, "--baseline")
@@ -207,8 +207,3 @@ def _show(cache: Cache) -> None:
     for name, value in {**vars(cache.settings), "columns": ", ".join(cache.columns) or None}.items():
         if value is not None:
             print(f"  {name:<14}{value}")
-
-
-def _configurations(arguments: Sequence[str]) -> list[Path]:
-    """The config.yaml of a run among the arguments."""
-    return [path for path in (Path(text).expanduser() / "config.yaml" for text in arguments[:1]) if path.is_file()]

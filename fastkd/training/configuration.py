@@ -59,6 +59,10 @@ class Parser:
             self.add("config", nargs="?", metavar="CONFIG.yaml", help="options, by name; flags win over them")
             self.add("--print-config", action="store_true", help="print the resolved options as YAML and stop")
 
+    def named(self, arguments: Sequence[str]) -> Any:
+        """The namespace of the arguments alone, nothing checked: what stands where is known before any file is read."""
+        return self._parser.parse_known_args(list(arguments))[0]
+
     def parse(self, arguments: Sequence[str], config: str | None = None) -> tuple[Any, ...]:
         """An object per group, then the namespace of what else was added.
 

@@ -81,7 +81,7 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
                 materials.tokenizer.save_pretrained(folder)
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
         cost = _flops(setup, fitted[STUDENT])
-        lines = [*verdict(contenders), _cost_line(cost)]
+        lines = [*verdict(contenders, before), _cost_line(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
         record["seconds"] = seconds | {"total": time.perf_counter() - started}

@@ -29,9 +29,13 @@ def export(student: str, to: str, output: str) -> None:
         raise InputError(f"{output} exists: name a new directory with --output")
     check_writable(output, "--output")
     try:
-        config, tokenizer = AutoConfig.from_pretrained(student), AutoTokenizer.from_pretrained(student)
+        config, tokenizer = (
+            auto.from_pretrained(student, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer)
+        )
         settings = {"quantization_config": _four_bits(config), "device_map": "cpu"} if to == "int4" else {}
-        model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32, **settings).eval()
+        model = AutoModelForCausalLM.from_pretrained(
+            student, dtype=torch.float32, trust_remote_code=False, **settings
+        ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise error if isinstance(error, InputError) else InputError(f"cannot load {student!r}: {error}") from error
     with _new_directory(Path(output)) as directory:

@@ -88,11 +88,20 @@ class Judge:
         )
 
 
-def verdict(contenders: Sequence[Contender]) -> list[str]:
-    """What the comparison says, a line each: the student against the one without a teacher, then the diagnosis."""
+def verdict(contenders: Sequence[Contender], before: Contender | None = None) -> list[str]:
+    """What the comparison says, a line each.
+
+    The student against what it was before training, and against the one without a teacher; then the diagnosis.
+    """
     found = {contender.name: contender for contender in contenders}
     student, alone = found[STUDENT], found.get(CE_ONLY)
     lines = []
+    if before is not None and not student.held_out.perplexity < before.held_out.perplexity:
+        lines.append(
+            f"WORSE: held-out perplexity {student.held_out.perplexity:,.1f} after training, "
+            f"{before.held_out.perplexity:,.1f} before it: the student was better as it began. A smaller "
+            "learning_rate, more warm-up or data closer to the held-out text may help"
+        )
     if alone is not None and student.held_out.kl is not None and alone.held_out.kl is not None:
         gain = 1 - student.held_out.kl / alone.held_out.kl
         better = student.held_out.perplexity < alone.held_out.perplexity and gain >= 0.1

@@ -75,7 +75,7 @@ def student_config(options: ModelOptions, vocab_size: int, tokenizer: Any) -> An
         if path.is_file():
             settings = _special_tokens(tokenizer) | {"vocab_size": vocab_size}
             return AutoConfig.for_model(**(settings | json.loads(path.read_text(encoding="utf-8"))))
-        return AutoConfig.from_pretrained(options.student)
+        return AutoConfig.from_pretrained(options.student, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
             f"cannot load the student's configuration {options.student!r}: {error}\nWays that work: a JSON file with "
@@ -87,7 +87,7 @@ def student_config(options: ModelOptions, vocab_size: int, tokenizer: Any) -> An
 def load_student(options: ModelOptions, config: Any, device: torch.device) -> Any:
     """The student, in fp32 on `device`: from random weights or its own, with adapters if these were asked for."""
     if _from_scratch(options):
-        student = AutoModelForCausalLM.from_config(config)
+        student = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     else:
         student = _load(AutoModelForCausalLM, options.student, what="student", dtype=torch.float32)
     return adapt(student.to(device), options)
@@ -145,7 +145,11 @@ def _quantization(kind: str) -> Any:
 
 
 def _load(auto_class: Any, name: str, what: str = "teacher", **settings: Any) -> Any:
-    """`auto_class.from_pretrained` of a directory, a .gguf file, a Hub name, or the packaged teacher."""
+    """`auto_class.from_pretrained` of a directory, a .gguf file, a Hub name, or the packaged teacher.
+
+    trust_remote_code is False wherever models are loaded: left out, transformers asks the terminal whether to run a
+    model's own Python, and `yes |` answers.
+    """
     path = Path(name)
     if name == PACKAGED_TEACHER and not path.exists():
         path = _packaged_teacher()
@@ -153,7 +157,7 @@ def _load(auto_class: Any, name: str, what: str = "teacher", **settings: Any) ->
     if path.suffix == ".gguf":
         source, settings["gguf_file"] = str(path.parent), path.name
     try:
-        return auto_class.from_pretrained(source, **settings)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **settings)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"cannot load the {what} {name!r}: {error}\nWays that work: a directory with a model and its tokenizer as "

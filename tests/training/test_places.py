@@ -65,7 +65,7 @@ def test_what_can_be_written_is_left_alone(tmp_path: Path, forbidden: Path) -> N
     check_writable(str(tmp_path / "a" / "b"), "output")
     check_writable(str(tmp_path / "file"), "plot")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
-    with pytest.raises(InputError, match="output is .*new', but nothing can be written there"):
+    with pytest.raises(InputError, match=r"output is .*new', but nothing can be written there"):
         check_writable(str(forbidden), "output")
 
 
