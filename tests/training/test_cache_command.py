@@ -95,7 +95,7 @@ def test_interrupted_command_goes_on(flags, tmp_path):
         assert child.poll() is None
         time.sleep(0.05)
     child.send_signal(signal.SIGINT)
-    _, shown = child.communicate(timeout=60)
+    _, shown = child.communicate(timeout=300)
     assert child.returncode == 130, shown
     assert f"the same command goes on with {tmp_path / 'cache'}" in shown
     assert main(["cache", "info", str(tmp_path / "cache")]) == 0

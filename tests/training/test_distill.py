@@ -139,7 +139,7 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
         if "loss=" in shown:
             break
     process.send_signal(signal.SIGINT)
-    _, rest = process.communicate(timeout=60)
+    _, rest = process.communicate(timeout=300)
     assert process.returncode == 130, rest
     assert "--resume" in rest
     assert not (out / "metrics.json").exists()
