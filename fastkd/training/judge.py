@@ -96,7 +96,7 @@ def verdict(contenders: Sequence[Contender], before: Contender | None = None) ->
     found = {contender.name: contender for contender in contenders}
     student, alone = found[STUDENT], found.get(CE_ONLY)
     lines = []
-    if before is not None and not student.held_out.perplexity < before.held_out.perplexity:
+    if before is not None and not student.held_out.perplexity <= before.held_out.perplexity:
         lines.append(
             f"WORSE: held-out perplexity {student.held_out.perplexity:,.1f} after training, "
             f"{before.held_out.perplexity:,.1f} before it: the student was better as it began. A smaller "

@@ -42,6 +42,7 @@ def test_a_student_that_became_better_is_not(monkeypatch):
     assert verdict([contender(STUDENT, 274.0)], contender("student before", 119.0))[0].startswith("WORSE")
     assert verdict([contender(STUDENT, float("nan"))], contender("student before", 119.0))[0].startswith("WORSE")
     assert verdict([contender(STUDENT, 118.0)], contender("student before", 119.0)) == []
+    assert verdict([contender(STUDENT, 119.0)], contender("student before", 119.0)) == []
 
 
 @pytest.fixture
