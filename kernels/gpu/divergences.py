@@ -138,13 +138,19 @@ def jsd_slope(p, q, gap, log_p, log_q, d, beta, b):
 
 
 @triton.jit
-def skew_kl_term(p, q, gap, log_p, log_q, d, lam, b):
+def skew_kl_term(p, q, gap, log_p, log_q, d, lam, ratio):
     return -weighted(p, tl.maximum(d, 0.0) + log_mixture(d, lam))
 
 
 @triton.jit
-def skew_kl_slope(p, q, gap, log_p, log_q, d, lam, b):
-    return (1 - lam) * (1 - lam) * q * mixture_gap(d, lam)
+def skew_kl_slope(p, q, gap, log_p, log_q, d, lam, ratio):
+    """With w = p / m, m the mixture: (1 − λ)·q·(w_top − w), w_top − w being (1 − λ)·w_top·(q − ratio·p) / m.
+
+    Rows that are nearly equal have w near 1 throughout, and a student that is sure of what the teacher is not has a w
+    near 0 at its top: no other constant than w_top leaves digits in both.
+    """
+    scale = (1 - lam) * (1 - lam) / (lam + (1 - lam) * ratio)
+    return scale * gap * (q / tl.maximum(lam * p + (1 - lam) * q, 1e-37))
 
 
 @triton.jit
@@ -241,7 +247,8 @@ class Divergence:
     """A pair and how the skeleton must sweep for it.
 
     `sweeps` is "closed" (`term` is a `close`; `forward` and `reverse` say which sums it uses), "normalised" (both
-    softmaxes must be known before the term) or "raw" (d is the difference of logits, there is no softmax).
+    softmaxes must be known before the term) or "raw" (d is the difference of logits, there is no softmax). Where
+    `about_top`, b is no parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p.
     """
 
     term: Any
@@ -249,6 +256,7 @@ class Divergence:
     sweeps: str = "normalised"
     forward: bool = False
     reverse: bool = False
+    about_top: bool = False
 
 
 DIVERGENCES = {
@@ -256,7 +264,7 @@ DIVERGENCES = {
     "reverse_kl": Divergence(reverse_kl_close, reverse_kl_slope, "closed", reverse=True),
     "symmetric_kl": Divergence(symmetric_kl_close, symmetric_kl_slope, "closed", forward=True, reverse=True),
     "jsd": Divergence(jsd_term, jsd_slope),
-    "skew_kl": Divergence(skew_kl_term, skew_kl_slope),
+    "skew_kl": Divergence(skew_kl_term, skew_kl_slope, about_top=True),
     "skew_reverse_kl": Divergence(skew_reverse_kl_term, skew_reverse_kl_slope),
     "tvd": Divergence(tvd_term, tvd_slope),
     "alpha_beta": Divergence(alpha_beta_term, alpha_beta_slope),

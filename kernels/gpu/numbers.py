@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import triton
+import triton.language as tl
+
 from fastkd.backend import RowSpec
-from fastkd.kernels.gpu.divergences import LOG2E, Divergence
+from fastkd.kernels.gpu.divergences import LOG2E, Divergence, exp
 
 
 class Numbers(NamedTuple):
@@ -19,6 +22,21 @@ class Numbers(NamedTuple):
     hard_weight: float
     a: float
     b: float
+
+
+@triton.jit
+def with_ratio(numbers, top_d):
+    """The numbers with e^top_d for b, kept to where neither it nor its inverse is more than large."""
+    return Numbers(
+        numbers.student_inverse,
+        numbers.teacher_inverse,
+        numbers.student_scale,
+        numbers.teacher_scale,
+        numbers.soft_weight,
+        numbers.hard_weight,
+        numbers.a,
+        exp(tl.minimum(tl.maximum(top_d, -60.0), 60.0)),
+    )
 
 
 def numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:

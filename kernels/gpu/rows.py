@@ -45,6 +45,7 @@ from fastkd.kernels.gpu.state import VocabularyTile, load_state, merged, store_s
 from fastkd.kernels.gpu.sweeps import (
     Factors,
     Logits,
+    about_top,
     gradient_of,
     row_of,
     slope_center,
@@ -63,6 +64,7 @@ class Mode:
     hard: bool
     forward: bool  # which of the sums of `Statistics` are wanted
     reverse: bool
+    about_top: bool  # as in `Divergence`
     same_temperature: bool
     hard_power: int  # see `numbers.hard_power`
     # Some logits are fp32: log q − log p and q − p must not cancel. 16-bit logits differ by nothing or by much, and
@@ -165,6 +167,8 @@ def _kd_rows_kernel(
         reverse = sums.reverse * row.student_share * unit - row.log_sum_gap
         soft, slope_sum = TERM(forward, reverse, numbers.a, numbers.b)
     if MODE.soft == "normalised" and MODE.stage != "statistics":
+        if MODE.about_top:
+            numbers = about_top(sums, row, numbers, MODE)
         center = slope_center(sums, row, numbers, SLOPE, MODE)
         if MODE.stage != "gradient":
             soft, slope_sum = sum_terms(logits, row, center, numbers, TERM, SLOPE, MODE, BLOCK)
@@ -271,6 +275,7 @@ def _mode_for(
         hard=labels is not None,
         forward=divergence.forward,
         reverse=divergence.reverse,
+        about_top=divergence.about_top,
         same_temperature=spec.temperature == spec.teacher_temperature,
         hard_power=hard_power(spec) if tempered else 0,
         fine=any(tensor is not None and tensor.dtype == torch.float32 for tensor in (student, teacher)),

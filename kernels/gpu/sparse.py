@@ -43,10 +43,10 @@ from fastkd.kernels.gpu.blocks import (
     steps_of,
     vector_columns,
 )
-from fastkd.kernels.gpu.divergences import divergence_for, exp, probability_gap, weighted
-from fastkd.kernels.gpu.numbers import Numbers, hard_power, numbers_for
+from fastkd.kernels.gpu.divergences import divergence_for, exp, weighted
+from fastkd.kernels.gpu.numbers import Numbers, hard_power, numbers_for, with_ratio
 from fastkd.kernels.gpu.state import VocabularyTile, row_state
-from fastkd.kernels.gpu.sweeps import hard_exp
+from fastkd.kernels.gpu.sweeps import gap_of, hard_exp
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,7 @@ class SparseMode:
 
     stage: str
     closed: bool  # the divergence's TERM is a `close`
+    about_top: bool
     hard: bool
     hard_power: int
     grad_aligned: bool
@@ -162,13 +163,13 @@ def _both(a, b, numbers, MODE: tl.constexpr):
 
 @triton.jit
 def _category(log_q, log_p, q):
-    """What a divergence's functions take first, from logarithms in float64: near a match only d counts."""
+    """A category's p, q, log p, log q and d, from logarithms in float64: near a match only d counts."""
     nowhere = tl.maximum(log_q, log_p) == float("-inf")
     d = tl.where(nowhere, 0.0, log_q - log_p).to(tl.float32)
     log_q = tl.where(nowhere, 0.0, log_q).to(tl.float32)
     p = exp(log_p.to(tl.float32))
     log_p = tl.where(nowhere, 0.0, log_p).to(tl.float32)
-    return p, q, probability_gap(p, q, d), log_p, log_q, d
+    return p, q, log_p, log_q, d
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------
@@ -300,8 +301,14 @@ def _kernel(
     lowest = float("-inf")
     log_p = tl.load(kept.logprobs + row_start + entries, present, other=lowest).to(tl.float64)
     log_p_rest = tl.load(kept.rest + index).to(tl.float64)
-    p, q, gap, log_p, log_q, d = _category(log_q, log_p, soft_exp / total)
-    p_rest, q_rest, gap_rest, log_p_rest, log_q_rest, d_rest = _category(log_q_rest, log_p_rest, rest_sum / total)
+    p, q, log_p, log_q, d = _category(log_q, log_p, soft_exp / total)
+    p_rest, q_rest, log_p_rest, log_q_rest, d_rest = _category(log_q_rest, log_p_rest, rest_sum / total)
+    likeliest = tl.max(q, 0)
+    if MODE.about_top:
+        top_d = tl.max(tl.where(present & (q == likeliest), d, float("-inf")), 0)
+        numbers = with_ratio(numbers, tl.where(q_rest > likeliest, d_rest, top_d))
+    gap = gap_of(p, q, d, numbers, True, MODE)
+    gap_rest = gap_of(p_rest, q_rest, d_rest, numbers, True, MODE)
     a = numbers.a
     b = numbers.b
     if MODE.closed:
@@ -316,7 +323,6 @@ def _kernel(
     slope = tl.where(present, SLOPE(p, q, gap, log_p, log_q, d, a, b), 0.0)
     slope_rest = SLOPE(p_rest, q_rest, gap_rest, log_p_rest, log_q_rest, d_rest, a, b)
     # As `sweeps.slope_center`: the likeliest category's slope is to add nothing that would have to cancel.
-    likeliest = tl.max(q, 0)
     center = tl.max(tl.where(present & (q == likeliest), slope / q, float("-inf")), 0)
     center = tl.where(q_rest > likeliest, slope_rest / q_rest, center)
     center = tl.where(tl.abs(center) < float("inf"), center, 0.0)
@@ -393,6 +399,7 @@ def kd_sparse_rows(
     mode = SparseMode(
         stage="whole" if tile is None else tile.stage,
         closed=divergence.sweeps == "closed",
+        about_top=divergence.about_top,
         hard=labels is not None,
         hard_power=hard_power(spec),
         grad_aligned=co_aligned(grad, student, block),

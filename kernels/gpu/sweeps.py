@@ -22,6 +22,7 @@ from fastkd.kernels.gpu.blocks import (
     vector_columns,
 )
 from fastkd.kernels.gpu.divergences import LOG2E, log_near_one, probability_gap
+from fastkd.kernels.gpu.numbers import with_ratio
 
 
 class Logits(NamedTuple):
@@ -293,8 +294,20 @@ def raw_gap(s, t):
 
 
 @triton.jit
+def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
+    """q − p or, for a divergence that is `about_top`, q less the p that makes it 0 at the student's likeliest token."""
+    if MODE.about_top:
+        p *= numbers.b
+        d -= log_near_one(numbers.b, numbers.b - 1)
+    if FINE:
+        return probability_gap(p, q, d)
+    else:
+        return q - p
+
+
+@triton.jit
 def point(s, t, row, numbers, MODE: tl.constexpr):
-    """What a divergence's functions take first: p, q, q − p, log p, log q, d; the last three 0 where both are −inf."""
+    """What a divergence's functions take first: p, q, gap, log p, log q, d; the last three 0 where both are −inf."""
     if MODE.soft == "raw":
         return 0.0, 0.0, 0.0, 0.0, 0.0, raw_gap(s, t)
     else:
@@ -315,10 +328,16 @@ def point(s, t, row, numbers, MODE: tl.constexpr):
         d = tl.where(nowhere, 0.0, d)
         log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - row.student_log_sum)
         log_p = tl.where(nowhere, 0.0, y * numbers.teacher_inverse - row.teacher_log_sum)
-        gap = q - p
-        if MODE.fine:
-            gap = probability_gap(p, q, d)
-        return p, q, gap, log_p, log_q, d
+        return p, q, gap_of(p, q, d, numbers, MODE.fine, MODE), log_p, log_q, d
+
+
+@triton.jit
+def about_top(sums, row, numbers, MODE: tl.constexpr):
+    """The numbers of a row for a divergence that is `about_top`."""
+    gap = tempered_gap(0.0, sums.teacher_there - row.teacher_max, numbers, MODE)
+    if MODE.same_temperature:
+        gap *= numbers.student_inverse
+    return with_ratio(numbers, gap - row.log_sum_gap)
 
 
 @triton.jit
