@@ -215,6 +215,15 @@ def _interpreted_language() -> Iterator[None]:
         scope.restore()
 
 
+def _argument(value: Any) -> Any:
+    """As a kernel sees it. Stock Triton leaves a float Python's, whose arithmetic is float64 and not fp32."""
+    if isinstance(value, float):
+        return tl.tensor(stock.TensorHandle(np.array([value], np.float32), tl.float32), tl.float32)
+    if isinstance(value, tuple):
+        return stock._tuple_create(value, map(_argument, value))
+    return stock._implicit_cvt(value)
+
+
 @functools.cache
 def _rewritten(function: Any) -> Any:
     """The Python function that interprets a kernel's."""
@@ -232,7 +241,7 @@ def interpreted() -> Iterator[Trace]:
         names = [name for name in self.arg_names if name in options]
         bound = dict(zip(self.arg_names, args, strict=False)) | {name: options[name] for name in names}
         constant = {parameter.name for parameter in self.params if parameter.is_constexpr}
-        values = {name: value if name in constant else stock._implicit_cvt(value) for name, value in bound.items()}
+        values = {name: value if name in constant else _argument(value) for name, value in bound.items()}
         function = _rewritten(self.fn)
         builder.set_grid_dim(*grid, *(1,) * (3 - len(grid)))
         with _interpreted_language(), np.errstate(all="ignore"), warnings.catch_warnings():

@@ -55,7 +55,6 @@ class Span(NamedTuple):
 # Vocabulary above which a row gets so many threads. Wide rows want few rows in flight, so that the next sweep over a
 # row still finds much of it in the L2 cache: 512 threads are one row per multiprocessor, or two if registers allow.
 _THREADS = ((16384, 512), (4096, 256), (0, 128))
-_VECTORS = 2  # of each row, per thread and step
 
 
 def rows_of(tensor: Tensor) -> Rows:
@@ -67,13 +66,16 @@ def rows_of(tensor: Tensor) -> Rows:
     return Rows(tensor, layout.inner, layout.outer_stride, layout.inner_stride)
 
 
-def block_for(tensors: Sequence[Tensor], count: int) -> Block:
-    """The block for rows of `count` columns of `tensors`, of which the first decides where vectors start."""
+def block_for(tensors: Sequence[Tensor], count: int, vectors: int = 2) -> Block:
+    """The block for rows of `count` columns of `tensors`, of which the first decides where vectors start.
+
+    `vectors` of each row are a thread's share of a step.
+    """
     width = 16 // max(tensor.element_size() for tensor in tensors)
     threads = next(threads for above, threads in _THREADS if count > above)
     starts = [_starts(tensor, width) for tensor in tensors]
     whole = count % width == 0 and all(start == (0, None) for start in starts)
-    return Block(threads, _VECTORS, width, not whole, aligned=starts[0][0] == 0)
+    return Block(threads, vectors, width, not whole, aligned=starts[0][0] == 0)
 
 
 def co_aligned(tensor: Tensor | None, leader: Tensor, block: Block) -> bool:

@@ -57,13 +57,6 @@ def weighted(probability, value):
 
 
 @triton.jit
-def exp_difference(x, y, difference):
-    """e^x − e^y, given `difference` = x − y more accurately than the two tell."""
-    size = -expm1(-tl.abs(difference)) * exp(tl.maximum(x, y))
-    return tl.where(difference < 0, -size, size)
-
-
-@triton.jit
 def probability_gap(p, q, d):
     """q − p where the two nearly cancel."""
     return tl.where(d > 0, -q, p) * expm1(-tl.abs(d))
@@ -177,59 +170,66 @@ def tvd_slope(p, q, gap, log_p, log_q, d, a, b):
     return 0.5 * tl.where(d > 0, q, tl.where(d < 0, -q, 0.0))
 
 
+# With s = α + β the α-β term is d² exp[s·log q, α·log p + β·log q, s·log p] and its slope d exp[s·log q, α·log p +
+# β·log q], where exp[…] is the divided difference of exp. The three lie 0, α·d and s·d below the first: no difference of
+# powers is divided by a parameter, and α, β or s that are 0, or nearly, are as good as any.
+
+
+@triton.jit
+def inverse(rate):
+    return tl.where(rate < 1e-30, 0.0, 1 / rate)
+
+
+@triton.jit
+def decline(rate, inverse_rate, size):
+    """(1 − e^(−rate·size)) / rate, and `size` where the rate is 0."""
+    return tl.where(inverse_rate == 0, size, expm1(-rate * size) * -inverse_rate)
+
+
+@triton.jit
+def alpha_beta_larger(log_p, log_q, alpha, beta):
+    """The larger of the first two exponents."""
+    return tl.maximum(weighted(alpha + beta, log_q), weighted(alpha, log_p) + weighted(beta, log_q))
+
+
 @triton.jit
 def alpha_beta_term(p, q, gap, log_p, log_q, d, alpha, beta):
     total = alpha + beta
-    mixed = exp_difference(alpha * log_p + beta * log_q, total * log_q, -alpha * d)
-    powers = exp_difference(total * log_p, total * log_q, -total * d)
-    return (alpha / total * powers - mixed) * (1 / (alpha * beta))
+    x, y, z = tl.abs(alpha), tl.abs(beta), tl.abs(total)  # the rates of the exponents' three distances
+    span = tl.maximum(tl.maximum(x, y), z)
+    outer_total = z == span
+    outer_alpha = (x == span) & (z < span)
+    # From the largest to the next and on to the last, if the first of the outermost two is the largest, or else back.
+    first = tl.where(outer_alpha, z, x)
+    second = tl.where(outer_total | outer_alpha, y, z)
+    falling = tl.where(outer_total, total, tl.where(outer_alpha, alpha, beta)) * d > 0
+    next = tl.where(falling, first, second)
+    last = tl.where(falling, second, first)
+    inverse_next = tl.where(falling, inverse(first), inverse(second))
+    inverse_last = tl.where(falling, inverse(second), inverse(first))
+
+    size = tl.abs(d)
+    u = weighted(next, size)
+    v = weighted(span, size)
+    far = decline(next, inverse_next, size) - weighted(exp(-u), decline(last, inverse_last, size))
+    # The same where that cancels: Σ (−1)^k h_k(u, v) / (k + 2)!, with h_k the sum of all products of k of the two.
+    inner = 0.0
+    series = 0.0
+    coefficient = 1 / 5040
+    for k in tl.static_range(5, -1, -1):
+        inner = coefficient - u * inner
+        series = inner - v * series
+        coefficient *= k + 2
+    largest = tl.maximum(alpha_beta_larger(log_p, log_q, alpha, beta), weighted(total, log_p))
+    return weighted(exp(largest), tl.where(v < 0.25, size * size * series, far * inverse(span)))
 
 
 @triton.jit
 def alpha_beta_slope(p, q, gap, log_p, log_q, d, alpha, beta):
-    return exp_difference(alpha * log_p + beta * log_q, (alpha + beta) * log_q, -alpha * d) * (-1 / alpha)
-
-
-@triton.jit
-def alpha_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
-    powers = exp_difference(beta * log_p, beta * log_q, -beta * d)
-    return (weighted(exp(beta * log_q), beta * d) + powers) * (1 / (beta * beta))
-
-
-@triton.jit
-def alpha_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
-    return weighted(exp(beta * log_q), d)
-
-
-@triton.jit
-def beta_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
-    powers = exp_difference(alpha * log_p, alpha * log_q, -alpha * d)
-    return (weighted(exp(alpha * log_p), -alpha * d) - powers) * (1 / (alpha * alpha))
-
-
-@triton.jit
-def beta_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
-    return exp_difference(alpha * log_p, alpha * log_q, -alpha * d) * (-1 / alpha)
-
-
-@triton.jit
-def sum_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
-    return (alpha * d + expm1(-alpha * d)) * (1 / (alpha * alpha))
-
-
-@triton.jit
-def sum_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
-    return expm1(-alpha * d) * (-1 / alpha)
-
-
-@triton.jit
-def both_zero_term(p, q, gap, log_p, log_q, d, alpha, beta):
-    return 0.5 * d * d
-
-
-@triton.jit
-def both_zero_slope(p, q, gap, log_p, log_q, d, alpha, beta):
-    return d
+    larger = alpha_beta_larger(log_p, log_q, alpha, beta)
+    rate = tl.abs(alpha)
+    slope = weighted(exp(larger), decline(rate, inverse(rate), tl.abs(d)))
+    return tl.where(d < 0, -slope, slope)
 
 
 @triton.jit
@@ -248,7 +248,8 @@ class Divergence:
 
     `sweeps` is "closed" (`term` is a `close`; `forward` and `reverse` say which sums it uses), "normalised" (both
     softmaxes must be known before the term) or "raw" (d is the difference of logits, there is no softmax). Where
-    `about_top`, b is no parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p.
+    `about_top`, b is no parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p. `vectors` is
+    that of `blocks.block_for`: what a thread computes at once must fit its registers.
     """
 
     term: Any
@@ -257,6 +258,7 @@ class Divergence:
     forward: bool = False
     reverse: bool = False
     about_top: bool = False
+    vectors: int = 2
 
 
 DIVERGENCES = {
@@ -267,23 +269,6 @@ DIVERGENCES = {
     "skew_kl": Divergence(skew_kl_term, skew_kl_slope, about_top=True),
     "skew_reverse_kl": Divergence(skew_reverse_kl_term, skew_reverse_kl_slope),
     "tvd": Divergence(tvd_term, tvd_slope),
-    "alpha_beta": Divergence(alpha_beta_term, alpha_beta_slope),
+    "alpha_beta": Divergence(alpha_beta_term, alpha_beta_slope, vectors=1),
     "mse": Divergence(mse_term, mse_slope, "raw"),
 }
-
-_ALPHA_BETA_LIMITS = {  # which of alpha, beta and alpha + beta are 0
-    (True, False, False): Divergence(alpha_zero_term, alpha_zero_slope),
-    (False, True, False): Divergence(beta_zero_term, beta_zero_slope),
-    (False, False, True): Divergence(sum_zero_term, sum_zero_slope),
-    (True, True, True): Divergence(both_zero_term, both_zero_slope),
-}
-
-
-def divergence_for(name: str, parameters: tuple[float, ...]) -> Divergence:
-    """The pair of a canonical name; the α-β family's limits, where its formula would divide by 0, have their own."""
-    if name == "alpha_beta":
-        alpha, beta = parameters
-        limit = _ALPHA_BETA_LIMITS.get((alpha == 0, beta == 0, alpha + beta == 0))
-        if limit is not None:
-            return limit
-    return DIVERGENCES[name]

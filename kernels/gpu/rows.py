@@ -38,7 +38,7 @@ from fastkd.kernels.gpu.blocks import (
     rows_of,
     span_of,
 )
-from fastkd.kernels.gpu.divergences import Divergence, divergence_for
+from fastkd.kernels.gpu.divergences import DIVERGENCES, Divergence
 from fastkd.kernels.gpu.numbers import hard_power, numbers_for
 from fastkd.kernels.gpu.sparse import kd_sparse_rows
 from fastkd.kernels.gpu.state import VocabularyTile, load_state, merged, store_statistics, store_terms
@@ -231,9 +231,9 @@ def kd_rows(
     soft, hard = (torch.empty(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count == 0:
         return soft, hard
-    divergence = divergence_for(spec.divergence, spec.parameters)
+    divergence = DIVERGENCES[spec.divergence]
     width = spec.vocab_size if tile is None else student.shape[-1]
-    block = block_for([tensor for tensor in (student, teacher, grad) if tensor is not None], width)
+    block = block_for([tensor for tensor in (student, teacher, grad) if tensor is not None], width, divergence.vectors)
     with device_of(student):
         _kd_rows_kernel[(count,)](
             rows_of(student),

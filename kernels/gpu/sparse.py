@@ -43,7 +43,7 @@ from fastkd.kernels.gpu.blocks import (
     steps_of,
     vector_columns,
 )
-from fastkd.kernels.gpu.divergences import divergence_for, exp, weighted
+from fastkd.kernels.gpu.divergences import DIVERGENCES, exp, weighted
 from fastkd.kernels.gpu.numbers import Numbers, hard_power, numbers_for, with_ratio
 from fastkd.kernels.gpu.state import VocabularyTile, row_state
 from fastkd.kernels.gpu.sweeps import gap_of, hard_exp
@@ -391,7 +391,7 @@ def kd_sparse_rows(
     soft, hard = (torch.empty(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count == 0:
         return soft, hard
-    divergence = divergence_for(spec.divergence, spec.parameters)
+    divergence = DIVERGENCES[spec.divergence]
     width = spec.vocab_size if tile is None else student.shape[-1]
     block: Block = block_for([student] if grad is None else [student, grad], width)
     entries = teacher.ids.shape[-1]
