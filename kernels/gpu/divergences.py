@@ -171,8 +171,8 @@ def tvd_slope(p, q, gap, log_p, log_q, d, a, b):
 
 
 # With s = α + β the α-β term is d² exp[s·log q, α·log p + β·log q, s·log p] and its slope d exp[s·log q, α·log p +
-# β·log q], where exp[…] is the divided difference of exp. The three lie 0, α·d and s·d below the first: no difference of
-# powers is divided by a parameter, and α, β or s that are 0, or nearly, are as good as any.
+# β·log q], where exp[…] is the divided difference of exp. The three lie 0, α·d and s·d below the first: no difference
+# of powers is divided by a parameter, and α, β or s that are 0, or nearly, are as good as any.
 
 
 @triton.jit
