@@ -1,0 +1,76 @@
+"""The Triton loss kernels on numbers at the edges, interpreted on CPU tensors. As `test_numerics_edges` for CPUs."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.divergences import Divergence
+from fastkd.kernels import gpu
+from fastkd.sparse import sparse_rows
+from tests import cases, edges
+from tests.sparse_targets import judge as judge_sparse
+from tests.sparse_targets import kept
+from tests.triton_interpreter import interpreted
+from tests.triton_judge import judge
+
+
+@pytest.mark.parametrize("place", edges.PLACES)
+@pytest.mark.parametrize("divergence", edges.TEMPERED, ids=str)
+def test_where_a_row_lies_changes_nothing(divergence: Divergence, place: float) -> None:
+    with interpreted():
+        edges.judge_place(gpu.kd_rows, divergence, place, 300)
+
+
+@pytest.mark.parametrize("temperature", edges.TEMPERATURES)
+@pytest.mark.parametrize("divergence", edges.TEMPERED, ids=str)
+def test_temperatures_from_1e_30_to_1e6(divergence: Divergence, temperature: float) -> None:
+    if divergence.name == "alpha_beta" and temperature < 0.1:
+        pytest.skip("its powers of p / q are infinite there")
+    with interpreted():
+        edges.check(gpu.kd_rows, *cases.logits("far", 2, 700), divergence, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.7])
+@pytest.mark.parametrize("divergence", edges.TEMPERED, ids=str)
+def test_confident_rows_that_disagree(divergence: Divergence, temperature: float) -> None:
+    """Each side is sure of a token of its own; whole rows and tiles, and the teacher's likeliest tokens alone."""
+    if divergence.name == "alpha_beta" and divergence.parameters in ((0.5, -0.5), (0.0, 0.0), (0.5, 0.0)):
+        pytest.skip("the gradient's norm is that of a few columns with huge powers of p / q")
+    student, teacher, bounded = edges.confident(divergence, 12, 0)
+    certain = 0.0 if bounded else temperature
+    for widths in ((), (500, 500)):
+        judge(student, teacher, divergence, temperature=temperature, hard=False, widths=widths, certain_rows=certain)
+    if bounded:
+        targets = kept(teacher, 9, temperature=temperature)
+        with interpreted():
+            judge_sparse(gpu.kd_rows, student, targets, divergence, temperature, hard=False)
+
+
+@pytest.mark.parametrize("family", ["far", "near_equal", "peaked"])
+@pytest.mark.parametrize(("alpha", "beta"), edges.ALPHA_BETA)
+def test_alpha_beta_at_and_near_its_limits(alpha: float, beta: float, family: str) -> None:
+    with interpreted():
+        edges.judge_alpha_beta(gpu.kd_rows, alpha, beta, family)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0, 1.3])
+def test_a_rest_that_underflows_beside_the_tokens_that_are_kept(temperature: float) -> None:
+    """A student that is sure of the only token kept: its rest is e^-1000, and the teacher's one percent."""
+    vocab, one = 1500, torch.ones(2)
+    student, grad = torch.zeros(2, vocab), torch.empty(2, vocab)
+    student[:, 0] = 1000.0
+    targets = fastkd.SparseTargets(
+        torch.zeros(2, 1, dtype=torch.int64), torch.full((2, 1), math.log(0.99)), "ghost", temperature
+    )
+    spec = cases.spec(fastkd.ForwardKL(), vocab, temperature, soft_weight=1.0)
+    with interpreted():
+        soft, _ = gpu.kd_rows(student, sparse_rows(targets, None, vocab, torch.float32), None, one, None, spec, grad)
+    log_rest = math.log(vocab - 1) - 1000 / temperature
+    expected = 0.99 * math.log(0.99) + 0.01 * (math.log(0.01) - log_rest)
+    assert soft.tolist() == pytest.approx([expected] * 2, rel=1e-5)
+    assert grad[:, 0].tolist() == pytest.approx([0.01 / temperature] * 2, rel=1e-4)
+    assert grad[:, 1:].sum(-1).tolist() == pytest.approx([-0.01 / temperature] * 2, rel=1e-4)
