@@ -41,7 +41,7 @@ class Divergence:
     #: Whether a term can only be computed once both softmaxes are normalised, which is one more sweep over the logits.
     normalised: ClassVar[bool] = True
     #: Whether slopes, as multiples of the student's probability, stay small however far apart two logits are.
-    bounded: ClassVar[bool] = True
+    bounded: ClassVar[bool] = False
 
     @property
     def parameters(self) -> tuple[float, ...]:
@@ -77,6 +77,7 @@ class ForwardKL(Divergence):
     """KL(p ‖ q) = Σ p (log p − log q): the classical, mass-covering distillation loss (Hinton et al. 2015)."""
 
     name: ClassVar[str] = "forward_kl"
+    bounded: ClassVar[bool] = True
     normalised: ClassVar[bool] = False
 
 
@@ -85,7 +86,6 @@ class ReverseKL(Divergence):
     """KL(q ‖ p) = Σ q (log q − log p): mode-seeking (MiniLLM, Gu et al. 2024)."""
 
     name: ClassVar[str] = "reverse_kl"
-    bounded: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
 
 
@@ -97,6 +97,7 @@ class JSD(Divergence):
     """
 
     name: ClassVar[str] = "jsd"
+    bounded: ClassVar[bool] = True
     beta: float = 0.5
 
     def check(self) -> None:
@@ -113,6 +114,7 @@ class SkewKL(Divergence):
     """KL(p ‖ λp + (1−λ)q) (DistiLLM, Ko et al. 2024)."""
 
     name: ClassVar[str] = "skew_kl"
+    bounded: ClassVar[bool] = True
     lam: float = 0.1
 
     def check(self) -> None:
@@ -127,6 +129,7 @@ class SkewReverseKL(Divergence):
     """KL(q ‖ (1−λ)p + λq) (DistiLLM, Ko et al. 2024)."""
 
     name: ClassVar[str] = "skew_reverse_kl"
+    bounded: ClassVar[bool] = True
     lam: float = 0.1
 
     def check(self) -> None:
@@ -141,7 +144,6 @@ class SymmetricKL(Divergence):
     """weight·KL(p ‖ q) + (1−weight)·KL(q ‖ p)."""
 
     name: ClassVar[str] = "symmetric_kl"
-    bounded: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
     weight: float = 0.5
 
@@ -159,6 +161,7 @@ class TVD(Divergence):
     """Total variation distance ½ Σ |p − q|, in [0, 1]."""
 
     name: ClassVar[str] = "tvd"
+    bounded: ClassVar[bool] = True
 
 
 @dataclass(frozen=True)
@@ -169,7 +172,6 @@ class AlphaBeta(Divergence):
     """
 
     name: ClassVar[str] = "alpha_beta"
-    bounded: ClassVar[bool] = False
     alpha: float = 0.2
     beta: float = 0.7
 
@@ -184,7 +186,6 @@ class MSE(Divergence):
     """Mean over the vocabulary of (z_student − z_teacher)²: raw logits, no temperature, no softmax."""
 
     name: ClassVar[str] = "mse"
-    bounded: ClassVar[bool] = False
     normalised: ClassVar[bool] = False
     tempered: ClassVar[bool] = False
 
