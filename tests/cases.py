@@ -92,3 +92,11 @@ def spec(divergence: Divergence, vocab: int, temperature: float = 2.0, **changes
         **changes,
     }
     return RowSpec(canonical.name, canonical.parameters, vocab_size=vocab, **numbers)
+
+
+def undecided(divergence: Divergence, student: Tensor, teacher: Tensor, temperature: float) -> Tensor | None:
+    """Where the total variation's gradient, which jumps where p = q, has the sign that rounding gives it."""
+    if divergence.name != "tvd":
+        return None
+    log_q, log_p = (torch.log_softmax(logits.double() / temperature, -1) for logits in (student, teacher))
+    return (log_q - log_p).abs() < 1e-7

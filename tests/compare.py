@@ -36,12 +36,20 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def assert_gradient(
-    actual: Tensor, eager: Tensor, truth: Tensor, what: str = "gradient", certain_rows: float = 0.0
+    actual: Tensor,
+    eager: Tensor,
+    truth: Tensor,
+    what: str = "gradient",
+    certain_rows: float = 0.0,
+    undecided: Tensor | None = None,
 ) -> None:
     """The numerics contract. `eager` is the reference at the inputs' precision (fp32 inside), `truth` at float64.
 
-    `certain_rows`, where rows may hold nothing but certain tokens, is the largest weight of a row: T or more.
+    `certain_rows`, where rows may hold nothing but certain tokens, is the largest weight of a row: T or more. Elements
+    that are `undecided` are not looked at.
     """
+    if undecided is not None:
+        actual = torch.where(undecided, truth.to(actual.dtype), actual)
     ours, theirs = relative_error(actual, truth), relative_error(eager, truth)
     limit = FACTOR * theirs + FLOOR + CERTAIN * certain_rows / (truth.double().norm().item() or 1.0)
     if actual.dtype in (torch.bfloat16, torch.float16):

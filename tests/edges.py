@@ -87,7 +87,8 @@ def check(
     ours = run(compute, student, teacher, divergence, temperature, hard)
     for value in (0, 1):
         compare.assert_value(ours[value], truth[value], eager[value])
-    compare.assert_gradient(ours[2], eager[2], truth[2], certain_rows=certain_rows)
+    undecided = cases.undecided(divergence, student, teacher, temperature)
+    compare.assert_gradient(ours[2], eager[2], truth[2], certain_rows=certain_rows, undecided=undecided)
 
 
 def confident(divergence: Divergence, rows: int, seed: int) -> tuple[Tensor, Tensor, bool]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+import fastkd
 from tests import cases, compare
 
 TRUTH = torch.linspace(-1, 1, 1001, dtype=torch.float64)
@@ -41,6 +42,25 @@ def test_certain_rows_get_an_absolute_rounding_and_no_more() -> None:
         compare.assert_gradient((truth + 1e-7).float(), truth.float(), truth, certain_rows=1.0)
     with pytest.raises(AssertionError, match="relative error"):
         compare.assert_gradient(EAGER + 1e-5, EAGER, TRUTH, certain_rows=1.0)
+
+
+def test_undecided_elements_alone_are_not_looked_at() -> None:
+    wrong = EAGER.clone()
+    wrong[0] = 1.0
+    undecided = torch.zeros_like(EAGER, dtype=torch.bool)
+    with pytest.raises(AssertionError, match="relative error"):
+        compare.assert_gradient(wrong, EAGER, TRUTH, undecided=undecided)
+    undecided[0] = True
+    compare.assert_gradient(wrong, EAGER, TRUTH, undecided=undecided)
+
+
+def test_only_the_total_variation_is_undecided_and_only_where_p_is_q() -> None:
+    student, teacher = cases.logits("near_equal", 4, 5003)
+    assert cases.undecided(fastkd.JSD(), student, teacher, 2.0) is None
+    where = cases.undecided(fastkd.TVD(), student, teacher, 2.0)
+    assert where is not None
+    assert where.sum() <= 3
+    assert cases.undecided(fastkd.TVD(), teacher, teacher, 2.0).all()  # type: ignore[union-attr]
 
 
 def test_one_wrong_column_of_a_vocabulary_is_seen() -> None:
