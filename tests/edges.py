@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import decimal
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -12,8 +11,7 @@ import fastkd
 from fastkd import reference
 from fastkd.divergences import Divergence
 from tests import cases, compare
-
-Compute = Callable[..., tuple[Tensor, Tensor]]  #: `Backend.kd_rows` of a backend
+from tests.contract import Compute, run
 
 TEMPERED = tuple(divergence for divergence in cases.DIVERGENCES if divergence.tempered)
 LOWEST = torch.finfo(torch.float32).min
@@ -40,22 +38,6 @@ ALPHA_BETA = (
 )
 
 
-def run(
-    compute: Compute,
-    student: Tensor,
-    teacher: Tensor,
-    divergence: Divergence,
-    temperature: float = 2.0,
-    hard: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad = torch.empty_like(student)
-    scale = torch.ones(len(student), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
-    labels = cases.labels(*student.shape) if hard else None
-    spec = cases.spec(divergence, student.shape[1], temperature)
-    soft, cross_entropy = compute(student, teacher, labels, scale, scale if hard else None, spec, grad)
-    return soft, cross_entropy, grad
-
-
 def judge_place(compute: Compute, divergence: Divergence, place: float, columns: int) -> None:
     """Rows that are one number throughout, on either side and on both: as zeros."""
     _, other = cases.logits("far", 2, columns)
@@ -70,25 +52,6 @@ def judge_place(compute: Compute, divergence: Divergence, place: float, columns:
             assert all(x.isfinite().all() for x in values)
             for a, b in zip(values, truth, strict=True):
                 compare.assert_value(a, b.double())
-
-
-def check(
-    compute: Compute,
-    student: Tensor,
-    teacher: Tensor,
-    divergence: Divergence,
-    temperature: float = 2.0,
-    hard: bool = True,
-    certain_rows: float = 0.0,
-) -> None:
-    """The numerics contract."""
-    truth = run(reference.kd_rows, student.double(), teacher.double(), divergence, temperature, hard)
-    eager = run(reference.kd_rows, student, teacher, divergence, temperature, hard)
-    ours = run(compute, student, teacher, divergence, temperature, hard)
-    for value in (0, 1):
-        compare.assert_value(ours[value], truth[value], eager[value])
-    undecided = cases.undecided(divergence, student, teacher, temperature)
-    compare.assert_gradient(ours[2], eager[2], truth[2], certain_rows=certain_rows, undecided=undecided)
 
 
 def confident(divergence: Divergence, rows: int, seed: int) -> tuple[Tensor, Tensor, bool]:

@@ -8,39 +8,16 @@ import sys
 
 import pytest
 import torch
-from torch import Tensor
 
 import fastkd
 from fastkd import _native, reference
-from fastkd.backend import Backend
 from fastkd.divergences import Divergence
 from tests import cases, compare
+from tests.contract import check, run
 
 ROWS, VOCAB = 6, 5003  # odd, several blocks and a tail
 #: What eager errs at least, within 1e-4 of a match: the documents say about 1 %.
 EAGER_NEAR_MATCH = 1e-3
-
-
-def run(
-    backend: Backend, student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, hard: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, vocab = student.shape
-    grad = torch.empty_like(student)
-    scale = torch.full((rows,), 1 / rows, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32)
-    labels = cases.labels(rows, vocab) if hard else None
-    spec = cases.spec(divergence, vocab, temperature)
-    soft, cross_entropy = backend.kd_rows(student, teacher, labels, scale, scale if hard else None, spec, grad)
-    return soft, cross_entropy, grad
-
-
-def check(student: Tensor, teacher: Tensor, divergence: Divergence, temperature: float, hard: bool) -> None:
-    truth = run(reference, student.double(), teacher.double(), divergence, temperature, hard)  # type: ignore[arg-type]
-    eager = run(reference, student, teacher, divergence, temperature, hard)  # type: ignore[arg-type]
-    ours = run(_native, student, teacher, divergence, temperature, hard)  # type: ignore[arg-type]
-    compare.assert_value(ours[0], truth[0], eager[0], "soft loss")
-    compare.assert_value(ours[1], truth[1], eager[1], "hard loss")
-    undecided = cases.undecided(divergence, student, teacher, temperature)
-    compare.assert_gradient(ours[2], eager[2], truth[2], undecided=undecided)
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
@@ -51,20 +28,20 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype) -> No
         pytest.skip("an offset of 1e4 leaves nothing of the logits in 8 or 11 bits")
     if family == "peaked" and dtype == torch.float16 and divergence == fastkd.AlphaBeta(0.5, -0.5):
         pytest.skip("the gradient, a power of p/q, is beyond what float16 can hold")
-    check(*cases.logits(family, ROWS, VOCAB, dtype), divergence, 2.0, hard=True)
+    check(_native.kd_rows, *cases.logits(family, ROWS, VOCAB, dtype), divergence, 2.0, hard=True)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5, 3.0, 4.0, 5.0])
 @pytest.mark.parametrize("family", ["near_equal", "peaked", "offset"])
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES[:9], ids=str)
 def test_temperatures(divergence: Divergence, family: str, temperature: float) -> None:
-    check(*cases.logits(family, ROWS, VOCAB), divergence, temperature, hard=True)
+    check(_native.kd_rows, *cases.logits(family, ROWS, VOCAB), divergence, temperature, hard=True)
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
 def test_soft_term_alone(divergence: Divergence, family: str) -> None:
-    check(*cases.logits(family, ROWS, VOCAB), divergence, 2.0, hard=False)
+    check(_native.kd_rows, *cases.logits(family, ROWS, VOCAB), divergence, 2.0, hard=False)
 
 
 @pytest.mark.parametrize(
@@ -87,9 +64,9 @@ def test_near_match_keeps_relative_precision(divergence: Divergence, limit: floa
     generator = torch.Generator().manual_seed(0)
     teacher = 3 * torch.randn(ROWS, VOCAB, generator=generator)
     student = teacher + 1e-4 * torch.randn(ROWS, VOCAB, generator=generator)
-    truth = run(reference, student.double(), teacher.double(), divergence, 2.0, False)[2]  # type: ignore[arg-type]
-    ours = run(_native, student, teacher, divergence, 2.0, False)[2]  # type: ignore[arg-type]
-    eager = run(reference, student, teacher, divergence, 2.0, False)[2]  # type: ignore[arg-type]
+    truth = run(reference.kd_rows, student.double(), teacher.double(), divergence, 2.0, False)[2]
+    ours = run(_native.kd_rows, student, teacher, divergence, 2.0, False)[2]
+    eager = run(reference.kd_rows, student, teacher, divergence, 2.0, False)[2]
     assert compare.relative_error(ours, truth) < limit
     assert compare.relative_error(eager, truth) > max(compare.relative_error(ours, truth), EAGER_NEAR_MATCH)
 
@@ -104,9 +81,9 @@ def test_near_match_but_for_some_tokens(divergence: Divergence, temperature: flo
     student[:, 40:1500:40] += 2.0
     student[:, 2000:2500] -= 3.0
     student[1:, 3000:3100] = teacher[1:, 3000:3100] = -torch.inf
-    check(student, teacher, divergence, temperature, hard=True)
-    expected = run(_native, student, teacher, divergence, temperature, True)  # type: ignore[arg-type]
-    scale, labels = torch.full((ROWS,), 1 / ROWS), cases.labels(ROWS, VOCAB)
+    check(_native.kd_rows, student, teacher, divergence, temperature, hard=True)
+    expected = run(_native.kd_rows, student, teacher, divergence, temperature, True)
+    scale, labels = torch.ones(ROWS), cases.labels(ROWS, VOCAB)
     spec = cases.spec(divergence, VOCAB, temperature)
     values = _native.kd_rows(student, teacher, labels, scale, scale, spec, student)
     assert all(torch.equal(a, b) for a, b in zip((*values, student), expected, strict=True))

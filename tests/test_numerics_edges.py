@@ -12,6 +12,7 @@ from fastkd import _native
 from fastkd.backend import select
 from fastkd.divergences import Divergence
 from tests import cases, edges
+from tests.contract import check, run
 
 ROWS, VOCAB = 4, 1500
 
@@ -41,7 +42,7 @@ def test_a_masked_block_before_a_row_at_the_lowest_number() -> None:
     student, teacher = torch.full((1, 3000), edges.LOWEST), torch.zeros(1, 3000)
     student[:, :1100] = teacher[:, :1100] = -math.inf
     student[:, 2500:] = -math.inf
-    soft, _, grad = edges.run(_native.kd_rows, student, teacher, fastkd.ReverseKL(), hard=False)
+    soft, _, grad = run(_native.kd_rows, student, teacher, fastkd.ReverseKL(), hard=False)
     assert soft.item() == pytest.approx(math.log(1900 / 1400), rel=1e-5)
     assert grad.isfinite().all()
 
@@ -51,7 +52,7 @@ def test_a_masked_block_before_a_row_at_the_lowest_number() -> None:
 def test_temperatures_from_1e_30_to_1e6(divergence: Divergence, temperature: float) -> None:
     if divergence.name == "alpha_beta" and temperature < 0.1:
         pytest.skip("its powers of p / q are infinite there")
-    edges.check(_native.kd_rows, *cases.logits("far", ROWS, VOCAB), divergence, temperature)
+    check(_native.kd_rows, *cases.logits("far", ROWS, VOCAB), divergence, temperature)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.7])
@@ -63,7 +64,7 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
     for seed in range(5):
         student, teacher, bounded = edges.confident(divergence, ROWS, seed)
         certain = 0.0 if bounded else temperature
-        edges.check(_native.kd_rows, student, teacher, divergence, temperature, hard=False, certain_rows=certain)
+        check(_native.kd_rows, student, teacher, divergence, temperature, hard=False, certain_rows=certain)
 
 
 @pytest.mark.parametrize("family", ["far", "near_equal", "peaked"])

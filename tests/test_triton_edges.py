@@ -12,6 +12,7 @@ from fastkd.divergences import Divergence
 from fastkd.kernels import gpu
 from fastkd.sparse import sparse_rows
 from tests import cases, edges
+from tests.contract import check
 from tests.sparse_targets import judge as judge_sparse
 from tests.sparse_targets import kept
 from tests.triton_interpreter import interpreted
@@ -31,7 +32,7 @@ def test_temperatures_from_1e_30_to_1e6(divergence: Divergence, temperature: flo
     if divergence.name == "alpha_beta" and temperature < 0.1:
         pytest.skip("its powers of p / q are infinite there")
     with interpreted():
-        edges.check(gpu.kd_rows, *cases.logits("far", 2, 700), divergence, temperature)
+        check(gpu.kd_rows, *cases.logits("far", 2, 700), divergence, temperature)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.7])
