@@ -41,7 +41,7 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
     """Each side is sure of a token of its own; whole rows and tiles, and the teacher's likeliest tokens alone."""
     if divergence.name == "alpha_beta" and divergence.parameters in ((0.5, -0.5), (0.0, 0.0), (0.5, 0.0)):
         pytest.skip("the gradient's norm is that of a few columns with huge powers of p / q")
-    student, teacher, bounded = edges.confident(divergence, 12, 0)
+    student, teacher, bounded = edges.confident(divergence, 6, 0)
     certain = 0.0 if bounded else temperature
     for widths in ((), (500, 500)):
         judge(student, teacher, divergence, temperature=temperature, hard=False, widths=widths, certain_rows=certain)
