@@ -40,7 +40,7 @@ class Divergence:
     tempered: ClassVar[bool] = True
     #: Whether a term can only be computed once both softmaxes are normalised, which is one more sweep over the logits.
     normalised: ClassVar[bool] = True
-    #: Whether slopes, as multiples of the student's probability, stay small however far apart two logits are.
+    #: Whether the gradient of a row's logits stays small however far apart the two sides are.
     bounded: ClassVar[bool] = False
 
     @property

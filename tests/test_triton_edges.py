@@ -8,10 +8,11 @@ import pytest
 import torch
 
 import fastkd
+from fastkd import reference
 from fastkd.divergences import Divergence
 from fastkd.kernels import gpu
 from fastkd.sparse import sparse_rows
-from tests import cases, edges
+from tests import cases, compare, edges
 from tests.contract import check
 from tests.sparse_targets import judge as judge_sparse
 from tests.sparse_targets import kept
@@ -49,6 +50,26 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
         targets = kept(teacher, 9, temperature=temperature)
         with interpreted():
             judge_sparse(gpu.kd_rows, student, targets, divergence, temperature, hard=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("divergence", [x for x in edges.TEMPERED if x.normalised], ids=str)
+def test_16_bit_rows_that_differ_in_one_token(divergence: Divergence, dtype: torch.dtype) -> None:
+    """Elsewhere p / q is one number near 1. The gradient in fp32 shows digits that 16 bits would hide.
+
+    The others' slopes are the plain q − p there: they have the digits of `judge`'s contract, not these.
+    """
+    teacher = 3 * torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
+    teacher[:, 7] = -6.0
+    student = teacher.to(dtype)
+    student[:, 7] += 0.125
+    grads = [torch.empty(2, 1000, dtype=wide) for wide in (torch.float32, torch.float64)]
+    spec, scale = cases.spec(divergence, 1000, 2.0), torch.ones(2)
+    with interpreted():
+        gpu.kd_rows(student, teacher.to(dtype), None, scale, None, spec, grads[0])
+    wide = (student.double(), teacher.to(dtype).double())
+    reference.kd_rows(*wide, None, scale.double(), None, spec, grads[1])
+    assert compare.relative_error(*grads) < 2e-5
 
 
 @pytest.mark.parametrize("family", ["far", "near_equal", "peaked"])

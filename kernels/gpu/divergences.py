@@ -2,7 +2,8 @@
 
 A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope` of the
 same arguments, the derivative of the term by log q. p is the teacher's probability, q the student's, gap = q − p,
-d = log q − log p (0 where both are 0, ±inf where one is), a and b the divergence's parameters; everything fp32. The
+d = log q − log p (0 where both are 0, ±inf where one is), a and b the divergence's parameters; everything fp32. Where
+`about_top`, gap and b are others: see `Divergence`. The
 student-logit gradient is `(slope − q·Σ slope) / temperature`, which a multiple of q added to every slope does not
 change: that freedom is used to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
 
@@ -266,7 +267,7 @@ DIVERGENCES = {
     "reverse_kl": Divergence(reverse_kl_close, reverse_kl_slope, "closed", reverse=True),
     "symmetric_kl": Divergence(symmetric_kl_close, symmetric_kl_slope, "closed", forward=True, reverse=True),
     "jsd": Divergence(jsd_term, jsd_slope),
-    "skew_kl": Divergence(skew_kl_term, skew_kl_slope, about_top=True),
+    "skew_kl": Divergence(skew_kl_term, skew_kl_slope, about_top=True, vectors=1),
     "skew_reverse_kl": Divergence(skew_reverse_kl_term, skew_reverse_kl_slope),
     "tvd": Divergence(tvd_term, tvd_slope),
     "alpha_beta": Divergence(alpha_beta_term, alpha_beta_slope, vectors=1),

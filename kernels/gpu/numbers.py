@@ -21,7 +21,7 @@ class Numbers(NamedTuple):
     soft_weight: float  # divided by what the gradient is divided by
     hard_weight: float
     a: float
-    b: float
+    b: float  # as a, or of a row: see `with_ratio`
 
 
 @triton.jit

@@ -68,7 +68,7 @@ class Mode:
     same_temperature: bool
     hard_power: int  # see `numbers.hard_power`
     # Some logits are fp32: log q − log p and q − p must not cancel. 16-bit logits differ by nothing or by much, and
-    # differences between them are exact.
+    # differences between them are exact: q − p is small only beside larger ones in the row.
     fine: bool
     teacher_aligned: bool
     grad_aligned: bool

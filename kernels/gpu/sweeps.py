@@ -295,11 +295,11 @@ def raw_gap(s, t):
 
 @triton.jit
 def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
-    """q − p or, for a divergence that is `about_top`, q less the p that makes it 0 at the student's likeliest token."""
+    """q − p or, for a divergence that is `about_top`, q − b·p, which is 0 at the student's likeliest token."""
     if MODE.about_top:
         p *= numbers.b
         d -= log_near_one(numbers.b, numbers.b - 1)
-    if FINE:
+    if FINE or MODE.about_top:  # q − b·p is small where p and q are equal and their rows' sums are not
         return probability_gap(p, q, d)
     else:
         return q - p
