@@ -94,9 +94,10 @@ def spec(divergence: Divergence, vocab: int, temperature: float = 2.0, **changes
     return RowSpec(canonical.name, canonical.parameters, vocab_size=vocab, **numbers)
 
 
-def undecided(divergence: Divergence, student: Tensor, teacher: Tensor, temperature: float) -> Tensor | None:
+def undecided(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor | None:
     """Where the total variation's gradient, which jumps where p = q, has the sign that rounding gives it."""
-    if divergence.name != "tvd":
+    if spec.divergence != "tvd":
         return None
-    log_q, log_p = (torch.log_softmax(logits.double() / temperature, -1) for logits in (student, teacher))
+    log_q = torch.log_softmax(student.double() / spec.temperature, -1)
+    log_p = torch.log_softmax(teacher.double() / spec.teacher_temperature, -1)
     return (log_q - log_p).abs() < 1e-7

@@ -56,11 +56,12 @@ def test_undecided_elements_alone_are_not_looked_at() -> None:
 
 def test_only_the_total_variation_is_undecided_and_only_where_p_is_q() -> None:
     student, teacher = cases.logits("near_equal", 4, 5003)
-    assert cases.undecided(fastkd.JSD(), student, teacher, 2.0) is None
-    where = cases.undecided(fastkd.TVD(), student, teacher, 2.0)
+    jsd, tvd = (cases.spec(divergence, student.shape[1]) for divergence in (fastkd.JSD(), fastkd.TVD()))
+    assert cases.undecided(student, teacher, jsd) is None
+    where = cases.undecided(student, teacher, tvd)
     assert where is not None
     assert where.sum() <= 3
-    assert cases.undecided(fastkd.TVD(), teacher, teacher, 2.0).all()  # type: ignore[union-attr]
+    assert cases.undecided(teacher, teacher, tvd).all()  # type: ignore[union-attr]
 
 
 def test_one_wrong_column_of_a_vocabulary_is_seen() -> None:

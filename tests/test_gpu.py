@@ -37,7 +37,7 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, vocab
     ours, eager, truth = outcomes
     compare.assert_value(ours[0], truth[0], eager[0])
     compare.assert_value(ours[1], truth[1], eager[1])
-    undecided = cases.undecided(divergence, student, teacher, 2.0)
+    undecided = cases.undecided(student, teacher, spec)
     compare.assert_gradient(ours[2], eager[2].to(dtype), truth[2], undecided=undecided)
 
 

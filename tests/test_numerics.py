@@ -105,7 +105,8 @@ def test_different_temperatures_and_dtypes(divergence: Divergence) -> None:
         outcomes.append((*backend.kd_rows(*inputs, labels, scale, scale, spec, grad), grad))  # type: ignore[attr-defined]
     ours, eager, truth = outcomes
     compare.assert_value(ours[0], truth[0], eager[0])
-    compare.assert_gradient(ours[2], eager[2], truth[2])
+    undecided = cases.undecided(student, teacher, spec)
+    compare.assert_gradient(ours[2], eager[2], truth[2], undecided=undecided)
 
 
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)

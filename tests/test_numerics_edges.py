@@ -62,9 +62,15 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
     if divergence.name == "alpha_beta" and divergence.parameters in ((0.5, -0.5), (0.0, 0.0), (0.5, 0.0)):
         pytest.skip("the gradient's norm is that of a few columns with huge powers of p / q")
     for seed in range(5):
-        student, teacher, bounded = edges.confident(divergence, ROWS, seed)
-        certain = 0.0 if bounded else temperature
+        student, teacher, moderate = edges.confident(divergence, ROWS, seed)
+        certain = 0.0 if moderate else temperature
         check(_native.kd_rows, student, teacher, divergence, temperature, hard=False, certain_rows=certain)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 3.7])
+@pytest.mark.parametrize("divergence", edges.MIXED, ids=str)
+def test_digits_of_confident_rows(divergence: Divergence, temperature: float) -> None:
+    edges.judge_confident(_native.kd_rows, divergence, temperature)
 
 
 @pytest.mark.parametrize("family", ["far", "near_equal", "peaked"])

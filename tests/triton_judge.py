@@ -41,13 +41,13 @@ def judge(
         values = reference.kd_rows(s, t, labels, scale, scale if hard else None, spec, out)
         outcomes.append((*values, out))
     eager, truth = outcomes
+    undecided = cases.undecided(student.reshape(rows, vocab), teacher.reshape(rows, vocab), spec)
     grad = torch.empty_like(student) if grad is None else grad
     arguments = (student, teacher, labels, scale, scale if hard else None, spec, grad)
     with interpreted() as trace:
         soft, cross_entropy = kd_rows_in_tiles(*arguments, widths) if widths else gpu.kd_rows(*arguments)
     compare.assert_value(soft, truth[0], eager[0], "soft loss")
     compare.assert_value(cross_entropy, truth[1], eager[1], "hard loss")
-    undecided = cases.undecided(divergence, student.reshape(rows, vocab), teacher.reshape(rows, vocab), temperature)
     grad = grad.reshape(rows, vocab)
     compare.assert_gradient(grad, eager[2].to(grad.dtype), truth[2], certain_rows=certain_rows, undecided=undecided)
     return trace

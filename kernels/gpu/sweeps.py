@@ -1,7 +1,7 @@
-"""The sweeps of `rows` over one row of student and teacher logits: device functions, free of any divergence.
+"""The sweeps of `rows` over one row of student and teacher logits: device functions that know no divergence by name.
 
 A sweep is a loop over blocks [vectors, threads, width] and one more step for the row's edges (see `blocks`). Sums are
-kept per thread and merged once per row. `numbers` and `MODE` are the `Numbers` and `Mode` of `rows`.
+kept per thread and merged once per row. `numbers` and `MODE` are `numbers.Numbers` and `rows.Mode`.
 """
 
 from __future__ import annotations
