@@ -17,8 +17,8 @@ from torch import Tensor
 from bench import machine, rivals
 from bench.names import BOTH, Objective
 from fastkd import reference
-from fastkd.backend import RowSpec
 from fastkd.divergences import Divergence
+from fastkd.rows import RowSpec
 
 __all__ = [
     "ARITHMETIC_BF16",

@@ -20,9 +20,9 @@ from torch import Tensor
 from bench.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads
 from bench.roofline import DEVICES, Estimate, estimate
 from fastkd import SparseTargets
-from fastkd.backend import RowSpec, Tile
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
+from fastkd.rows import RowSpec, Tile
 from fastkd.sparse import sparse_rows
 
 __all__ = ["CASES", "VOCABULARIES", "Case", "Reading", "kd", "read", "sparse", "stage", "write"]

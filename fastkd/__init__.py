@@ -15,8 +15,8 @@ from fastkd.divergences import (
     SymmetricKL,
 )
 from fastkd.losses import KDLoss, KDParts, kd_loss
-from fastkd.models import project
-from fastkd.plan import Plan, plan
+from fastkd.projection.models import project
+from fastkd.projection.plan import Plan, plan
 from fastkd.sources import Projection, SparseTargets
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 

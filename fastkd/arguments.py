@@ -26,6 +26,7 @@ __all__ = [
     "integers",
     "is_checked",
     "number",
+    "real",
     "switch",
     "temperature",
     "tensor",
@@ -34,6 +35,15 @@ __all__ = [
 FLOATING = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 #: Temperatures at which every divergence and gradient is right: 1/T is an fp32 number, T² leaves the value its digits.
 COLDEST, HOTTEST = 1e-30, 1e6
+
+
+def real(name: str, value: Any) -> float:
+    """A finite number. Raises TypeError for what is none, ValueError for infinities and NaN."""
+    if not _is_real(value):
+        raise TypeError(f"{name} must be a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+    return float(value)
 
 
 def number(name: str, value: Any, *, least: float = 0, above: bool = False) -> float:

@@ -1,7 +1,7 @@
 """Who computes a loss: the native CPU library, the Triton kernels, or the eager reference.
 
-The three offer the same functions (`Backend`), so that everything above them is written once. Which one runs
-is decided per call from the tensor's device, unless `use_backend` forces one.
+The three offer the same functions (`Backend`), so that everything above them is written once. Which one runs is
+decided per call from the tensor's device, unless `use_backend` forces one. A backend is one row of `_ROWS`.
 """
 
 from __future__ import annotations
@@ -12,60 +12,19 @@ import re
 import threading
 import warnings
 from collections import deque
+from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Literal, NamedTuple, Protocol, cast
+from typing import NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
-__all__ = ["Backend", "BackendStatus", "RowSpec", "SparseRows", "Tile", "backends", "select", "use_backend"]
+from fastkd.divergences import Divergence
+from fastkd.kernels.cpu import library
+from fastkd.rows import RowSpec, SparseRows, Tile
 
-
-@dataclass(frozen=True)
-class RowSpec:
-    """What one loss computes on every row: numbers only, so that it crosses into C and Triton unchanged."""
-
-    divergence: str
-    parameters: tuple[float, ...]
-    temperature: float
-    teacher_temperature: float
-    soft_weight: float  # T² included where the caller wants it
-    hard_weight: float
-    vocab_size: int  # columns that count; a wider (padded) row has probability 0 beyond
-
-
-class SparseRows(NamedTuple):
-    """A teacher of which each row keeps K tokens; all other columns are one more token, the rest, on both sides.
-
-    The value of a row is the divergence between these K + 1 probabilities, plus `offset`. The student's rest is summed
-    from its columns, never as 1 less the others, so that nothing cancels where the K tokens hold nearly all mass.
-    `sparse.sparse_rows` makes one.
-    """
-
-    ids: Tensor  # int64 [rows, K], ascending; `vocab_size` or more where there is no entry
-    logprobs: Tensor  # fp32 [rows, K] (float64 for the reference), -inf where there is no entry
-    rest: Tensor  # [rows], likewise
-    offset: Tensor  # [rows]
-    picked: Tensor  # [rows, K], memory for the student's logits at `ids`: statistics fill it
-
-    def part(self, rows: slice | Tensor) -> SparseRows:
-        return SparseRows(*(field[rows] for field in self))
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Columns [first, first + width) of every row, where rows are met in parts and logits computed anew each time.
-
-    Three stages, each over the tiles from first = 0 upwards: `"statistics"`; `"terms"`, for the divergences that need
-    the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage learns of a
-    row is in `state`, which a backend makes (`tile_state`) and nobody else reads.
-    """
-
-    stage: Literal["statistics", "terms", "gradient"]
-    first: int
-    state: Tensor
+__all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "use_backend"]
 
 
 class Backend(Protocol):
@@ -148,23 +107,9 @@ class BackendStatus(NamedTuple):
     detail: str
 
 
-_MODULES = {"cpu": "fastkd._native", "triton": "fastkd.kernels.gpu", "reference": "fastkd.reference"}
-
-
 #: The versions of Triton that every kernel is compiled with in `make test`, the oldest and the newest; they come with
 #: PyTorch 2.9 and with none yet.
 _OLDEST_TRITON, _NEWEST_TRITON = (3, 5), (3, 9)
-
-
-@functools.cache
-def _status(name: str) -> BackendStatus:
-    if name == "reference":
-        return BackendStatus(True, "eager PyTorch, any device and dtype")
-    if name == "cpu":
-        from fastkd import _native
-
-        return BackendStatus(*_native.status())
-    return _triton_status()
 
 
 def _triton_status() -> BackendStatus:
@@ -190,9 +135,54 @@ def _dotted(version: tuple[int, int]) -> str:
     return ".".join(map(str, version))
 
 
+class _Row(NamedTuple):
+    """One backend."""
+
+    module: str  # offers the functions of `Backend`; imported when it is first needed
+    devices: tuple[str, ...]  # types of device it is chosen for; () for all that no other row names
+    status: Callable[[], BackendStatus]
+    #: Bytes that its kernels allocate beside the buffers of a loss from hidden states: see `scratch_bytes`.
+    scratch_bytes: Callable[[Divergence, int, bool, bool, bool], int]
+
+
+def _no_scratch(*_: object) -> int:
+    return 0
+
+
+_ROWS: dict[str, _Row] = {
+    "cpu": _Row("fastkd.kernels.cpu", ("cpu",), lambda: BackendStatus(*library.status()), library.scratch_bytes),
+    "triton": _Row("fastkd.kernels.gpu", ("cuda", "xpu"), lambda: _triton_status(), _no_scratch),
+    "reference": _Row(
+        "fastkd.reference", (), lambda: BackendStatus(True, "eager PyTorch, any device and dtype"), _no_scratch
+    ),
+}
+_LAST_RESORT = "reference"
+
+
+@functools.cache
+def _status(name: str) -> BackendStatus:
+    return _ROWS[name].status()
+
+
+def _for_device(kind: str) -> str:
+    """The backend made for a type of device, whether or not it is available."""
+    return next((name for name, row in _ROWS.items() if kind in row.devices), _LAST_RESORT)
+
+
+def scratch_bytes(
+    device: torch.device, divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool
+) -> int:
+    """Bytes that the kernels of this device allocate for themselves while rows of `tile` columns are computed.
+
+    `whole_teacher`: every column of the teacher is known. `own_exponential`: the cross-entropy's e^z is no power of
+    e^(z/T). `gradient`: a gradient is wanted.
+    """
+    return _ROWS[_for_device(device.type)].scratch_bytes(divergence, tile, whole_teacher, own_exponential, gradient)
+
+
 def backends() -> dict[str, BackendStatus]:
     """Every backend with whether it is available here and, where not, the reason."""
-    return {name: _status(name) for name in _MODULES}
+    return {name: _status(name) for name in _ROWS}
 
 
 class running_on:
@@ -229,8 +219,8 @@ class use_backend(running_on):
 
     def __init__(self, name: str | None) -> None:
         if name is not None:
-            if name not in _MODULES:
-                raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(_MODULES)} (or None)")
+            if name not in _ROWS:
+                raise ValueError(f"unknown backend {name!r}; choose one of {', '.join(_ROWS)} (or None)")
             status = _status(name)
             if not status.available:
                 raise RuntimeError(f"backend {name!r} is not available: {status.detail}")
@@ -268,15 +258,15 @@ def warn_once(message: str) -> None:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
-    return cast(Backend, importlib.import_module(_MODULES[forced() or _automatic(tensor)]))
+    return cast(Backend, importlib.import_module(_ROWS[forced() or _automatic(tensor)].module))
 
 
 def _automatic(tensor: Tensor) -> str:
     if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return "reference"  # float64: the kernels compute in fp32
-    wanted = {"cpu": "cpu", "cuda": "triton", "xpu": "triton"}.get(tensor.device.type, "reference")
+        return _LAST_RESORT  # float64: the kernels compute in fp32
+    wanted = _for_device(tensor.device.type)
     status = _status(wanted)
     if status.available:
         return wanted
     warn_once(f"fastkd: the {wanted!r} backend is not available ({status.detail}); the slower eager reference is used")
-    return "reference"
+    return _LAST_RESORT

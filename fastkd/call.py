@@ -1,42 +1,27 @@
-"""The arguments of the loss operators: one order, for the schema, the fakes and the implementations."""
+"""The arguments of the loss operators: one list of fields, of which schema, fakes and implementations are made."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from dataclasses import fields
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec
 from fastkd.divergences import TABLE
-from fastkd.sources import Projection, Source, SparseKind, SparseTargets, Teacher
+from fastkd.rows import RowSpec
+from fastkd.sources import Source, Teacher, of_parts, parts
 
 __all__ = ["SCHEMA", "Call", "call_for"]
 
-#: What follows `Tensor student`: the other fields of `Call`, in their order.
-SCHEMA = (
-    "Tensor? student_weight, Tensor? student_bias, Tensor? teacher, Tensor? teacher_weight, Tensor? teacher_bias, "
-    "Tensor? sparse_ids, Tensor? sparse_logprobs, Tensor? sparse_rest, Tensor? sparse_entropy, "
-    "Tensor? labels, Tensor? soft_scale, Tensor? hard_scale, "
-    "float[] student_head, float[] teacher_head, str sparse_kind, "
-    "str divergence, float[] parameters, float temperature, float teacher_temperature, float soft_weight, "
-    "float hard_weight, int vocab_size, ScalarType? autocast, int? memory_budget"
-)
-
-#: The tensors that only one of the two terms reads.
-_SOFT = (
-    *("teacher", "teacher_weight", "teacher_bias"),
-    *("sparse_ids", "sparse_logprobs", "sparse_rest", "sparse_entropy", "soft_scale"),
-)
-_HARD = ("labels", "hard_scale")
-
 
 class Call(NamedTuple):
-    """The arguments of the loss operators, in the order of the schema.
+    """The arguments of the loss operators, tensors first.
 
-    A source is logits, or hidden states with a weight; `*_head` then holds its softcap (0: none) and logit scale. A
-    teacher may be the parts of `SparseTargets` instead.
+    A source is the fields that begin with `student` or `teacher`, which `sources.parts` fills and `sources.of_parts`
+    reads: logits; or hidden states with weight and bias, beside which `*_head` holds softcap (0: none) and logit scale;
+    or the parts of `SparseTargets`. The fields of `RowSpec` are here under their own names.
     """
 
     student: Tensor
@@ -45,16 +30,16 @@ class Call(NamedTuple):
     teacher: Tensor | None
     teacher_weight: Tensor | None
     teacher_bias: Tensor | None
-    sparse_ids: Tensor | None
-    sparse_logprobs: Tensor | None
-    sparse_rest: Tensor | None
-    sparse_entropy: Tensor | None
+    teacher_ids: Tensor | None
+    teacher_logprobs: Tensor | None
+    teacher_rest: Tensor | None
+    teacher_entropy: Tensor | None
     labels: Tensor | None
     soft_scale: Tensor | None
     hard_scale: Tensor | None
     student_head: Sequence[float]
     teacher_head: Sequence[float]
-    sparse_kind: str
+    teacher_kind: str
     divergence: str
     parameters: Sequence[float]
     temperature: float
@@ -68,19 +53,11 @@ class Call(NamedTuple):
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
         """The arguments that are tensors, which come first."""
-        return self[: self._fields.index("student_head")]  # type: ignore[return-value]
+        return self[: len(_TENSORS)]  # type: ignore[return-value]
 
     @property
     def spec(self) -> RowSpec:
-        return RowSpec(
-            self.divergence,
-            tuple(self.parameters),
-            self.temperature,
-            self.teacher_temperature,
-            self.soft_weight,
-            self.hard_weight,
-            self.vocab_size,
-        )
+        return RowSpec(**{name: getattr(self, name) for name in _SPEC} | {"parameters": tuple(self.parameters)})
 
     @property
     def on_logits(self) -> bool:
@@ -104,23 +81,36 @@ class Call(NamedTuple):
         return self._replace(**absent)
 
     def student_source(self) -> Source:
-        return _source(self.student, self.student_weight, self.student_bias, self.student_head)
+        source = of_parts("student", self._asdict())
+        assert isinstance(source, Source)
+        return source
 
     def teacher_source(self) -> Teacher | None:
-        if self.sparse_ids is not None and self.sparse_logprobs is not None:
-            kind = cast(SparseKind, self.sparse_kind)
-            parts = self.sparse_ids, self.sparse_logprobs, kind, self.teacher_temperature
-            return SparseTargets(*parts, self.sparse_rest, self.sparse_entropy)
-        if self.teacher is None:
-            return None
-        return _source(self.teacher, self.teacher_weight, self.teacher_bias, self.teacher_head)
+        return of_parts("teacher", self._asdict())
 
 
-def _source(tensor: Tensor, weight: Tensor | None, bias: Tensor | None, head: Sequence[float]) -> Source:
-    if weight is None:
-        return tensor
-    softcap, logit_scale = head
-    return Projection(tensor, weight, bias, softcap or None, logit_scale)
+#: Type of a field → its type in an operator's schema, and its value in a call that lacks it.
+_TYPES: dict[Any, tuple[str, Any]] = {
+    Tensor: ("Tensor", None),
+    Tensor | None: ("Tensor?", None),
+    Sequence[float]: ("float[]", []),
+    str: ("str", ""),
+    float: ("float", None),
+    int: ("int", None),
+    int | None: ("int?", None),
+    torch.dtype | None: ("ScalarType?", None),
+}
+_FIELDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
+_ABSENT = {name: absent for name, (_, absent) in _FIELDS.items()}
+_TENSORS = [name for name, (kind, _) in _FIELDS.items() if kind.startswith("Tensor")]
+_SPEC = [field.name for field in fields(RowSpec)]
+
+#: What follows `Tensor student` in a schema: the other fields, in their order.
+SCHEMA = ", ".join(f"{kind} {name}" for name, (kind, _) in _FIELDS.items() if name != "student")
+
+#: The tensors that only one of the two terms reads.
+_SOFT = (*(name for name in _TENSORS if name.startswith("teacher")), "soft_scale")
+_HARD = ("labels", "hard_scale")
 
 
 def call_for(
@@ -134,38 +124,12 @@ def call_for(
     memory_budget: int | None = None,
 ) -> Call:
     """The arguments for these sources; labels and scales are `[rows]`."""
-    sparse = teacher if isinstance(teacher, SparseTargets) else None
-    student_tensors, student_head = _arguments(student)
-    teacher_tensors, teacher_head = _arguments(None if isinstance(teacher, SparseTargets) else teacher)
-    assert student_tensors[0] is not None
-    return Call(
-        student_tensors[0],
-        *student_tensors[1:],
-        *teacher_tensors,
-        None if sparse is None else sparse.ids,
-        None if sparse is None else sparse.logprobs,
-        None if sparse is None else sparse.rest,
-        None if sparse is None else sparse.entropy,
-        labels,
-        soft_scale,
-        hard_scale,
-        student_head,
-        teacher_head,
-        "" if sparse is None else sparse.kind,
-        spec.divergence,
-        spec.parameters,
-        spec.temperature,
-        spec.teacher_temperature,
-        spec.soft_weight,
-        spec.hard_weight,
-        spec.vocab_size,
-        autocast,
-        memory_budget,
-    )
-
-
-def _arguments(source: Source | None) -> tuple[tuple[Tensor | None, Tensor | None, Tensor | None], list[float]]:
-    """(tensor, weight, bias) and head numbers of a source."""
-    if not isinstance(source, Projection):
-        return (source, None, None), []
-    return (source.hidden, source.weight, source.bias), [float(source.softcap or 0), float(source.logit_scale)]
+    given = {
+        "labels": labels,
+        "soft_scale": soft_scale,
+        "hard_scale": hard_scale,
+        "autocast": autocast,
+        "memory_budget": memory_budget,
+    }
+    numbers = {name: getattr(spec, name) for name in _SPEC}
+    return Call(**{**_ABSENT, **parts("student", student), **parts("teacher", teacher), **numbers, **given})

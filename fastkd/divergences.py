@@ -10,10 +10,10 @@ an eager function in `reference.py`, a functor in `kernels/cpu/divergences.h` an
 
 from __future__ import annotations
 
-import math
-import numbers
 from dataclasses import astuple, dataclass, fields
 from typing import ClassVar
+
+from fastkd import arguments
 
 __all__ = [
     "JSD",
@@ -54,11 +54,7 @@ class Divergence:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, bool) or not isinstance(value, numbers.Real):
-                raise TypeError(f"{type(self).__name__}({field.name}=...) must be a number, got {type(value).__name__}")
-            if not math.isfinite(value):
-                raise ValueError(f"{type(self).__name__}({field.name}={value}) must be finite")
+            arguments.real(f"{type(self).__name__} {field.name}", getattr(self, field.name))
         self.check()
 
     def check(self) -> None:

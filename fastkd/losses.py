@@ -14,13 +14,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fastkd import arguments, chunks, gradients, ops, served, sources
-from fastkd.backend import RowSpec, forced, running_on
+from fastkd import arguments, gradients, served, sources
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
-from fastkd.heads import autocast_dtype
+from fastkd.ops import InPlace
 from fastkd.overlap import may_overlap_itself, may_share_memory
-from fastkd.plan import Wants
+from fastkd.projection.loop import check_budget
+from fastkd.projection.sides import autocast_dtype
+from fastkd.rows import RowSpec, Wants, row_dtype, row_layout
 from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -188,7 +189,7 @@ class KDLoss(nn.Module):
         idle, weighted = call.split()
         if idle is not None and any(wants):
             if not weighted.on_logits and not torch.compiler.is_compiling():
-                chunks.check_budget(weighted, Wants(*wants))
+                check_budget(weighted, Wants(*wants))
             # A term of weight 0, whose value return_parts asks for: in the gradient, 0 times its NaN would be NaN.
             with torch.no_grad():
                 _, *values = self._run(idle)  # first, since in place the logits are about to go
@@ -198,9 +199,9 @@ class KDLoss(nn.Module):
         if self.reduction == "none":
             if any(wants) and not torch.compiler.is_compiling():
                 call = _for_backward(call, Wants(*wants))
-            return torch.ops.fastkd.kd_rows(*call)  # type: ignore[no-any-return]
+            return torch.ops.fastkd.kd_loss_per_row(*call)  # type: ignore[no-any-return]
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
-            return _InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
+            return InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
         loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(*call, wants)
         return loss, soft, hard
 
@@ -215,7 +216,7 @@ class KDLoss(nn.Module):
 
         `labels` are already shifted; the last position, which predicts nothing then, gets scale 0.
         """
-        dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+        dtype = row_dtype(student.dtype)
         if weights is None:
             every = torch.ones(student.shape[:-1], dtype=dtype, device=student.device)
         else:
@@ -364,30 +365,6 @@ def kd_loss(
     return loss.forward(student, teacher, labels, weights=weights, num_items=num_items)
 
 
-class _InPlace(torch.autograd.Function):
-    """A scalar loss whose gradient replaces the student's logits in memory."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, soft, hard, factor = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
-        # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
-        torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, factor)
-        ctx.backend = forced()
-        ctx.mark_non_differentiable(soft, hard)
-        ctx.set_materialize_grads(False)
-        return loss, soft, hard
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        ops.refuse_double_backward()
-        student, factor = ctx.saved_tensors
-        upstream = upstreams[0]
-        with running_on(ctx.backend):
-            grad = None if upstream is None else ops.scale_saved(student.detach(), upstream, factor)
-        return grad, *[None] * (len(Call._fields) - 1)
-
-
 def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None) -> tuple[float, float]:
     if alpha is None:
         if alpha_on is not None:
@@ -408,7 +385,7 @@ def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_
 def _for_backward(call: Call, wants: Wants) -> Call:
     """The call as its backward can compute it again: the budget suffices, and autograd may keep the tensors."""
     if not call.on_logits:
-        chunks.check_budget(call, wants)
+        check_budget(call, wants)
     kept: dict[str, Any] = {
         name: tensor.clone()
         for name, tensor in zip(call._fields, call.tensors, strict=False)
@@ -419,7 +396,7 @@ def _for_backward(call: Call, wants: Wants) -> Call:
 
 def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
     """ValueError where the gradient cannot be written over the student's logits without harm to what is still read."""
-    if ops.row_layout(student) is None or may_overlap_itself(student):
+    if row_layout(student) is None or may_overlap_itself(student):
         raise ValueError(
             f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
             f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"

@@ -5,7 +5,7 @@ Five opaque operators in the namespace `fastkd`. They are defined and implemente
 
 - `kd_loss`   a scalar loss; its gradients are computed in the forward pass, while the logits are in cache
 - `kd_loss_`  the same, the gradient written over the student's logits
-- `kd_rows`   one loss per row; its backward recomputes, since each row meets its own upstream gradient
+- `kd_loss_per_row`   one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
 Each takes logits or hidden states with an output head, for student and teacher (see `Call`).
 
@@ -18,23 +18,24 @@ in the two scales, and a row whose scale is 0 is skipped.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd import _native, chunks
-from fastkd.backend import SparseRows, forced, running_on, select
+from fastkd import arguments
+from fastkd.backend import forced, running_on, select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import TABLE
-from fastkd.heads import kept_dtype
-from fastkd.plan import NOTHING, Wants
+from fastkd.kernels.cpu.library import advise_huge_pages
+from fastkd.projection.loop import from_hidden_states
+from fastkd.projection.sides import Gradients, kept_dtype
+from fastkd.rows import NOTHING, SparseRows, Wants, addressable, row_dtype
 from fastkd.sources import SparseTargets
 from fastkd.sparse import sparse_rows
 
-__all__ = ["RowLayout", "row_layout"]
+__all__ = ["InPlace"]
 
 _library = torch.library.Library("fastkd", "DEF")
 _library.define(
@@ -42,7 +43,7 @@ _library.define(
     "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias, Tensor factor)"
 )
 _library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
-_library.define(f"kd_rows(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
+_library.define(f"kd_loss_per_row(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
 _library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
 _library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
 _library.define(
@@ -51,47 +52,10 @@ _library.define(
 )
 
 
-# --- how rows lie in memory -------------------------------------------------------------------------------------
-
-
-class RowLayout(NamedTuple):
-    """Row i starts at element `(i // inner)·outer_stride + (i % inner)·inner_stride`."""
-
-    rows: int
-    inner: int
-    outer_stride: int
-    inner_stride: int
-
-
-def row_layout(tensor: Tensor) -> RowLayout | None:
-    """The rows of `[..., V]` as at most two strides, or None where that cannot express them (then copy)."""
-    if tensor.numel() == 0:
-        return RowLayout(0, 1, 0, tensor.shape[-1])
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-        return None
-    levels: list[tuple[int, int]] = []  # (size, stride), outermost first, mergeable neighbours merged
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
-        if size == 1:
-            continue
-        if levels and levels[-1][1] == size * stride:
-            levels[-1] = (levels[-1][0] * size, stride)
-        else:
-            levels.append((size, stride))
-    if len(levels) > 2:
-        return None
-    inner, inner_stride = levels[-1] if levels else (1, tensor.shape[-1])
-    outer, outer_stride = levels[0] if len(levels) == 2 else (1, 0)
-    return RowLayout(outer * inner, inner, outer_stride, inner_stride)
-
-
-def _addressable(tensor: Tensor) -> Tensor:
-    return tensor if row_layout(tensor) is not None else tensor.contiguous()
-
-
 def _empty_like_rows(student: Tensor) -> Tensor:
     """An uninitialised contiguous `[..., V]`; on CPUs backed by huge pages, since first touch is the largest cost."""
     out = torch.empty(student.shape, dtype=student.dtype, device=student.device)
-    _native.advise_huge_pages(out)
+    advise_huge_pages(out)
     return out
 
 
@@ -107,7 +71,7 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
     """ValueError for a label that would be read out of bounds. On GPUs only with FASTKD_DEBUG=1: it synchronises."""
     if labels is None or hard_scale is None:
         return
-    if labels.device.type != "cpu" and os.environ.get("FASTKD_DEBUG") != "1":
+    if not arguments.is_checked(labels):
         return
     wrong = ((labels < 0) | (labels >= vocab_size)) & (hard_scale != 0)
     if wrong.any():
@@ -118,22 +82,22 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
         )
 
 
-def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, chunks.Gradients]:
+def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
     """Run the backend. `grad`, for a student that is a tensor, may be that tensor."""
     _check_labels(call.labels, call.hard_scale, call.vocab_size)
     if not call.on_logits:
-        return chunks.kd_rows(call, grad, wants)
-    student = _addressable(call.student)
+        return from_hidden_states(call, grad, wants)
+    student = addressable(call.student)
     source = call.teacher_source()
     teacher: Tensor | SparseRows | None = None
     if isinstance(source, SparseTargets):
-        teacher = sparse_rows(source, call.soft_scale, call.vocab_size, _row_dtype(student))
+        teacher = sparse_rows(source, call.soft_scale, call.vocab_size, row_dtype(student.dtype))
     elif isinstance(source, Tensor):
-        teacher = _addressable(source)
+        teacher = addressable(source)
     soft, hard = select(student).kd_rows(
         student, teacher, call.labels, call.soft_scale, call.hard_scale, call.spec, grad
     )
-    return soft, hard, chunks.Gradients()
+    return soft, hard, Gradients()
 
 
 def _weighted_rows(call: Call, soft: Tensor, hard: Tensor) -> Tensor:
@@ -212,21 +176,17 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return _weighted_rows(call, soft, hard).sum(), soft, hard, factor
 
 
-def _kd_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*arguments)
     soft, hard, _ = _compute(call, None, NOTHING)
     return _weighted_rows(call, soft, hard), soft, hard
-
-
-def _row_dtype(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def _fake_rows(tensor: Tensor) -> Tensor:
     rows = 1
     for size in tensor.shape[:-1]:
         rows = rows * size
-    return tensor.new_empty((rows,), dtype=_row_dtype(tensor))
+    return tensor.new_empty((rows,), dtype=row_dtype(tensor.dtype))
 
 
 def _fake_factor(call: Call) -> Tensor:
@@ -256,7 +216,7 @@ def _fake_kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return rows.new_empty(()), rows, _fake_rows(call.student), _fake_factor(call)
 
 
-def _fake_kd_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fake_kd_loss_per_row(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_rows(student), _fake_rows(student), _fake_rows(student)
 
 
@@ -265,13 +225,13 @@ def _fake_kd_rows(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Ten
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
 
-def refuse_double_backward() -> None:
+def _refuse_double_backward() -> None:
     """Gradients are computed, not traced: raise rather than return a wrong second derivative."""
     if torch.is_grad_enabled():
         raise RuntimeError("fastkd losses have no double backward: call backward without create_graph=True")
 
 
-def scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
+def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
     """The gradient saved in the forward pass, less the factor that kept it in range, times the upstream scalar.
 
     A tensor of its own whenever the graph is kept: scaling the saved one would make a second backward silently wrong,
@@ -318,16 +278,16 @@ def _setup_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 
 def _backward_kd_loss(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
+    _refuse_double_backward()
     *saved, factor = ctx.saved_tensors
     grads = [
-        scale_saved(grad, upstream, factor) if wanted and upstream is not None else None
+        _scale_saved(grad, upstream, factor) if wanted and upstream is not None else None
         for grad, wanted in zip(saved, ctx.wants, strict=True)
     ]
     return (*grads, *[None] * (_INPUTS + 1 - len(grads)))
 
 
-def _setup_kd_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _setup_kd_loss_per_row(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors = Call(*inputs).tensors
     ctx.numbers = inputs[len(tensors) :]
     ctx.set_materialize_grads(False)
@@ -335,8 +295,8 @@ def _setup_kd_rows(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*tensors)
 
 
-def _backward_kd_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    refuse_double_backward()
+def _backward_kd_loss_per_row(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    _refuse_double_backward()
     if upstream is None:
         return (None,) * _INPUTS
     call = Call(*ctx.saved_tensors, *ctx.numbers)
@@ -347,23 +307,47 @@ def _backward_kd_rows(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tenso
     wants = list(ctx.needs_input_grad[:3])
     *saved, factor = torch.ops.fastkd.kd_loss(*call, wants)[3:]
     one = upstream.new_ones(())
-    grads = [scale_saved(grad, one, factor) if wanted else None for grad, wanted in zip(saved, wants, strict=True)]
+    grads = [_scale_saved(grad, one, factor) if wanted else None for grad, wanted in zip(saved, wants, strict=True)]
     return (*grads, *[None] * (_INPUTS - len(grads)))
+
+
+class InPlace(torch.autograd.Function):
+    """A scalar loss whose gradient replaces the student's logits in memory."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+        loss, soft, hard, factor = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
+        # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
+        torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(student, factor)
+        ctx.backend = forced()
+        ctx.mark_non_differentiable(soft, hard)
+        ctx.set_materialize_grads(False)
+        return loss, soft, hard
+
+    @staticmethod
+    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
+        _refuse_double_backward()
+        student, factor = ctx.saved_tensors
+        upstream = upstreams[0]
+        with running_on(ctx.backend):
+            grad = None if upstream is None else _scale_saved(student.detach(), upstream, factor)
+        return grad, *[None] * (len(Call._fields) - 1)
 
 
 # --- log-softmax and statistics ---------------------------------------------------------------------------------
 
 
 def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    logits = _addressable(logits)
+    logits = addressable(logits)
     out = _empty_like_rows(logits)
     return out, select(logits).log_softmax(logits, temperature, out)
 
 
 def _log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
-    logits = _addressable(logits)
+    logits = addressable(logits)
     grad = _empty_like_rows(logits)
-    select(logits).log_softmax_backward(_addressable(upstream), logits, normaliser, temperature, grad)
+    select(logits).log_softmax_backward(addressable(upstream), logits, normaliser, temperature, grad)
     return grad
 
 
@@ -375,14 +359,14 @@ def _setup_log_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, 
 
 
 def _backward_log_softmax(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-    refuse_double_backward()
+    _refuse_double_backward()
     if upstream is None:
         return None, None
     return torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, ctx.temperature), None
 
 
 def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    logits = _addressable(logits)
+    logits = addressable(logits)
     return select(logits).row_statistics(logits, labels, temperature)
 
 
@@ -405,7 +389,7 @@ def _fake_row_statistics(
 for _name, _implementation, _fake in (
     ("kd_loss", _kd_loss, _fake_kd_loss),
     ("kd_loss_", _kd_loss_in_place, _fake_kd_loss_in_place),
-    ("kd_rows", _kd_rows, _fake_kd_rows),
+    ("kd_loss_per_row", _kd_loss_per_row, _fake_kd_loss_per_row),
     ("log_softmax", _log_softmax, _fake_log_softmax),
     ("log_softmax_backward", _log_softmax_backward, _fake_log_softmax_backward),
     ("row_statistics", _row_statistics, _fake_row_statistics),
@@ -416,7 +400,7 @@ for _name, _implementation, _fake in (
 
 for _name, _setup, _backward in (
     ("kd_loss", _setup_kd_loss, _backward_kd_loss),
-    ("kd_rows", _setup_kd_rows, _backward_kd_rows),
+    ("kd_loss_per_row", _setup_kd_loss_per_row, _backward_kd_loss_per_row),
     ("log_softmax", _setup_log_softmax, _backward_log_softmax),
 ):
     _setup, _backward = _with_backend(_setup, _backward)

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec, SparseRows
+from fastkd.rows import RowSpec, SparseRows, row_dtype
 
 __all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "sample", "top_k"]
 
@@ -130,7 +130,7 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Sequence[float]], Pair]] = {
 def _wide(logits: Tensor, columns: int | None = None) -> Tensor:
     """`[rows, columns]` in the dtype the arithmetic runs in: fp32, or float64 where the input is."""
     rows = logits[..., :columns].reshape(-1, logits.shape[-1] if columns is None else columns)
-    return rows if rows.dtype == torch.float64 else rows.float()
+    return rows.to(row_dtype(rows.dtype))
 
 
 def _divergence_rows(student: Tensor, teacher: Tensor, spec: RowSpec) -> Pair:

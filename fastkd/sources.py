@@ -2,14 +2,15 @@
 
 A source is a tensor of logits `[..., V]` or a `Projection`, whose logits are computed a chunk at a time and never
 formed as a whole; a teacher may also be `SparseTargets`, what a cache kept of each of its rows. `check` raises before
-any work, quoting the offending value.
+any work, quoting the offending value. `parts` takes a source apart into the arguments of an operator, which are
+tensors and numbers, and `of_parts` puts it together again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -25,6 +26,8 @@ __all__ = [
     "Teacher",
     "check",
     "check_logits",
+    "of_parts",
+    "parts",
     "tensors",
 ]
 
@@ -99,6 +102,20 @@ class Projection:
 
     def dim(self) -> int:
         return self.hidden.dim()
+
+    def parts(self, side: str) -> dict[str, Any]:
+        """See `sources.parts`."""
+        head = [float(self.softcap or 0), float(self.logit_scale)]
+        return {side: self.hidden, f"{side}_weight": self.weight, f"{side}_bias": self.bias, f"{side}_head": head}
+
+    @classmethod
+    def of_parts(cls, side: str, fields: Mapping[str, Any]) -> Projection | None:
+        """See `sources.of_parts`."""
+        weight = fields[f"{side}_weight"]
+        if weight is None:
+            return None
+        softcap, logit_scale = fields[f"{side}_head"]
+        return cls(fields[side], weight, fields[f"{side}_bias"], softcap or None, logit_scale)
 
     def logits(self) -> Tensor:
         """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
@@ -197,6 +214,20 @@ class SparseTargets:
     def dim(self) -> int:
         return self.ids.dim()
 
+    def parts(self, side: str) -> dict[str, Any]:
+        """See `sources.parts`. The temperature is an argument of the operator itself."""
+        return {f"{side}_{name}": getattr(self, name) for name in ("ids", "logprobs", "kind", "rest", "entropy")}
+
+    @classmethod
+    def of_parts(cls, side: str, fields: Mapping[str, Any]) -> SparseTargets | None:
+        """See `sources.of_parts`."""
+        ids, logprobs, kind, temperature, rest, entropy = (
+            fields.get(f"{side}_{name}") for name in ("ids", "logprobs", "kind", "temperature", "rest", "entropy")
+        )
+        if ids is None or logprobs is None or kind is None or temperature is None:
+            return None
+        return cls(ids, logprobs, kind, temperature, rest, entropy)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
         """The same on another device."""
         return self._mapped(lambda tensor: tensor.to(device, non_blocking=non_blocking))
@@ -252,6 +283,30 @@ def check(
         _check_beside("weights", weights, student, weights.shape)
         arguments.check_counts("weights", weights)
     return _vocab_size(student, teacher, vocab_size)
+
+
+#: The sources that are no tensor.
+_COMPOSED: tuple[type[Projection] | type[SparseTargets], ...] = (Projection, SparseTargets)
+
+
+def parts(side: str, source: Teacher | None) -> dict[str, Any]:
+    """A source as arguments of an operator: fields of `call.Call` → tensors and numbers.
+
+    `side` is `"student"` or `"teacher"`. Logits are the field of that name; other sources say their fields.
+    """
+    if source is None or isinstance(source, Tensor):
+        return {side: source}
+    return source.parts(side)
+
+
+def of_parts(side: str, fields: Mapping[str, Any]) -> Teacher | None:
+    """The source that `parts` took apart, or None."""
+    for kind in _COMPOSED:
+        source = kind.of_parts(side, fields)
+        if source is not None:
+            return source
+    logits: Tensor | None = fields[side]
+    return logits
 
 
 def tensors(source: Teacher) -> list[Tensor]:

@@ -6,12 +6,11 @@ is the teacher's mass of the rest, which is 0 unless they are `"ghost"`, and a n
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from fastkd.backend import SparseRows
+from fastkd import arguments
+from fastkd.rows import SparseRows
 from fastkd.sources import SparseTargets
 
 __all__ = ["sparse_rows"]
@@ -23,14 +22,14 @@ _NOTHING = 1e-6
 
 
 def sparse_rows(targets: SparseTargets, live: Tensor | None, vocab_size: int, dtype: torch.dtype) -> SparseRows:
-    """Check the values of `targets` and lay them out as `backend.SparseRows`, in `dtype`.
+    """Check the values of `targets` and lay them out as `rows.SparseRows`, in `dtype`.
 
     `live` `[rows]` is 0 in rows that do not count, which may hold anything. Raises ValueError, on GPUs only with
     FASTKD_DEBUG=1, quoting the first value that cannot be meant.
     """
     ids = targets.ids.reshape(-1, targets.shape[-1]).to(torch.int64)
     logprobs = targets.logprobs.reshape(ids.shape).to(dtype)
-    checked = _checked(ids)
+    checked = arguments.is_checked(ids)
     absent = logprobs == -torch.inf
     ids = torch.where(absent, vocab_size, ids)
     if not checked or not _ascending(ids):
@@ -64,11 +63,6 @@ def sparse_rows(targets: SparseTargets, live: Tensor | None, vocab_size: int, dt
         offset = torch.where(outside.any(-1), torch.nan, offset)
         ids = torch.where(outside, vocab_size, ids)
     return SparseRows(ids.contiguous(), logprobs.contiguous(), rest, offset, torch.zeros_like(logprobs))
-
-
-def _checked(ids: Tensor) -> bool:
-    """Whether values may be looked at: on a GPU that waits for the device."""
-    return ids.device.type == "cpu" or os.environ.get("FASTKD_DEBUG") == "1"
 
 
 def _ascending(ids: Tensor) -> bool:

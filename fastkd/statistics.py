@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import arguments, gradients, sources
-from fastkd.heads import logit_chunks
+from fastkd.projection.loop import logit_chunks
 from fastkd.sources import Projection, Source
 
 __all__ = ["RowStatistics", "log_softmax", "row_statistics"]

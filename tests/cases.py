@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.backend import RowSpec
 from fastkd.divergences import TABLE, Divergence
+from fastkd.rows import RowSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.models import project
+from fastkd.projection.models import project
 from fastkd.sources import Projection
 
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ import torch
 
 import fastkd
 from fastkd import backend as backend_module
-from fastkd.plan import _LEAST_CHUNK
+from fastkd.projection.plan import _LEAST_CHUNK
 
 
 @pytest.fixture(autouse=True)

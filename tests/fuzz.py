@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.plan import _LEAST_CHUNK
+from fastkd.projection.plan import _LEAST_CHUNK
 from tests import compare, fuzz_invalid, fuzz_statistics
 from tests.fuzz_calls import LossCall, Operands, untouched, within
 from tests.fuzz_formulas import Expected, expected

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import _native, reference
+from fastkd import reference
+from fastkd.kernels import cpu
 from tests.fuzz_calls import LossCall, Operands, Sparse, untouched
 from tests.fuzz_formulas import token_scales
 from tests.fuzz_random import loss_call
@@ -106,7 +107,7 @@ def _no_work() -> Iterator[None]:
 
     functions = ("kd_rows", "row_statistics", "log_softmax")
     with contextlib.ExitStack() as stack:
-        for module in (_native, reference):
+        for module in (cpu, reference):
             for function in functions:
                 stack.enter_context(mock.patch.object(module, function, work))
         yield

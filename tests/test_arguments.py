@@ -197,7 +197,7 @@ def test_what_cannot_be_meant_is_named_before_any_work(
         raise AssertionError("a backend was asked for")
 
     monkeypatch.setattr(backend, "select", work)
-    for module in (fastkd.ops, fastkd.chunks):
+    for module in (fastkd.ops, fastkd.projection.loop):
         monkeypatch.setattr(module, "select", work)
     with pytest.raises((TypeError, ValueError), match=rf"(?s){name}.*{said}"):
         run()

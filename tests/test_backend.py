@@ -13,8 +13,10 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native, divergences, reference
+from fastkd import divergences, reference
 from fastkd.backend import select
+from fastkd.kernels import cpu
+from fastkd.kernels.cpu import library
 
 
 def test_status_of_every_backend() -> None:
@@ -29,18 +31,18 @@ def test_status_of_every_backend() -> None:
 
 def test_automatic_choice_and_forcing() -> None:
     x = torch.ones(1, 3)
-    assert select(x) is _native
+    assert select(x) is cpu
     assert select(x.double()) is reference
     with fastkd.use_backend("reference"):
         assert select(x) is reference
         with fastkd.use_backend("cpu"):
-            assert select(x) is _native
+            assert select(x) is cpu
         assert select(x) is reference
-    assert select(x) is _native
+    assert select(x) is cpu
     fastkd.use_backend("reference")
     assert select(x) is reference
     fastkd.use_backend(None)
-    assert select(x) is _native
+    assert select(x) is cpu
 
 
 def test_forcing_what_cannot_be() -> None:
@@ -55,8 +57,8 @@ def test_forcing_what_cannot_be() -> None:
 
 WITHOUT_LIBRARY = """
 import warnings, torch
-from fastkd import _native
-_native._find = lambda: []
+from fastkd.kernels.cpu import library
+library._find = lambda: []
 import fastkd
 assert not fastkd.backends()["cpu"].available
 with warnings.catch_warnings(record=True) as caught:
@@ -79,8 +81,8 @@ def test_missing_library_warns_once_and_the_reference_takes_over() -> None:
 
 def test_foreign_library_is_refused(tmp_path: pathlib.Path) -> None:
     (tmp_path / "libfastkd.so").write_bytes(b"not a library")
-    library, detail = _native._open([tmp_path / "libfastkd.so"])
-    assert library is None
+    found, detail = library._open([tmp_path / "libfastkd.so"])
+    assert found is None
     assert "cannot be loaded" in detail
 
 
@@ -92,16 +94,16 @@ class Newer(fastkd.divergences.Divergence):
 
 
 class _WiderCall(ctypes.Structure):
-    _fields_ = (*_native._KDRows._fields_, ("more", ctypes.c_int64))
+    _fields_ = (*library._KDRows._fields_, ("more", ctypes.c_int64))
 
 
 @pytest.mark.parametrize(
     ("of", "name", "value", "reason"),
     [
-        (_native, "_ABI", 10**6, "has interface version"),
+        (library, "_ABI", 10**6, "has interface version"),
         (divergences.TABLE, "newer", Newer, "does not know the divergence newer"),
-        (getattr(_native, "_ENTRIES", {}), "fastkd_newer", (None, ()), "lacks fastkd_newer"),
-        (getattr(_native, "_STRUCTURES", {}), "KDRows", _WiderCall, "takes KDRows of"),
+        (library._ENTRIES, "fastkd_newer", (None, ()), "lacks fastkd_newer"),
+        (library._STRUCTURES, "KDRows", _WiderCall, "takes KDRows of"),
     ],
 )
 def test_a_library_older_than_the_package_is_not_available(
@@ -111,17 +113,17 @@ def test_a_library_older_than_the_package_is_not_available(
         monkeypatch.setitem(of, name, value)
     else:
         monkeypatch.setattr(of, name, value)
-    monkeypatch.setattr(_native, "_load", lambda: _native._open(_native._find()))
-    available, detail = _native.status()
+    monkeypatch.setattr(library, "_load", lambda: library._open(library._find()))
+    available, detail = library.status()
     assert not available, detail
     assert reason in detail
-    assert str(_native._find()[0]) in detail
+    assert str(library._find()[0]) in detail
     assert "reinstall fastkd" in detail
 
 
 def test_the_library_may_be_named(tmp_path: pathlib.Path) -> None:
     command = [sys.executable, "-c", "import fastkd; print(*fastkd.backends()['cpu'])"]
-    for place, expected in ((_native._find()[0], "True native C++"), (tmp_path / "none.so", "False ")):
+    for place, expected in ((library._find()[0], "True native C++"), (tmp_path / "none.so", "False ")):
         environment = {**os.environ, "FASTKD_LIBRARY": str(place)}
         status = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
         assert status.startswith(expected)
@@ -129,7 +131,7 @@ def test_the_library_may_be_named(tmp_path: pathlib.Path) -> None:
 
 
 def test_native_library_is_free_of_torch() -> None:
-    path = _native._find()[0]
+    path = library._find()[0]
     linked = subprocess.run(["ldd", str(path)], capture_output=True, text=True, check=True).stdout
     assert "libgomp" in linked
     assert "torch" not in linked.replace("torch/lib/libgomp", "").replace("torch.libs/libgomp", "")

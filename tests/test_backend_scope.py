@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import _native, reference
+from fastkd import reference
 from fastkd.backend import select
+from fastkd.kernels import cpu
 
 ROW = torch.ones(1, 3)
 
@@ -44,8 +45,8 @@ def test_overlapping_blocks_in_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(2) as pool:
         for future in [pool.submit(a), pool.submit(b)]:
             future.result()
-    assert seen == {"a": [reference, _native], "b": [_native, _native, _native]}
-    assert select(ROW) is _native
+    assert seen == {"a": [reference, cpu], "b": [cpu, cpu, cpu]}
+    assert select(ROW) is cpu
 
 
 def test_overlapping_blocks_in_tasks_do_not_disturb_each_other() -> None:
@@ -55,23 +56,23 @@ def test_overlapping_blocks_in_tasks_do_not_disturb_each_other() -> None:
         with fastkd.use_backend(name):
             for _ in range(ticks):
                 await asyncio.sleep(0)
-                seen.append(select(ROW) is {"reference": reference, "cpu": _native}[name])
+                seen.append(select(ROW) is {"reference": reference, "cpu": cpu}[name])
 
     async def both() -> None:
         await asyncio.gather(block("reference", 2), block("cpu", 4), block("reference", 3))
-        seen.append(select(ROW) is _native)
+        seen.append(select(ROW) is cpu)
 
     asyncio.run(both())
     assert len(seen) == 10
     assert all(seen)
-    assert select(ROW) is _native
+    assert select(ROW) is cpu
 
 
 def test_many_threads_leave_nothing_behind() -> None:
     fastkd.use_backend("reference")
 
     def work(i: int) -> bool:
-        name, module = (("cpu", _native), ("reference", reference))[i % 2]
+        name, module = (("cpu", cpu), ("reference", reference))[i % 2]
         with fastkd.use_backend(name):
             return select(ROW) is module
 
@@ -85,11 +86,11 @@ def test_a_plain_call_holds_in_every_thread_and_a_block_above_it() -> None:
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(select, ROW).result() is reference
         with fastkd.use_backend(None):
-            assert select(ROW) is _native
+            assert select(ROW) is cpu
             assert pool.submit(select, ROW).result() is reference
         assert select(ROW) is reference
         fastkd.use_backend(None)
-        assert pool.submit(select, ROW).result() is _native
+        assert pool.submit(select, ROW).result() is cpu
 
 
 def test_one_object_may_be_entered_again() -> None:
@@ -97,7 +98,7 @@ def test_one_object_may_be_entered_again() -> None:
     for _ in range(2):
         with block, fastkd.use_backend("cpu"), block:
             assert select(ROW) is reference
-    assert select(ROW) is _native
+    assert select(ROW) is cpu
 
 
 def backward_in_a_thread(loss: Tensor) -> None:
@@ -123,7 +124,7 @@ def test_a_backward_runs_on_the_backend_of_its_forward(kind: str, name: str, mon
 
         return record
 
-    for of, module in (("reference", reference), ("cpu", _native)):
+    for of, module in (("reference", reference), ("cpu", cpu)):
         for function in ("kd_rows", "log_softmax_backward"):
             monkeypatch.setattr(module, function, recorded(of, getattr(module, function)))
     other = "cpu" if name == "reference" else "reference"
@@ -135,6 +136,6 @@ def test_a_backward_runs_on_the_backend_of_its_forward(kind: str, name: str, mon
     for run in (lambda: loss.backward(retain_graph=True), lambda: backward_in_a_thread(loss)):
         with fastkd.use_backend(other):
             run()
-            assert select(ROW) is (reference if other == "reference" else _native)
+            assert select(ROW) is (reference if other == "reference" else cpu)
     assert len(ran) == forward + 2
     assert set(ran) == {name}

@@ -10,28 +10,28 @@ import torch
 
 import fastkd.cache
 from fastkd import reference
-from fastkd.cache.records import Dense, PackedSampled, PackedTopK, Plain, Records, Rows
+from fastkd.cache.records import Dense, KeptTokens, PackedSampled, PackedTopK, Plain, Records
 from tests import cases
 
 VOCABULARIES = (1, 2, 255, 256, 257, 32000, 50257, 65536, 65537, 128256, 2**24 + 1)
 
 
-def sampled(rows: int, vocab: int, k: int, family: str = "far") -> Rows:
+def sampled(rows: int, vocab: int, k: int, family: str = "far") -> KeptTokens:
     logits, _ = cases.logits(family, rows, min(vocab, 3000))
-    found = Rows(*reference.sample(logits, k, 1.0, torch.rand(rows, dtype=torch.float64)))
+    found = KeptTokens(*reference.sample(logits, k, 1.0, torch.rand(rows, dtype=torch.float64)))
     return found._replace(ids=torch.where(found.ids > 0, found.ids + vocab - min(vocab, 3000), 0))
 
 
-def likeliest(rows: int, vocab: int, k: int, family: str = "far") -> Rows:
+def likeliest(rows: int, vocab: int, k: int, family: str = "far") -> KeptTokens:
     logits, _ = cases.logits(family, rows, min(vocab, 3000))
-    return Rows(*reference.top_k(logits, k, 1.0))
+    return KeptTokens(*reference.top_k(logits, k, 1.0))
 
 
 def uniforms(rows: int) -> np.ndarray:
     return np.random.default_rng(0).random(rows)
 
 
-def dense_weights(rows: Rows, vocab: int = 3000) -> torch.Tensor:
+def dense_weights(rows: KeptTokens, vocab: int = 3000) -> torch.Tensor:
     """`[N, vocab]` probabilities, whatever the order of the tokens."""
     out = torch.zeros(len(rows.ids), vocab, dtype=torch.float64)
     return out.scatter_add(1, rows.ids, rows.log_weights.double().exp())
@@ -47,7 +47,7 @@ def test_ids_at_the_bits_they_need(kind: type[Records], k: int, vocab: int) -> N
     ids[0, -1] = vocab - 1
     log_weights = torch.log_softmax(torch.randn(50, k, generator=generator), -1)
     records = kind(vocab, k)
-    packed = records.encode(Rows(ids, log_weights, torch.zeros(50)), uniforms(50))
+    packed = records.encode(KeptTokens(ids, log_weights, torch.zeros(50)), uniforms(50))
     assert packed.shape == (50, records.size)
     assert torch.equal(records.decode(packed).ids, ids)
     bits = max(1, (vocab - 1).bit_length())
@@ -100,7 +100,7 @@ def test_packed_weights_are_right_in_expectation() -> None:
     many = 20000
     weights = torch.tensor([[0.55, 0.3, 0.1, 0.0499, 9e-5, 8e-6, 1e-6, 3e-9]], dtype=torch.float64)
     weights[0, 0] += 1 - weights.sum()
-    rows = Rows(torch.arange(8).repeat(many, 1), weights.log().float().repeat(many, 1), torch.ones(many))
+    rows = KeptTokens(torch.arange(8).repeat(many, 1), weights.log().float().repeat(many, 1), torch.ones(many))
     records = PackedSampled(3000, 8)
     packed = records.encode(rows, (np.arange(many) + 0.5) / many)
     after = dense_weights(records.decode(packed), 8)
@@ -122,7 +122,7 @@ def test_packed_log_probabilities_of_a_top_k(family: str) -> None:
 
 def test_tokens_that_are_not_there_and_improbable_ones() -> None:
     inf = torch.inf
-    rows = Rows(
+    rows = KeptTokens(
         torch.tensor([[3, 9, 0], [3, 9, 11]]),
         torch.tensor([[0.0, -50.0, -inf], [0.0, -31.0, -90.0]]),
         torch.tensor([-inf, -100.0]),
@@ -134,7 +134,7 @@ def test_tokens_that_are_not_there_and_improbable_ones() -> None:
     torch.testing.assert_close(
         decoded.log_weights[:, 1:], torch.tensor([[-32.0, -inf], [-31.0, -32.0]]), atol=1e-3, rtol=0
     )
-    alone = Rows(torch.tensor([[7, 0]]), torch.tensor([[0.0, -inf]]), torch.zeros(1))
+    alone = KeptTokens(torch.tensor([[7, 0]]), torch.tensor([[0.0, -inf]]), torch.zeros(1))
     packed = PackedSampled(3000, 2)
     decoded = packed.decode(packed.encode(alone, uniforms(1)))
     assert decoded.ids[0, 0] == 7

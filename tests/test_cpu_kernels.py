@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import _native, ops, reference
-from fastkd.backend import Tile
+from fastkd import reference
 from fastkd.divergences import TABLE
+from fastkd.kernels import cpu
+from fastkd.rows import Tile, row_layout
 from tests import cases, compare
 
 BLOCK = 1024  # kernels/cpu/blocks.h
@@ -28,7 +29,7 @@ def judge(student: Tensor, teacher: Tensor, grad: Tensor, divergence: str, tempe
         outcomes.append((*reference.kd_rows(s, t, labels, scale, scale, spec, out), out))
     eager, truth = outcomes
     undecided = cases.undecided(student, teacher, spec)
-    soft, hard = _native.kd_rows(student, teacher, labels, scale, scale, spec, grad)
+    soft, hard = cpu.kd_rows(student, teacher, labels, scale, scale, spec, grad)
     compare.assert_value(soft, truth[0], eager[0])
     compare.assert_value(hard, truth[1], eager[1])
     compare.assert_gradient(grad, eager[2].to(grad.dtype), truth[2], undecided=undecided)
@@ -64,7 +65,7 @@ def test_rows_of_every_kind_in_one_call(temperature: float) -> None:
     soft_scale, hard_scale = torch.tensor([1.0, 0.5, 0, 0]), torch.tensor([2.0, 0, 0.7, 0])
     spec = cases.spec(TABLE["forward_kl"](), 3001, temperature)
     grads = [torch.full_like(student, 9.0), torch.full_like(student, 9.0)]
-    ours = _native.kd_rows(student, teacher, labels, soft_scale, hard_scale, spec, grads[0])
+    ours = cpu.kd_rows(student, teacher, labels, soft_scale, hard_scale, spec, grads[0])
     truth = reference.kd_rows(student, teacher, labels, soft_scale, hard_scale, spec, grads[1])
     for a, b in zip(ours, truth, strict=True):
         compare.assert_value(a, b)
@@ -86,7 +87,7 @@ def in_tiles(
     widths: tuple[int, ...],
 ) -> tuple[Tensor, Tensor]:
     """`kd_rows` on tiles of columns; the logits are copied for each, as their producer would."""
-    state = _native.tile_state(len(student), student.device)
+    state = cpu.tile_state(len(student), student.device)
     state.fill_(0xAA)  # whatever was there before does not matter
     terms = ["terms"] if TABLE[spec.divergence].normalised and teacher is not None else []
     stages = ["statistics", *terms, "gradient"]
@@ -97,7 +98,7 @@ def in_tiles(
             tile = student[:, columns].clone()
             given = None if teacher is None else teacher[:, columns].clone()
             out = None if stage != "gradient" else tile if grad.dtype == tile.dtype else grad[:, columns]
-            values = _native.kd_rows(
+            values = cpu.kd_rows(
                 tile,
                 given,
                 labels,
@@ -221,12 +222,12 @@ def test_expanded_inputs() -> None:
 
 def test_layout_of_rows() -> None:
     x = torch.empty(2, 3, 4, 5)
-    assert ops.row_layout(x) == (24, 24, 0, 5)
-    assert ops.row_layout(x[:, :2]) == (16, 8, 60, 5)
-    assert ops.row_layout(x[:, :2, :3]) is None
-    assert ops.row_layout(x[..., ::2]) is None
-    assert ops.row_layout(torch.empty(5)) == (1, 1, 0, 5)
-    assert ops.row_layout(torch.empty(1, 5).expand(7, 5)) == (7, 7, 0, 0)
+    assert row_layout(x) == (24, 24, 0, 5)
+    assert row_layout(x[:, :2]) == (16, 8, 60, 5)
+    assert row_layout(x[:, :2, :3]) is None
+    assert row_layout(x[..., ::2]) is None
+    assert row_layout(torch.empty(5)) == (1, 1, 0, 5)
+    assert row_layout(torch.empty(1, 5).expand(7, 5)) == (7, 7, 0, 0)
 
 
 @pytest.mark.parametrize("divergence", TABLE)
@@ -238,7 +239,7 @@ def test_threads_give_the_same_bits(divergence: str) -> None:
     for threads in (1, 2, 4, 1, 2, 4):
         torch.set_num_threads(threads)
         grad = torch.empty_like(student)
-        outcomes.append((*_native.kd_rows(student, teacher, labels, scale, scale, spec, grad), grad))
+        outcomes.append((*cpu.kd_rows(student, teacher, labels, scale, scale, spec, grad), grad))
     for outcome in outcomes[1:]:
         assert all(torch.equal(a, b) for a, b in zip(outcome, outcomes[0], strict=True))
 
@@ -249,7 +250,7 @@ def test_labels_outside_the_vocabulary_are_never_read() -> None:
     scale, grad = torch.ones(3), torch.empty_like(student)
     labels = torch.tensor([10**12, -5, 99])
     spec = cases.spec(TABLE["forward_kl"](), 100)
-    soft, hard = _native.kd_rows(student, teacher, labels, scale, scale, spec, grad)
+    soft, hard = cpu.kd_rows(student, teacher, labels, scale, scale, spec, grad)
     assert hard.isnan().tolist() == [True, True, False]
     assert soft.isfinite().all()
     assert grad.isnan().all(-1).tolist() == [True, True, False]

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native, reference
+from fastkd import reference
 from fastkd.divergences import TABLE, resolve
+from fastkd.kernels import cpu
 from fastkd.sparse import sparse_rows
 from tests import cases
 from tests.memory import printed
@@ -23,12 +24,15 @@ def test_every_row_has_its_eager_function() -> None:
 
 LOSSES = """
 import importlib, sys, torch
-from fastkd import _native, divergences
+from fastkd import divergences
+from fastkd.kernels import cpu
+from fastkd.kernels.cpu import library
 if sys.argv[1] == "reversed":
     rows = list(divergences.TABLE.items())[::-1]
     divergences.TABLE.clear()
     divergences.TABLE.update(rows)
-    importlib.reload(_native)  # whatever it keeps of the table, it makes anew
+    importlib.reload(library)
+    importlib.reload(cpu)  # whatever it keeps of the table, it makes anew
 from tests import cases
 from tests.sparse_targets import kept
 from fastkd.sparse import sparse_rows
@@ -37,7 +41,7 @@ sparse = sparse_rows(kept(teacher, 5), None, 300, torch.float32)
 for name in sorted(divergences.TABLE):
     spec = cases.spec(divergences.TABLE[name](), 300)
     for given in (teacher, sparse) if name != "mse" else (teacher,):
-        print(_native.kd_rows(student, given, None, torch.ones(2), None, spec, None)[0].sum().item())
+        print(cpu.kd_rows(student, given, None, torch.ones(2), None, spec, None)[0].sum().item())
 """
 
 
@@ -53,7 +57,7 @@ def test_the_native_library_refuses_names_it_does_not_know() -> None:
     sparse = sparse_rows(kept(teacher, 5), None, 300, torch.float32)
     for name, given in (("hellinger", teacher), ("", teacher), ("forward", teacher), ("mse", sparse)):
         with pytest.raises(ValueError, match=f"no divergence '{name}'"):
-            _native.kd_rows(student, given, None, scale, None, dataclasses.replace(spec, divergence=name), None)
+            cpu.kd_rows(student, given, None, scale, None, dataclasses.replace(spec, divergence=name), None)
 
 
 def test_names_and_objects_resolve_alike() -> None:

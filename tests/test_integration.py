@@ -93,7 +93,7 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
     arguments = call_for(student, teacher, labels.clamp(min=0), scale, scale, spec)
     ops = torch.ops.fastkd
     torch.library.opcheck(ops.kd_loss.default, (*arguments, [requires_grad, False, False]))
-    torch.library.opcheck(ops.kd_rows.default, arguments)
+    torch.library.opcheck(ops.kd_loss_per_row.default, arguments)
     torch.library.opcheck(ops.log_softmax.default, (student, 2.0))
     torch.library.opcheck(ops.row_statistics.default, (student.detach(), labels.clamp(min=0), 2.0))
     _, normaliser = ops.log_softmax(student.detach(), 2.0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, distributed, nn
 
-from fastkd.models import project
+from fastkd.projection.models import project
 from tests.causal_lms import DECODER, B, H, T, V, agrees, batch, build, gradients, llama, same_gradients
 
 transformers = pytest.importorskip("transformers")

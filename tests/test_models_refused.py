@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastkd.models import project
+from fastkd.projection.models import project
 from tests.causal_lms import B, H, T, V, batch, llama
 
 transformers = pytest.importorskip("transformers")

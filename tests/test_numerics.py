@@ -10,8 +10,10 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native, reference
+from fastkd import reference
 from fastkd.divergences import Divergence
+from fastkd.kernels import cpu
+from fastkd.kernels.cpu import library
 from tests import cases, compare
 from tests.contract import check, run
 
@@ -28,20 +30,20 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype) -> No
         pytest.skip("an offset of 1e4 leaves nothing of the logits in 8 or 11 bits")
     if family == "peaked" and dtype == torch.float16 and divergence == fastkd.AlphaBeta(0.5, -0.5):
         pytest.skip("the gradient, a power of p/q, is beyond what float16 can hold")
-    check(_native.kd_rows, *cases.logits(family, ROWS, VOCAB, dtype), divergence, 2.0, hard=True)
+    check(cpu.kd_rows, *cases.logits(family, ROWS, VOCAB, dtype), divergence, 2.0, hard=True)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5, 3.0, 4.0, 5.0])
 @pytest.mark.parametrize("family", ["near_equal", "peaked", "offset"])
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES[:9], ids=str)
 def test_temperatures(divergence: Divergence, family: str, temperature: float) -> None:
-    check(_native.kd_rows, *cases.logits(family, ROWS, VOCAB), divergence, temperature, hard=True)
+    check(cpu.kd_rows, *cases.logits(family, ROWS, VOCAB), divergence, temperature, hard=True)
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
 def test_soft_term_alone(divergence: Divergence, family: str) -> None:
-    check(_native.kd_rows, *cases.logits(family, ROWS, VOCAB), divergence, 2.0, hard=False)
+    check(cpu.kd_rows, *cases.logits(family, ROWS, VOCAB), divergence, 2.0, hard=False)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +67,7 @@ def test_near_match_keeps_relative_precision(divergence: Divergence, limit: floa
     teacher = 3 * torch.randn(ROWS, VOCAB, generator=generator)
     student = teacher + 1e-4 * torch.randn(ROWS, VOCAB, generator=generator)
     truth = run(reference.kd_rows, student.double(), teacher.double(), divergence, 2.0, False)[2]
-    ours = run(_native.kd_rows, student, teacher, divergence, 2.0, False)[2]
+    ours = run(cpu.kd_rows, student, teacher, divergence, 2.0, False)[2]
     eager = run(reference.kd_rows, student, teacher, divergence, 2.0, False)[2]
     assert compare.relative_error(ours, truth) < limit
     assert compare.relative_error(eager, truth) > max(compare.relative_error(ours, truth), EAGER_NEAR_MATCH)
@@ -81,11 +83,11 @@ def test_near_match_but_for_some_tokens(divergence: Divergence, temperature: flo
     student[:, 40:1500:40] += 2.0
     student[:, 2000:2500] -= 3.0
     student[1:, 3000:3100] = teacher[1:, 3000:3100] = -torch.inf
-    check(_native.kd_rows, student, teacher, divergence, temperature, hard=True)
-    expected = run(_native.kd_rows, student, teacher, divergence, temperature, True)
+    check(cpu.kd_rows, student, teacher, divergence, temperature, hard=True)
+    expected = run(cpu.kd_rows, student, teacher, divergence, temperature, True)
     scale, labels = torch.ones(ROWS), cases.labels(ROWS, VOCAB)
     spec = cases.spec(divergence, VOCAB, temperature)
-    values = _native.kd_rows(student, teacher, labels, scale, scale, spec, student)
+    values = cpu.kd_rows(student, teacher, labels, scale, scale, spec, student)
     assert all(torch.equal(a, b) for a, b in zip((*values, student), expected, strict=True))
 
 
@@ -97,7 +99,7 @@ def test_different_temperatures_and_dtypes(divergence: Divergence) -> None:
     spec = cases.spec(divergence, VOCAB, 2.0, teacher_temperature=3.0)
     outcomes = []
     for backend, inputs in (
-        (_native, (student, teacher)),
+        (cpu, (student, teacher)),
         (reference, (student, teacher)),
         (reference, (student.double(), teacher.double())),
     ):
@@ -119,7 +121,7 @@ def test_masked_vocabulary(divergence: Divergence) -> None:
     scale = torch.ones(ROWS)
     spec = cases.spec(divergence, VOCAB)
     outcomes = []
-    for backend, dtype in ((_native, torch.float32), (reference, torch.float32), (reference, torch.float64)):
+    for backend, dtype in ((cpu, torch.float32), (reference, torch.float32), (reference, torch.float64)):
         grad = torch.full((ROWS, VOCAB), torch.nan, dtype=dtype)
         soft, _ = backend.kd_rows(student.to(dtype), teacher.to(dtype), None, scale, None, spec, grad)  # type: ignore[attr-defined]
         assert soft.isfinite().all()
@@ -131,7 +133,7 @@ def test_masked_vocabulary(divergence: Divergence) -> None:
     keep = ~masked
     if divergence.name != "mse":  # whose mean counts every column
         spec = cases.spec(divergence, int(keep.sum()))
-        dense, _ = _native.kd_rows(student[:, keep], teacher[:, keep], None, scale, None, spec, None)
+        dense, _ = cpu.kd_rows(student[:, keep], teacher[:, keep], None, scale, None, spec, None)
         compare.assert_value(ours[0], dense.double())
 
 
@@ -144,9 +146,9 @@ def test_one_sided_infinities() -> None:
     for divergence in cases.DIVERGENCES[:9]:
         spec = cases.spec(divergence, 100)
         truth, _ = reference.kd_rows(student.double(), teacher.double(), None, scale.double(), None, spec, None)
-        ours, _ = _native.kd_rows(student, teacher, None, scale, None, spec, torch.empty_like(student))
+        ours, _ = cpu.kd_rows(student, teacher, None, scale, None, spec, torch.empty_like(student))
         compare.assert_value(ours, truth, what=divergence.name)
-    forward, _ = _native.kd_rows(student, teacher, None, scale, None, cases.spec(cases.DIVERGENCES[0], 100), None)
+    forward, _ = cpu.kd_rows(student, teacher, None, scale, None, cases.spec(cases.DIVERGENCES[0], 100), None)
     assert forward[0] == torch.inf
     assert forward[1].isfinite()
 
@@ -160,7 +162,7 @@ def test_nan_is_never_hidden(divergence: Divergence, side: str) -> None:
         labels = cases.labels(2, 2000)
         scale = torch.ones(2)
         grad = torch.empty_like(student)
-        soft, hard = _native.kd_rows(student, teacher, labels, scale, scale, cases.spec(divergence, 2000), grad)
+        soft, hard = cpu.kd_rows(student, teacher, labels, scale, scale, cases.spec(divergence, 2000), grad)
         assert soft[1].isnan()
         assert soft[0].isfinite()
         assert hard[1].isnan() == (side == "student")
@@ -170,7 +172,7 @@ def test_nan_is_never_hidden(divergence: Divergence, side: str) -> None:
 
 def test_narrow_instruction_set_keeps_the_contract() -> None:
     """The AVX2 kernels on a processor that would pick wider ones: the same contract in a process of its own."""
-    if "v4" not in _native.status()[1]:
+    if "v4" not in library.status()[1]:
         pytest.skip("this processor's kernels are the narrow ones already")
     selection = "test_contract and (near_equal or offset) and not bfloat16"
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", __file__, "-k", selection]

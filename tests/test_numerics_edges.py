@@ -8,9 +8,9 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native
 from fastkd.backend import select
 from fastkd.divergences import Divergence
+from fastkd.kernels import cpu
 from tests import cases, edges
 from tests.contract import check, run
 
@@ -42,7 +42,7 @@ def test_a_masked_block_before_a_row_at_the_lowest_number() -> None:
     student, teacher = torch.full((1, 3000), edges.LOWEST), torch.zeros(1, 3000)
     student[:, :1100] = teacher[:, :1100] = -math.inf
     student[:, 2500:] = -math.inf
-    soft, _, grad = run(_native.kd_rows, student, teacher, fastkd.ReverseKL(), hard=False)
+    soft, _, grad = run(cpu.kd_rows, student, teacher, fastkd.ReverseKL(), hard=False)
     assert soft.item() == pytest.approx(math.log(1900 / 1400), rel=1e-5)
     assert grad.isfinite().all()
 
@@ -52,7 +52,7 @@ def test_a_masked_block_before_a_row_at_the_lowest_number() -> None:
 def test_temperatures_from_1e_30_to_1e6(divergence: Divergence, temperature: float) -> None:
     if divergence.name == "alpha_beta" and temperature < 0.1:
         pytest.skip("its powers of p / q are infinite there")
-    check(_native.kd_rows, *cases.logits("far", ROWS, VOCAB), divergence, temperature)
+    check(cpu.kd_rows, *cases.logits("far", ROWS, VOCAB), divergence, temperature)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.7])
@@ -64,19 +64,19 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
     for seed in range(5):
         student, teacher, moderate = edges.confident(divergence, ROWS, seed)
         certain = 0.0 if moderate else temperature
-        check(_native.kd_rows, student, teacher, divergence, temperature, hard=False, certain_rows=certain)
+        check(cpu.kd_rows, student, teacher, divergence, temperature, hard=False, certain_rows=certain)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.7])
 @pytest.mark.parametrize("divergence", edges.MIXED, ids=str)
 def test_digits_of_confident_rows(divergence: Divergence, temperature: float) -> None:
-    edges.judge_confident(_native.kd_rows, divergence, temperature)
+    edges.judge_confident(cpu.kd_rows, divergence, temperature)
 
 
 @pytest.mark.parametrize("family", ["far", "near_equal", "peaked"])
 @pytest.mark.parametrize(("alpha", "beta"), edges.ALPHA_BETA)
 def test_alpha_beta_at_and_near_its_limits(alpha: float, beta: float, family: str) -> None:
-    edges.judge_alpha_beta(_native.kd_rows, alpha, beta, family)
+    edges.judge_alpha_beta(cpu.kd_rows, alpha, beta, family)
 
 
 def test_renormalized_tokens_however_unlikely(backend: str) -> None:

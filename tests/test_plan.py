@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native
-from fastkd.plan import STATE_BYTES
+from fastkd.kernels import cpu
+from fastkd.projection.plan import STATE_BYTES
 from tests.memory import printed
 
 MIB = 1 << 20
@@ -116,4 +116,4 @@ def test_predicted_memory_is_measured_memory(dtype: str, mib: int) -> None:
 
 
 def test_rows_in_tiles_keep_no_more_than_is_planned() -> None:
-    assert _native.tile_state(1, torch.device("cpu")).numel() <= STATE_BYTES
+    assert cpu.tile_state(1, torch.device("cpu")).numel() <= STATE_BYTES

@@ -278,7 +278,7 @@ def test_compile_full_graph(reduction: str) -> None:
         assert a.abs().max() > 0
 
 
-@pytest.mark.parametrize("op", ["kd_loss", "kd_rows"])
+@pytest.mark.parametrize("op", ["kd_loss", "kd_loss_per_row"])
 @pytest.mark.parametrize("student_as", ["projection", "logits"])
 def test_opcheck(op: str, student_as: str) -> None:
     student, teacher = operands(rows=4, vocab=70)

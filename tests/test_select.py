@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastkd import _native, reference
+from fastkd import reference
 from fastkd.backend import Backend, select
+from fastkd.kernels import cpu
 from tests import cases, compare
 
 VOCABULARIES = (1, 2, 17, 63, 64, 65, 1023, 1024, 1025, 5003, 50257)
@@ -110,7 +111,7 @@ def test_weights_are_right_in_expectation(backend: str, temperature: float) -> N
 def test_backends_draw_the_same_tokens() -> None:
     logits, _ = cases.logits("far", 64, 3001)
     uniforms = torch.rand(64, dtype=torch.float64)
-    ours, theirs = (backend.sample(logits, 12, 1.0, uniforms)[0] for backend in (_native, reference))
+    ours, theirs = (backend.sample(logits, 12, 1.0, uniforms)[0] for backend in (cpu, reference))
     assert (ours != theirs).float().mean() < 0.01  # a position may fall on another side of a rounded boundary
     assert (ours != reference.sample(logits, 12, 1.0, (uniforms + 0.5) % 1)[0]).float().mean() > 0.1
 
@@ -178,9 +179,9 @@ def test_probabilities_that_underflow(backend: str) -> None:
 def test_many_rows_and_none(rows: int) -> None:
     """Threads share nothing: each row is what it is alone, twice the same bits."""
     logits, uniforms = torch.randn(rows, 1100), torch.rand(rows, dtype=torch.float64)
-    whole = [_native.sample(logits, 12, 1.0, uniforms) for _ in range(2)]
+    whole = [cpu.sample(logits, 12, 1.0, uniforms) for _ in range(2)]
     torch.set_num_threads(1)
-    whole.append(_native.sample(logits, 12, 1.0, uniforms))
+    whole.append(cpu.sample(logits, 12, 1.0, uniforms))
     for other in whole[1:]:
         assert all(torch.equal(a, b) for a, b in zip(whole[0], other, strict=True))
     assert whole[0][0].shape == (rows, 12)

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import chunks
 from fastkd.call import call_for
-from fastkd.plan import Plan, plan_for
+from fastkd.projection import loop
+from fastkd.projection.plan import Plan, plan_for
 from fastkd.sources import Source
 from tests import cases, compare
 from tests.sparse_targets import ROWS, kept
@@ -87,7 +87,7 @@ def test_projections(
         plans.append(plan_for(*arguments, **options))
         return plans[-1]
 
-    monkeypatch.setattr(chunks, "plan_for", recorded)
+    monkeypatch.setattr(loop, "plan_for", recorded)
     generator = torch.Generator().manual_seed(0)
     student = tuple(torch.randn(*shape, generator=generator) for shape in ((40, H), (1100, H), (1100,)))
     targets = kept(3 * torch.randn(40, 1100, generator=generator), 7, kind)
@@ -235,7 +235,7 @@ def test_rounded_probabilities_are_scaled_to_sum_to_one() -> None:
     assert fastkd.kd_loss(student, rough, soft_weight=1, hard_weight=0).abs() < 1e-5
 
 
-@pytest.mark.parametrize("op", ["kd_loss", "kd_rows"])
+@pytest.mark.parametrize("op", ["kd_loss", "kd_loss_per_row"])
 def test_opcheck(op: str) -> None:
     student, teacher = cases.logits("far", ROWS, 70)
     scale = torch.full((ROWS,), 0.25)

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import _native, reference
+from fastkd import reference
 from fastkd.divergences import TABLE, Divergence
+from fastkd.kernels import cpu
 from fastkd.sparse import sparse_rows
 from tests import cases, compare
 from tests.sparse_targets import ROWS, TEMPERED, VOCAB, judge, kept
@@ -28,7 +29,7 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, entri
     if family == "peaked" and dtype == torch.float16 and divergence == fastkd.AlphaBeta(0.5, -0.5):
         pytest.skip("the gradient, a power of p/q, is beyond what float16 can hold")
     student, teacher = cases.logits(family, ROWS, VOCAB, dtype)
-    judge(_native.kd_rows, student, kept(teacher, entries), divergence)
+    judge(cpu.kd_rows, student, kept(teacher, entries), divergence)
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.5, 3.0, 4.0, 5.0])
@@ -37,15 +38,15 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, entri
 def test_temperatures(divergence: str, family: str, temperature: float) -> None:
     student, teacher = cases.logits(family, ROWS, VOCAB)
     targets = kept(teacher, 12, temperature=temperature)
-    judge(_native.kd_rows, student, targets, TABLE[divergence](), temperature)
-    judge(_native.kd_rows, student, targets, TABLE[divergence](), temperature, hard=False)
+    judge(cpu.kd_rows, student, targets, TABLE[divergence](), temperature)
+    judge(cpu.kd_rows, student, targets, TABLE[divergence](), temperature, hard=False)
 
 
 @pytest.mark.parametrize("vocab", [1, 15, 16, 17, 1023, 1024, 1025, 2048])
 @pytest.mark.parametrize("entries", [1, 16, 17])
 def test_sizes(vocab: int, entries: int) -> None:
     student, teacher = cases.logits("far", ROWS, vocab)
-    judge(_native.kd_rows, student, kept(teacher, min(entries, vocab), shuffled=True), fastkd.ForwardKL())
+    judge(cpu.kd_rows, student, kept(teacher, min(entries, vocab), shuffled=True), fastkd.ForwardKL())
 
 
 @pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "jsd"])
@@ -60,7 +61,7 @@ def test_nothing_cancels_where_the_tokens_hold_nearly_everything(divergence: str
     targets = fastkd.SparseTargets(ids, logprobs.gather(-1, ids).float(), "ghost", 2.0, rest=rest.float())
     spec, scale = cases.spec(TABLE[divergence](), VOCAB), torch.ones(ROWS)
     gradients = []
-    for backend, dtype in ((_native, torch.float32), (reference, torch.float64)):
+    for backend, dtype in ((cpu, torch.float32), (reference, torch.float64)):
         grad = torch.empty(ROWS, VOCAB, dtype=dtype)
         teacher_rows = sparse_rows(targets, None, VOCAB, dtype)
         backend.kd_rows(student.to(dtype), teacher_rows, None, scale.to(dtype), None, spec, grad)  # type: ignore[attr-defined]

@@ -118,13 +118,13 @@ def test_log_softmax_gradcheck() -> None:
 
 def test_normaliser_is_shared_between_backends() -> None:
     """A forward on one backend may meet a backward on another: the saved normaliser means the same."""
-    from fastkd import _native
+    from fastkd.kernels import cpu
 
     logits, upstream = cases.logits("offset", 3, 1200)
     outs = [torch.empty_like(logits) for _ in range(2)]
-    normalisers = [b.log_softmax(logits, 2.0, out) for b, out in zip((_native, reference), outs, strict=True)]
+    normalisers = [b.log_softmax(logits, 2.0, out) for b, out in zip((cpu, reference), outs, strict=True)]
     grads = []
-    for backend, normaliser in ((_native, normalisers[1]), (reference, normalisers[0])):
+    for backend, normaliser in ((cpu, normalisers[1]), (reference, normalisers[0])):
         grads.append(torch.empty_like(logits))
         backend.log_softmax_backward(upstream, logits, normaliser, 2.0, grads[-1])
     torch.testing.assert_close(grads[0], grads[1], rtol=1e-3, atol=1e-3 * upstream.abs().max().item())

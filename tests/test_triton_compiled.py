@@ -13,9 +13,9 @@ import fastkd
 from bench import static
 from bench.offline import TARGETS, compiled, loads, resources, sweeps
 from bench.static import CASES, Case
-from fastkd.backend import Tile
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
+from fastkd.rows import Tile
 from fastkd.sparse import sparse_rows
 from tests import cases
 

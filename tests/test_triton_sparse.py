@@ -11,9 +11,9 @@ from torch import Tensor
 import fastkd
 from bench import static
 from bench.offline import TARGETS
-from fastkd.backend import RowSpec, SparseRows, Tile
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
+from fastkd.rows import RowSpec, SparseRows, Tile
 from fastkd.sparse import sparse_rows
 from tests import cases
 from tests.sparse_targets import TEMPERED, judge, kept

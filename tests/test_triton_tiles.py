@@ -7,9 +7,9 @@ import torch
 
 import fastkd
 from fastkd import reference
-from fastkd.backend import Tile
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
+from fastkd.rows import Tile
 from tests import cases, compare
 from tests.triton_interpreter import interpreted
 from tests.triton_judge import judge, kd_rows_in_tiles

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.backend import RowSpec, Tile
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
+from fastkd.rows import RowSpec, Tile
 from tests import cases, compare
 from tests.triton_interpreter import Trace, interpreted
 

@@ -5,7 +5,6 @@ None asks for nothing: what the cache has, or a default of a new one.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +35,7 @@ def packing(format: str, packed: bool | None, dtype: torch.dtype | None) -> str 
 
 def check_shard_tokens(shard_tokens: int | None) -> None:
     """Raise ValueError for no number of tokens."""
-    if shard_tokens is not None and _whole("shard_tokens", shard_tokens) < 0:
+    if shard_tokens is not None and arguments.integer("shard_tokens", shard_tokens) < 0:
         raise ValueError(f"shard_tokens must be > 0, got {shard_tokens}")
 
 
@@ -60,32 +59,23 @@ def new_settings(asked: Mapping[str, Any]) -> Settings:
                 f"a dense cache keeps all tokens at temperature 1, which serves any; got k={k} and "
                 f"temperature={settings.temperature}"
             )
-    elif _whole("k", settings.k) < 1:
+    elif arguments.integer("k", settings.k) < 1:
         raise ValueError(f"k must be an int ≥ 1, got {k!r}")
-    if not 1 <= _whole("vocab_size", settings.vocab_size) < 2**31:
+    if not 1 <= arguments.integer("vocab_size", settings.vocab_size) < 2**31:
         raise ValueError(f"vocab_size must be in [1, 2³¹), got {settings.vocab_size}")
     whole: dict[str, Any] = {
-        name: _whole(name, getattr(settings, name)) for name in ("vocab_size", "seed", "shard_tokens")
+        name: arguments.integer(name, getattr(settings, name)) for name in ("vocab_size", "seed", "shard_tokens")
     }
     settings = replace(
         settings,
         temperature=float(settings.temperature),
-        k=None if format == "dense" else _whole("k", settings.k),
+        k=None if format == "dense" else arguments.integer("k", settings.k),
         **whole,
     )
     if asked["shard_tokens"] is None:
         fitting = max(1, _SHARD_BYTES // settings.records().size)
         settings = replace(settings, shard_tokens=min(_SHARD_TOKENS, fitting))
     return settings
-
-
-def _whole(name: str, value: Any) -> int:
-    if isinstance(value, bool):
-        raise ValueError(f"{name} must be an int, got {value!r}")
-    try:
-        return operator.index(value)
-    except TypeError:
-        raise ValueError(f"{name} must be an int, got {value!r}") from None
 
 
 #: What all rows of a cache have in common. Where a file ends and what a teacher is called are none of it.

@@ -17,7 +17,7 @@ from fastkd.cache.disk import CacheError, disk
 from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
 from fastkd.cache.keys import TokenIds
 from fastkd.cache.manifest import MANIFEST, Manifest, Settings
-from fastkd.cache.records import Bytes, Dense, Rows
+from fastkd.cache.records import Bytes, Dense, KeptTokens
 from fastkd.cache.store import Index, check_sum, read_shard
 from fastkd.losses import KDLoss
 from fastkd.sources import LogProbabilities, SparseTargets
@@ -119,13 +119,13 @@ class Cache:
         parts = self._decoded(examples, max_length)
         if (lengths != longest).any():
             real = torch.from_numpy(np.arange(longest) < lengths[:, None])
-            nothing = (0, -torch.inf, 0) if isinstance(parts, Rows) else (0,)
+            nothing = (0, -torch.inf, 0) if isinstance(parts, KeptTokens) else (0,)
             padded = []
-            for part, fill in zip(parts if isinstance(parts, Rows) else (parts,), nothing, strict=True):
+            for part, fill in zip(parts if isinstance(parts, KeptTokens) else (parts,), nothing, strict=True):
                 whole = torch.full((*shape, *part.shape[1:]), fill, dtype=part.dtype, device=part.device)
                 whole[real] = part
                 padded.append(whole.flatten(0, 1))
-            parts = Rows(*padded) if isinstance(parts, Rows) else padded[0]
+            parts = KeptTokens(*padded) if isinstance(parts, KeptTokens) else padded[0]
         return self._targets(parts, shape)
 
     def check(
@@ -182,7 +182,7 @@ class Cache:
         check_sum(self.directory, self._manifest.shards[number])
         self._verified.add(number)
 
-    def _decoded(self, examples: Sequence[keys.Example], max_length: int | None) -> Rows | Tensor:
+    def _decoded(self, examples: Sequence[keys.Example], max_length: int | None) -> KeptTokens | Tensor:
         """The rows of the sequences, one after another."""
         whole = [len(example.ids) for example in examples]
         places = self._index.find([example.key() for example in examples])
@@ -215,7 +215,7 @@ class Cache:
             f"tokenizer?{has}"
         )
 
-    def _targets(self, parts: Rows | Tensor, leading: tuple[int, ...]) -> SparseTargets | LogProbabilities:
+    def _targets(self, parts: KeptTokens | Tensor, leading: tuple[int, ...]) -> SparseTargets | LogProbabilities:
         if isinstance(self._records, Dense):
             assert isinstance(parts, Tensor)
             return parts.view(*leading, -1).as_subclass(LogProbabilities)

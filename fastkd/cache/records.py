@@ -1,6 +1,6 @@
 """Tokens kept of a row as bytes: one record of fixed size per row, and how exactly it gives them back.
 
-A record holds ids, log-weights and one number more (`Rows`); see the table in `fastkd.cache`. Everything is
+A record holds ids, log-weights and one number more (`KeptTokens`); see the table in `fastkd.cache`. Everything is
 vectorised over rows, and little-endian on every machine.
 """
 
@@ -14,7 +14,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-__all__ = ["Dense", "PackedSampled", "PackedTopK", "Plain", "Records", "Rows"]
+__all__ = ["Dense", "KeptTokens", "PackedSampled", "PackedTopK", "Plain", "Records"]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -27,7 +27,7 @@ _LOWEST, _CODES = 32.0, 65534
 _LOGPROBS = np.r_[-_LOWEST * (np.arange(_CODES + 1) / _CODES) ** 2, -math.inf].astype(np.float32)
 
 
-class Rows(NamedTuple):
+class KeptTokens(NamedTuple):
     """What was kept of N rows, as `fastkd.backend.Backend` selects it."""
 
     ids: Tensor  # int64 [N, k]
@@ -40,11 +40,11 @@ class Records(Protocol):
 
     size: int
 
-    def encode(self, rows: Rows, uniforms: npt.NDArray[np.float64]) -> Bytes:
+    def encode(self, rows: KeptTokens, uniforms: npt.NDArray[np.float64]) -> Bytes:
         """`[N, size]`. `uniforms [N]` in [0, 1) decide what is rounded up."""
         ...
 
-    def decode(self, records: Bytes) -> Rows:
+    def decode(self, records: Bytes) -> KeptTokens:
         """Of `[N, size]`; the ids of a row ascending, tokens that are not there last."""
         ...
 
@@ -56,13 +56,13 @@ class Plain:
         self.size = 8 * k + 4
         self._k = k
 
-    def encode(self, rows: Rows, uniforms: npt.NDArray[np.float64]) -> Bytes:
+    def encode(self, rows: KeptTokens, uniforms: npt.NDArray[np.float64]) -> Bytes:
         return _joined(rows.ids.numpy().astype("<i4"), rows.log_weights.numpy(), rows.summary.numpy()[:, None])
 
-    def decode(self, records: Bytes) -> Rows:
+    def decode(self, records: Bytes) -> KeptTokens:
         ids, log_weights = (_part(records, start, 4 * self._k) for start in (0, 4 * self._k))
         summary = _part(records, 8 * self._k, 4).view("<f4")[:, 0]
-        return _rows(ids.view("<i4").astype(np.int64), log_weights.view("<f4"), summary)
+        return _kept(ids.view("<i4").astype(np.int64), log_weights.view("<f4"), summary)
 
 
 class PackedTopK:
@@ -73,17 +73,17 @@ class PackedTopK:
         self._k = k
         self.size = self._ids.size + 2 * k + 4
 
-    def encode(self, rows: Rows, uniforms: npt.NDArray[np.float64]) -> Bytes:
+    def encode(self, rows: KeptTokens, uniforms: npt.NDArray[np.float64]) -> Bytes:
         logprobs = rows.log_weights.numpy()
         codes = np.rint(_CODES * np.sqrt(np.clip(-logprobs, 0, _LOWEST) / _LOWEST)).astype("<u2")
         codes[np.isneginf(logprobs)] = _CODES + 1
         return _joined(self._ids.encode(rows.ids.numpy()), codes, rows.summary.numpy()[:, None])
 
-    def decode(self, records: Bytes) -> Rows:
+    def decode(self, records: Bytes) -> KeptTokens:
         start = self._ids.size
         logprobs = _LOGPROBS[_part(records, start, 2 * self._k).view("<u2")]
         rest = _part(records, start + 2 * self._k, 4).view("<f4")[:, 0]
-        return _rows(self._ids.decode(records[:, :start]), logprobs, rest)
+        return _kept(self._ids.decode(records[:, :start]), logprobs, rest)
 
 
 class PackedSampled:
@@ -100,7 +100,7 @@ class PackedSampled:
         self._k = k
         self.size = self._ids.size + k + 2
 
-    def encode(self, rows: Rows, uniforms: npt.NDArray[np.float64]) -> Bytes:
+    def encode(self, rows: KeptTokens, uniforms: npt.NDArray[np.float64]) -> Bytes:
         order = np.argsort(-rows.log_weights.numpy(), axis=-1, kind="stable")
         ids = np.take_along_axis(rows.ids.numpy(), order, -1)
         log_weights = np.take_along_axis(rows.log_weights.numpy(), order, -1)[:, 1:].astype(np.float64)
@@ -117,13 +117,13 @@ class PackedSampled:
         entropy = rows.summary.numpy().astype("<f2")
         return _joined(self._ids.encode(ids), codes.astype(np.uint8), entropy[:, None])
 
-    def decode(self, records: Bytes) -> Rows:
+    def decode(self, records: Bytes) -> KeptTokens:
         start, end = self._ids.size, self._ids.size + self._k
         codes = records[:, start:end]
         log_weights = _LOG_WEIGHTS[codes]
         log_weights[codes == _LARGEST] = np.log(1 - _WEIGHTS[codes].sum(-1))
         entropy = _part(records, end, 2).view("<f2")[:, 0].astype(np.float32)
-        return _rows(self._ids.decode(records[:, :start]), log_weights, entropy)
+        return _kept(self._ids.decode(records[:, :start]), log_weights, entropy)
 
 
 class Dense:
@@ -180,6 +180,8 @@ def _part(records: Bytes, start: int, size: int) -> Bytes:
     return np.ascontiguousarray(records[:, start : start + size])
 
 
-def _rows(ids: npt.NDArray[np.int64], log_weights: npt.NDArray[np.float32], summary: npt.NDArray[np.float32]) -> Rows:
+def _kept(
+    ids: npt.NDArray[np.int64], log_weights: npt.NDArray[np.float32], summary: npt.NDArray[np.float32]
+) -> KeptTokens:
     parts = (np.ascontiguousarray(part) for part in (ids, log_weights, summary))
-    return Rows(*map(torch.from_numpy, parts))
+    return KeptTokens(*map(torch.from_numpy, parts))

@@ -21,10 +21,10 @@ from fastkd.cache.disk import CacheError, disk, locked, own_names
 from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
 from fastkd.cache.manifest import MANIFEST, Manifest
 from fastkd.cache.reader import Cache
-from fastkd.cache.records import Bytes, Dense, Rows
+from fastkd.cache.records import Bytes, Dense, KeptTokens
 from fastkd.cache.store import Index, check_sum, read_shard, write_shard
-from fastkd.heads import logit_chunks
-from fastkd.models import project
+from fastkd.projection.loop import logit_chunks
+from fastkd.projection.models import project
 from fastkd.sources import Projection
 
 __all__ = ["Format", "Progress", "begun", "write"]
@@ -263,7 +263,7 @@ class _Writer:
             return np.concatenate([self.records.encode(self._dense(logits)) for _, logits in chunks])
         uniforms = _uniforms(keys, lengths, self._settings.seed)
         parts = [self._sparse(logits, uniforms[0, rows]) for rows, logits in chunks]
-        rows = Rows(*map(torch.cat, zip(*parts, strict=True)))
+        rows = KeptTokens(*map(torch.cat, zip(*parts, strict=True)))
         return self.records.encode(rows, uniforms[1].numpy())
 
     def _dense(self, logits: Tensor) -> Tensor:
@@ -272,16 +272,16 @@ class _Writer:
             raise CacheError(_NO_SOFTMAX)
         return logprobs
 
-    def _sparse(self, logits: Tensor, uniforms: Tensor) -> Rows:
+    def _sparse(self, logits: Tensor, uniforms: Tensor) -> KeptTokens:
         backend, (k, temperature) = select(logits), (self._settings.k, self._settings.temperature)
         assert k is not None
         if self._settings.format == "sampled":
-            rows = Rows(*backend.sample(logits, k, temperature, uniforms.to(logits.device)))
+            rows = KeptTokens(*backend.sample(logits, k, temperature, uniforms.to(logits.device)))
         else:
-            rows = Rows(*backend.top_k(logits, k, temperature))
+            rows = KeptTokens(*backend.top_k(logits, k, temperature))
         if rows.summary.isnan().any():
             raise CacheError(_NO_SOFTMAX)
-        return Rows(rows.ids.cpu(), rows.log_weights.float().cpu(), rows.summary.float().cpu())
+        return KeptTokens(rows.ids.cpu(), rows.log_weights.float().cpu(), rows.summary.float().cpu())
 
 
 _NO_SOFTMAX = "the teacher's logits hold NaN, +inf or a row of nothing but −inf: nothing can be learnt from them"

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.heads import logit_chunks
+from fastkd.projection.loop import logit_chunks
 
 __all__ = [
     "BINS",

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.ops import row_layout
+from fastkd.rows import row_layout
 
 
 class Rows(NamedTuple):

@@ -7,8 +7,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.backend import RowSpec
 from fastkd.kernels.gpu.divergences import LOG2E, Divergence, exp
+from fastkd.rows import RowSpec
 
 
 class Numbers(NamedTuple):

@@ -24,7 +24,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backend import RowSpec, SparseRows, Tile
 from fastkd.kernels.gpu.blocks import (
     Block,
     block_for,
@@ -53,6 +52,7 @@ from fastkd.kernels.gpu.sweeps import (
     sum_terms,
     write_gradient,
 )
+from fastkd.rows import RowSpec, SparseRows, Tile
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.backend import RowSpec, SparseRows, Tile
 from fastkd.kernels.gpu.blocks import (
     Block,
     block_for,
@@ -47,6 +46,7 @@ from fastkd.kernels.gpu.divergences import DIVERGENCES, exp, weighted
 from fastkd.kernels.gpu.numbers import Numbers, hard_power, numbers_for, with_ratio
 from fastkd.kernels.gpu.state import VocabularyTile, row_state
 from fastkd.kernels.gpu.sweeps import gap_of, hard_exp
+from fastkd.rows import RowSpec, SparseRows, Tile
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,11 @@
-"""The matrix products of an output head: logits of some tokens and columns, and the way back.
+"""The two sides of a loss from hidden states: where the logits of some tokens and columns come from, and the way back.
+
+A side is the product of a `Projection` (`Head`), a tensor of logits (`Logits`), or what is known of a sparse teacher
+(`Sparse`). `student_side` and `teacher_side` choose; the loop asks none of them what it is.
 
 Products accumulate in fp32 and leave fp32, also from 16-bit operands: on GPUs by asking the product for it, elsewhere
 by casting the operands, a part of the head's rows at a time. Nothing here has the size of the vocabulary times that of
-the batch.
+the batch, but what the caller holds already.
 """
 
 from __future__ import annotations
@@ -10,15 +13,100 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from fastkd.divergences import ForwardKL
-from fastkd.plan import CAST_COLUMNS, NOTHING, Side, Wants, padded, plan_for
-from fastkd.sources import Projection
+from fastkd.call import Call
+from fastkd.projection.plan import CAST_COLUMNS, HeadSize, padded
+from fastkd.rows import NOTHING, SparseRows, Wants, row_dtype
+from fastkd.sources import Projection, SparseTargets
+from fastkd.sparse import sparse_rows
 
-__all__ = ["Head", "autocast_dtype", "kept_dtype", "logit_chunks"]
+__all__ = [
+    "Gradients",
+    "Head",
+    "RowIndex",
+    "StudentSide",
+    "TeacherSide",
+    "autocast_dtype",
+    "head_size",
+    "kept_dtype",
+    "student_side",
+    "teacher_side",
+]
+
+#: Some rows of all, by their numbers.
+RowIndex = slice | Tensor
+
+
+class Gradients(NamedTuple):
+    """Of the student: of its logits or hidden states, and of its head."""
+
+    student: Tensor | None = None
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+
+class TeacherSide(Protocol):
+    """What the loop asks of a teacher, and of a student too."""
+
+    #: What products take; None where logits are at hand.
+    size: HeadSize | None
+    #: Whether every column is known.
+    whole: bool
+
+    def allocate(self, chunk: int, tile: int) -> None:
+        """Make the buffers for so many tokens and columns at a time."""
+        ...
+
+    def start(self, rows: RowIndex) -> None:
+        """Turn to these tokens."""
+        ...
+
+    def logits(self, columns: slice) -> Tensor | SparseRows:
+        """What a backend is given of the tokens' logits in these columns."""
+        ...
+
+
+class StudentSide(TeacherSide, Protocol):
+    """What the loop asks of a student."""
+
+    def logits(self, columns: slice) -> Tensor: ...
+
+    def gradient_place(self, columns: slice, logits: Tensor) -> Tensor:
+        """Where the kernel is to write the gradient of these logits; may be over them."""
+        ...
+
+    def add_gradient(self, columns: slice, grad: Tensor) -> None:
+        """Take over the gradient of these columns' logits; may overwrite it."""
+        ...
+
+    def finish(self) -> None:
+        """Done with these tokens."""
+        ...
+
+    def gradients(self) -> Gradients:
+        """Of all tokens."""
+        ...
+
+
+def student_side(call: Call, wants: Wants, grad: Tensor | None) -> StudentSide:
+    """`grad` takes the gradient of a student that is a tensor."""
+    source = call.student_source()
+    return (
+        Head(source, call.vocab_size, call.autocast, wants) if isinstance(source, Projection) else Logits(source, grad)
+    )
+
+
+def teacher_side(call: Call) -> TeacherSide | None:
+    source = call.teacher_source()
+    if isinstance(source, Projection):
+        return Head(source, call.vocab_size, call.autocast, NOTHING)
+    if isinstance(source, SparseTargets):
+        return Sparse(sparse_rows(source, call.soft_scale, call.vocab_size, row_dtype(call.student.dtype)))
+    return None if source is None else Logits(source, None)
 
 
 #: RuntimeErrors that say nothing of what a device can do. The second came with torch 2.8.
@@ -80,6 +168,19 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
+def head_size(source: object, autocast: torch.dtype | None) -> HeadSize | None:
+    """What the products of a source take; None for one that is no `Projection`."""
+    if not isinstance(source, Projection):
+        return None
+    return HeadSize(
+        hidden_size=source.weight.shape[1],
+        hidden_bytes=source.hidden.dtype.itemsize,
+        weight_bytes=source.weight.dtype.itemsize,
+        operand_bytes=operand_dtype(source, autocast).itemsize,
+        softcap=source.softcap is not None,
+    )
+
+
 def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """a·b into `out`, or added to it, whose dtype is the operands' or fp32."""
     if a.dtype == out.dtype:
@@ -94,10 +195,12 @@ def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> Non
 
 
 class Head:
-    """One projection during one call: its logits and, for the student, its gradients.
+    """A `Projection` during one call: its logits and, for the student, its gradients.
 
-    `hidden`, `weight` and `bias` of `gradients` are None where they are not wanted.
+    `gradients` holds None for what is not wanted.
     """
+
+    whole: bool = True
 
     def __init__(self, projection: Projection, vocab_size: int, autocast: torch.dtype | None, wants: Wants) -> None:
         self.hidden = projection.hidden.reshape(-1, projection.hidden.shape[-1])
@@ -105,18 +208,13 @@ class Head:
         self.bias = None if projection.bias is None else projection.bias[:vocab_size]
         self.softcap, self.scale = projection.softcap, projection.logit_scale
         self.operand = operand_dtype(projection, autocast)
-        self.result = torch.float64 if self.operand == torch.float64 else torch.float32
+        self.result = row_dtype(self.operand)
         self.wants = wants
-        self.side = Side(
-            hidden=self.hidden.shape[1],
-            hidden_bytes=self.hidden.dtype.itemsize,
-            weight_bytes=self.weight.dtype.itemsize,
-            operand_bytes=self.operand.itemsize,
-            softcap=self.softcap is not None,
-        )
+        self.size: HeadSize | None = head_size(projection, autocast)
         self._projection = projection
         self._x = self.hidden[:0]
-        self._slope: Tensor | None = None
+        self._slope: Tensor | None = None  # the softcap's derivative, shaped like the logits
+        self._narrow: Tensor | None = None  # the logits' gradient, rounded for the products
         self._weight_met = 0  # columns of the weight gradient that hold something
         if wants.hidden:
             kept = kept_dtype(self.hidden.dtype)
@@ -126,20 +224,27 @@ class Head:
         if wants.bias:
             self._bias_grad = torch.zeros(len(self.weight), dtype=self.result, device=self.weight.device)
 
-    def start(self, rows: slice | Tensor, slope: Tensor | None) -> None:
-        """Turn to these tokens. `slope` is memory for the softcap's derivative, shaped like the logits."""
+    def allocate(self, chunk: int, tile: int) -> None:
+        def buffer(dtype: torch.dtype) -> Tensor:
+            return torch.empty(chunk, padded(tile), dtype=dtype, device=self.hidden.device)
+
+        self._buffer = buffer(self.result)
+        if self.wants.any and self.softcap is not None:
+            self._slope = buffer(self.result)
+        elif self.wants.any and self.operand != self.result:
+            self._narrow = buffer(self.operand)
+
+    def start(self, rows: RowIndex) -> None:
         self._rows = rows
         self._x = self.hidden[rows].to(self.operand)
-        self._slope = slope
         if self.wants.hidden:
             # The gradient itself where it is in reach and sums may be kept in it, else rounded once in the end.
             direct = isinstance(rows, slice) and self._hidden_grad.dtype == self.result
             self._dx = self._hidden_grad[rows] if direct else torch.empty_like(self._x, dtype=self.result)
             self._direct = direct
 
-    def logits(self, columns: slice, out: Tensor | None) -> Tensor:
-        """The tokens' logits of these columns, into `out`."""
-        assert out is not None
+    def logits(self, columns: slice) -> Tensor:
+        out = self._held(self._buffer, columns)
         for part in self._parts(columns):
             weight = self.weight[part].to(self.operand)
             _product(self._x, weight.t(), out[:, part.start - columns.start : part.stop - columns.start])
@@ -150,20 +255,23 @@ class Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_()
             if self._slope is not None:
-                slope = self._slope[:, : out.shape[1]]
+                slope = self._held(self._slope, columns)
                 torch.mul(out, out, out=slope)
                 slope.neg_().add_(1)
             out.mul_(self.softcap)
         return out
 
-    def gradient_place(self, columns: slice, logits: Tensor, narrow: Tensor | None) -> Tensor:
-        """Where the kernel is to write the logits' gradient: over them, or rounded for the products into `narrow`."""
-        return logits if narrow is None else narrow
+    def _held(self, buffer: Tensor, columns: slice) -> Tensor:
+        """The part of a buffer that holds these columns of the tokens at hand."""
+        return buffer[: len(self._x), : columns.stop - columns.start]
+
+    def gradient_place(self, columns: slice, logits: Tensor) -> Tensor:
+        return logits if self._narrow is None else self._held(self._narrow, columns)
 
     def add_gradient(self, columns: slice, grad: Tensor) -> None:
-        """Add what `grad`, the gradient of these logits, means for hidden states, weight and bias; overwrites it."""
+        """Add what `grad` means for hidden states, weight and bias."""
         if self._slope is not None:
-            grad.mul_(self._slope[:, : grad.shape[1]])
+            grad.mul_(self._held(self._slope, columns))
             grad = grad.to(self.operand)
         if self.wants.bias:
             self._bias_grad[columns] += grad.sum(0, dtype=self.result)
@@ -177,17 +285,16 @@ class Head:
                 _product(g.t(), self._x, self._weight_grad[part], accumulate=not first_of_weight)
 
     def finish(self) -> None:
-        """Done with these tokens."""
         if self.wants.hidden:
             if self.scale != 1:
                 self._dx.mul_(self.scale)
             if not self._direct:
                 self._hidden_grad[self._rows] = self._dx.to(self._hidden_grad.dtype)
 
-    def gradients(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    def gradients(self) -> Gradients:
         """Of hidden states, weight and bias, shaped like them, in the dtype they are kept in."""
         source = self._projection
-        return (
+        return Gradients(
             self._hidden_grad.view(source.hidden.shape) if self.wants.hidden else None,
             self._completed(self._weight_grad, source.weight) if self.wants.weight else None,
             self._completed(self._bias_grad, source.bias) if self.wants.bias else None,
@@ -213,30 +320,77 @@ class Head:
             yield slice(start, min(start + step, columns.stop))
 
 
-@torch.no_grad()
-def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
-    """The first `vocab_size` logits of some tokens at a time, without gradient: (tokens, `[tokens, vocab_size]`).
+class Logits:
+    """A tensor of logits. The gradient goes to `grad`, which may be the logits."""
 
-    fp32, or float64 where the projection is. Tokens are the collapsed leading dimensions. Each chunk overwrites the
-    one before.
-    """
-    count, device = source.shape[:-1].numel(), source.device
-    head = Head(source.detach(), vocab_size, autocast_dtype(device), NOTHING)
-    chunk = plan_for(
-        max(count, 1),
-        vocab_size,
-        head.side,
-        None,
-        NOTHING,
-        ForwardKL(),
-        device,
-        memory_budget=None,
-        tiles_allowed=False,
-    ).chunk
-    buffer = torch.empty(min(chunk, count), padded(vocab_size), dtype=head.result, device=device)
-    for start in range(0, count, chunk):
-        rows = slice(start, min(start + chunk, count))
-        with torch.autocast(device.type, enabled=False):
-            head.start(rows, None)
-            logits = head.logits(slice(0, vocab_size), buffer[: rows.stop - start, :vocab_size])
-        yield rows, logits
+    size: HeadSize | None = None
+    whole: bool = True
+
+    def __init__(self, logits: Tensor, grad: Tensor | None) -> None:
+        self._logits, self._grad = _as_matrix(logits), None if grad is None else _as_matrix(grad)
+
+    def allocate(self, chunk: int, tile: int) -> None:
+        """Nothing is needed."""
+
+    def start(self, rows: RowIndex) -> None:
+        self._rows = rows
+
+    def logits(self, columns: slice) -> Tensor:
+        return self._logits[self._index(self._logits, columns)]
+
+    def gradient_place(self, columns: slice, logits: Tensor) -> Tensor:
+        """The gradient itself, or over rows that had to be gathered."""
+        assert self._grad is not None
+        return self._grad[self._rows, columns] if self._in_reach(self._grad) else logits
+
+    def add_gradient(self, columns: slice, grad: Tensor) -> None:
+        assert self._grad is not None
+        if not self._in_reach(self._grad):
+            self._grad[self._index(self._grad, columns)] = grad
+
+    def finish(self) -> None:
+        """Nothing is left to do."""
+
+    def gradients(self) -> Gradients:
+        """None: it is in `grad`."""
+        return Gradients()
+
+    def _in_reach(self, tensor: Tensor) -> bool:
+        return isinstance(self._rows, slice) and tensor.dim() == 2
+
+    def _index(self, tensor: Tensor, columns: slice) -> tuple[RowIndex, ...]:
+        rows = self._rows
+        if tensor.dim() == 2:
+            return rows, columns
+        if isinstance(rows, slice):
+            rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=tensor.device)
+        return (*torch.unravel_index(rows, tensor.shape[:-1]), columns)
+
+
+class Sparse:
+    """A teacher of which K tokens are known: no logits, but the rows of a chunk."""
+
+    size: HeadSize | None = None
+    whole: bool = False
+
+    def __init__(self, rows: SparseRows) -> None:
+        self._all = rows
+
+    def allocate(self, chunk: int, tile: int) -> None:
+        """Nothing is needed."""
+
+    def start(self, rows: RowIndex) -> None:
+        self._chunk = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
+
+    def logits(self, columns: slice) -> SparseRows:
+        return self._chunk
+
+
+def _as_matrix(tensor: Tensor) -> Tensor:
+    """`[rows, V]` without a copy; as it is where its strides do not allow that. Copied where columns lie apart."""
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        tensor = tensor.contiguous()
+    try:
+        return tensor.view(-1, tensor.shape[-1])
+    except RuntimeError:
+        return tensor

@@ -1,4 +1,4 @@
-"""The native CPU backend: finds the C++ library, and hands it pointers.
+"""The native library: where it is found, and how it is handed pointers.
 
 The library is free of torch: plain C entry points, one argument struct each (mirrored below field by field), row
 strides and a dtype code. It is loaded after torch, whose OpenMP runtime it then shares. If it cannot be loaded,
@@ -11,14 +11,14 @@ import ctypes
 import functools
 import os
 import pathlib
-import site
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastkd.backend import RowSpec, SparseRows, Tile
-from fastkd.divergences import TABLE
+from fastkd.divergences import TABLE, Divergence
+from fastkd.rows import RowSpec, SparseRows, Tile, row_count, row_layout
 
 __all__ = [
     "advise_huge_pages",
@@ -27,6 +27,7 @@ __all__ = [
     "log_softmax_backward",
     "row_statistics",
     "sample",
+    "scratch_bytes",
     "status",
     "tile_state",
     "top_k",
@@ -154,11 +155,12 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
 
 
 def _find() -> list[pathlib.Path]:
-    """FASTKD_LIBRARY; or beside this file; or, for an editable install, in site-packages, where the build put it."""
+    """FASTKD_LIBRARY; or the folder `_lib` of the package: of an editable install, that in site-packages."""
     if named := os.environ.get("FASTKD_LIBRARY"):
         return [pathlib.Path(named)]
-    places = [pathlib.Path(__file__).parent.parent, *map(pathlib.Path, site.getsitepackages())]
-    return [path for place in places for path in (place / "fastkd" / "_lib").glob("libfastkd.*")]
+    package = find_spec("fastkd")
+    places = (package and package.submodule_search_locations) or []
+    return [path for place in places for path in (pathlib.Path(place) / "_lib").glob("libfastkd.*")]
 
 
 def _open(found: list[pathlib.Path]) -> tuple[ctypes.CDLL | None, str]:
@@ -213,8 +215,6 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
 def _matrix(tensor: Tensor | None) -> _Matrix:
     if tensor is None:
         return _Matrix()
-    from fastkd.ops import row_layout
-
     layout = row_layout(tensor)
     if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or layout is None:
         raise TypeError(
@@ -233,10 +233,6 @@ def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
 
-def _row_count(tensor: Tensor) -> int:
-    return tensor.numel() // tensor.shape[-1]
-
-
 def kd_rows(
     student: Tensor,
     teacher: Tensor | SparseRows | None,
@@ -247,8 +243,8 @@ def kd_rows(
     grad: Tensor | None,
     tile: Tile | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """See `backend.Backend.kd_rows`."""
-    rows = _row_count(student)
+    """See `fastkd.backend.Backend.kd_rows`."""
+    rows = row_count(student)
     soft, hard = _new(rows), _new(rows)
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
@@ -284,13 +280,22 @@ def kd_rows(
 
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
-    """See `backend.Backend.tile_state`."""
+    """See `fastkd.backend.Backend.tile_state`."""
     return _new(rows, _library().fastkd_size(b"state"), dtype=torch.uint8)
 
 
+def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
+    """What the threads stash: see ThreadMemory in kernels/cpu. Arguments as in `backend.scratch_bytes`."""
+    teacher_rows = whole_teacher * (1 if divergence.name == "forward_kl" else 2)
+    rows = divergence.tempered * teacher_rows + own_exponential
+    if not gradient and (not divergence.normalised or not whole_teacher):
+        rows = 0
+    return torch.get_num_threads() * 4 * (rows * tile + 9 * 1024)
+
+
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """See `backend.Backend.row_statistics`."""
-    rows = _row_count(logits)
+    """See `fastkd.backend.Backend.row_statistics`."""
+    rows = row_count(logits)
     log_sum_exp, entropy, label_logprob = (_new(rows) for _ in range(3))
     argmax = _new(rows, dtype=torch.int64)
     labels = None if labels is None else labels.contiguous()
@@ -312,8 +317,8 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
-    """See `backend.Backend.log_softmax`."""
-    rows = _row_count(logits)
+    """See `fastkd.backend.Backend.log_softmax`."""
+    rows = row_count(logits)
     normaliser = _new(rows, 2)
     arguments = _LogSoftmax(
         _matrix(logits),
@@ -331,13 +336,13 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 def log_softmax_backward(
     upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
-    """See `backend.Backend.log_softmax_backward`."""
+    """See `fastkd.backend.Backend.log_softmax_backward`."""
     arguments = _LogSoftmax(
         _matrix(logits),
         _matrix(upstream),
         _matrix(grad),
         normaliser.data_ptr(),
-        _row_count(logits),
+        row_count(logits),
         torch.get_num_threads(),
         temperature,
     )
@@ -345,17 +350,17 @@ def log_softmax_backward(
 
 
 def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:
-    """See `backend.Backend.top_k`."""
+    """See `fastkd.backend.Backend.top_k`."""
     return _select(logits, k, temperature, None)
 
 
 def sample(logits: Tensor, k: int, temperature: float, uniforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """See `backend.Backend.sample`."""
+    """See `fastkd.backend.Backend.sample`."""
     return _select(logits, k, temperature, uniforms.to(torch.float64).contiguous())
 
 
 def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    rows = _row_count(logits)
+    rows = row_count(logits)
     ids, log_weights, summary = _new(rows, k, dtype=torch.int64), _new(rows, k), _new(rows)
     _call(
         "fastkd_select",

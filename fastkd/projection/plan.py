@@ -1,4 +1,4 @@
-"""How many tokens' logits a loss holds at a time when they come from hidden states, and what that costs.
+"""How many tokens' logits a loss from hidden states holds at a time, and what that costs.
 
 Two strategies. "chunks" computes the logits of a chunk of tokens over the whole vocabulary, once: the minimum of
 arithmetic, 6·N·V·H for the student and 2·N·V·H for the teacher. "tiles" computes them for a tile of the vocabulary at
@@ -14,9 +14,11 @@ from typing import Literal, NamedTuple
 import torch
 
 from fastkd import arguments
+from fastkd.backend import scratch_bytes
 from fastkd.divergences import Divergence, resolve
+from fastkd.rows import Wants
 
-__all__ = ["Plan", "plan"]
+__all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan", "plan_for"]
 
 #: Working memory of a loss that is given no budget.
 _DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 1 << 30}
@@ -34,29 +36,14 @@ CAST_COLUMNS = 4096
 STATE_BYTES = 128
 
 
-class Side(NamedTuple):
+class HeadSize(NamedTuple):
     """A projection, as far as memory and arithmetic depend on it."""
 
-    hidden: int
+    hidden_size: int
     hidden_bytes: int  # per element
     weight_bytes: int
     operand_bytes: int  # as operands of products
     softcap: bool = False
-
-
-class Wants(NamedTuple):
-    """Which gradients a call computes."""
-
-    hidden: bool  # or of the logits, where the student is a tensor
-    weight: bool
-    bias: bool
-
-    @property
-    def any(self) -> bool:
-        return self.hidden or self.weight or self.bias
-
-
-NOTHING = Wants(False, False, False)
 
 
 @dataclass(frozen=True)
@@ -118,32 +105,26 @@ def plan(
     Raises ValueError where the budget is too small for any strategy, naming the smallest that is not.
     """
     device = torch.device(device)
-    _check_size("tokens", tokens)
-    _check_size("vocab_size", vocab_size)
-    _check_size("student_hidden", student_hidden, optional=True)
-    _check_size("teacher_hidden", teacher_hidden, optional=True)
+    sizes = {"tokens": tokens, "vocab_size": vocab_size}
+    widths = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
+    for name, value in (sizes | {name: width for name, width in widths.items() if width is not None}).items():
+        arguments.integer(name, value, least=1)
     if student_hidden is None and teacher_hidden is None:
         raise ValueError("student_hidden and teacher_hidden are both None: losses on logits need no plan")
     size = dtype.itemsize
     operand = 4 if device.type == "cpu" and size == 2 else size
     student, teacher = (
-        None if hidden is None else Side(hidden, size, size, operand) for hidden in (student_hidden, teacher_hidden)
+        None if width is None else HeadSize(width, size, size, operand) for width in (student_hidden, teacher_hidden)
     )
     wants = Wants(hidden=True, weight=student is not None, bias=False)
     return plan_for(tokens, vocab_size, student, teacher, wants, resolve(divergence), device, memory_budget)
 
 
-def _check_size(name: str, value: object, optional: bool = False) -> None:
-    if value is None and optional:
-        return
-    arguments.integer(name, value, least=1)
-
-
 def plan_for(
     tokens: int,
     vocab_size: int,
-    student: Side | None,
-    teacher: Side | None,
+    student: HeadSize | None,
+    teacher: HeadSize | None,
     wants: Wants,
     divergence: Divergence,
     device: torch.device,
@@ -182,8 +163,8 @@ def plan_for(
 class _Request(NamedTuple):
     tokens: int
     vocab_size: int
-    student: Side | None
-    teacher: Side | None
+    student: HeadSize | None
+    teacher: HeadSize | None
     wants: Wants
     divergence: Divergence
     device: torch.device
@@ -191,7 +172,7 @@ class _Request(NamedTuple):
     own_exponential: bool
 
     @property
-    def sides(self) -> list[Side]:
+    def sides(self) -> list[HeadSize]:
         return [side for side in (self.student, self.teacher) if side is not None]
 
     def working_bytes(self, chunk: int, tile: int) -> int:
@@ -207,27 +188,19 @@ class _Request(NamedTuple):
                 buffers += 2  # the gradient, rounded for the products
         for side in self.sides:
             if side.hidden_bytes != side.operand_bytes:
-                hidden += side.hidden * side.operand_bytes
+                hidden += side.hidden_size * side.operand_bytes
         if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tile < self.vocab_size):
-            hidden += 4 * student.hidden
+            hidden += 4 * student.hidden_size
         state = STATE_BYTES if tile < self.vocab_size else 0
         casts = [
-            min(CAST_COLUMNS, tile) * side.hidden * side.operand_bytes
+            min(CAST_COLUMNS, tile) * side.hidden_size * side.operand_bytes
             for side in self.sides
             if side.weight_bytes != side.operand_bytes
         ]
-        return chunk * (buffers * width + hidden + state) + max(casts, default=0) + self._scratch(tile)
-
-    def _scratch(self, tile: int) -> int:
-        """What the CPU kernels stash, per thread: see ThreadMemory in kernels/cpu/loss.h."""
-        if self.device.type != "cpu":
-            return 0
-        tempered, closed = self.divergence.tempered, not self.divergence.normalised or not self.whole_teacher
-        teacher_rows = self.whole_teacher * (1 if self.divergence.name == "forward_kl" else 2)
-        rows = tempered * teacher_rows + self.own_exponential
-        if not self.wants.any and closed:
-            rows = 0
-        return torch.get_num_threads() * 4 * (rows * tile + 9 * 1024)
+        scratch = scratch_bytes(
+            self.device, self.divergence, tile, self.whole_teacher, self.own_exponential, self.wants.any
+        )
+        return chunk * (buffers * width + hidden + state) + max(casts, default=0) + scratch
 
     def largest_chunk(self, tile: int, budget: int) -> int:
         fixed = self.working_bytes(0, tile)
@@ -247,13 +220,13 @@ class _Request(NamedTuple):
         terms = self.divergence.normalised and self.whole_teacher
         passes = 1 if strategy == "chunks" else 1 + wants.any + terms
         for side in self.sides:
-            flops += 2 * self.tokens * self.vocab_size * side.hidden * passes
+            flops += 2 * self.tokens * self.vocab_size * side.hidden_size * passes
         if student is not None:
-            flops += 2 * self.tokens * self.vocab_size * student.hidden * (wants.hidden + wants.weight)
+            flops += 2 * self.tokens * self.vocab_size * student.hidden_size * (wants.hidden + wants.weight)
             # The accumulator and, at the end, what it is rounded into.
             weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
-            gradient += wants.hidden * self.tokens * student.hidden * student.hidden_bytes
-            gradient += wants.weight * self.vocab_size * student.hidden * weight_bytes
+            gradient += wants.hidden * self.tokens * student.hidden_size * student.hidden_bytes
+            gradient += wants.weight * self.vocab_size * student.hidden_size * weight_bytes
             gradient += wants.bias * self.vocab_size * weight_bytes
         elif wants.hidden:
             gradient += 4 * self.tokens * self.vocab_size

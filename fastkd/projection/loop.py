@@ -1,0 +1,175 @@
+"""The loss from hidden states: one loop over chunks of tokens and tiles of the vocabulary.
+
+Per chunk: logits of student and teacher into reused fp32 buffers, one fused row kernel that writes the gradient over
+the student's, then the products for hidden states and weight. Under the "tiles" plan the same for one tile of columns
+after another, once per stage of the kernel.
+
+On the CPU, rows that nothing depends on (masked tokens) are left out before any product. On a GPU that would need
+their number, a synchronisation: there the kernel skips them, the products do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from fastkd.backend import select
+from fastkd.call import Call
+from fastkd.divergences import TABLE, ForwardKL
+from fastkd.projection.plan import HeadSize, Plan, plan_for
+from fastkd.projection.sides import (
+    Gradients,
+    Head,
+    RowIndex,
+    autocast_dtype,
+    head_size,
+    student_side,
+    teacher_side,
+)
+from fastkd.rows import NOTHING, Stage, Tile, Wants, row_dtype
+from fastkd.sources import Projection
+
+__all__ = ["check_budget", "from_hidden_states", "logit_chunks"]
+
+
+def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
+    """`Backend.kd_rows` where at least one of student and teacher is a `Projection`: soft and hard values, gradients.
+
+    `grad` takes the gradient of a student that is a tensor, which it may be; masked rows and padding stay as they are.
+    """
+    with torch.no_grad(), torch.autocast(call.student.device.type, enabled=False):
+        loop = _Loop(call, grad, wants)
+        for rows in loop.chunks():
+            loop.run(rows)
+        return loop.soft, loop.hard, loop.student.gradients()
+
+
+def check_budget(call: Call, wants: Wants) -> None:
+    """ValueError where `memory_budget` is too small for these gradients: the loop itself would find it out later."""
+    sizes = [head_size(source, call.autocast) for source in (call.student_source(), call.teacher_source())]
+    _plan(call, sizes, _count(_live_rows(call)), wants)
+
+
+def _plan(call: Call, sizes: Sequence[HeadSize | None], rows: int, wants: Wants) -> Plan:
+    student, teacher = sizes
+    return plan_for(
+        max(rows, 1),
+        call.vocab_size,
+        student,
+        teacher,
+        wants,
+        TABLE[call.divergence](*call.parameters),
+        call.student.device,
+        call.memory_budget,
+        whole_teacher=call.teacher_ids is None,
+        own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
+        tiles_allowed=hasattr(select(call.student), "tile_state"),
+    )
+
+
+def _live_rows(call: Call) -> RowIndex:
+    """The rows to compute: all, or on the CPU those with a scale."""
+    count = call.student.shape[:-1].numel()
+    scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
+    if call.student.device.type != "cpu" or not scales:
+        return slice(0, count)
+    live = torch.stack([scale != 0 for scale in scales]).any(0).nonzero()[:, 0]
+    return slice(0, count) if len(live) == count else live
+
+
+class _Loop:
+    def __init__(self, call: Call, grad: Tensor | None, wants: Wants) -> None:
+        self.student, self.teacher = student_side(call, wants, grad), teacher_side(call)
+        self.spec, self.wants = call.spec, wants
+        self.labels, self.soft_scale, self.hard_scale = call.labels, call.soft_scale, call.hard_scale
+        self.backend = select(call.student)
+        self.live = _live_rows(call)
+        count, device = call.student.shape[:-1].numel(), call.student.device
+        dtype = row_dtype(call.student.dtype)
+        self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
+        sizes = [None if side is None else side.size for side in (self.student, self.teacher)]
+        self.plan = _plan(call, sizes, _count(self.live), wants)
+        for side in (self.student, self.teacher):
+            if side is not None:
+                side.allocate(self.plan.chunk, self.plan.tile)
+        if self.plan.strategy == "tiles":
+            self.state = self.backend.tile_state(self.plan.chunk, device)
+
+    def chunks(self) -> Iterator[RowIndex]:
+        end, step = _count(self.live), self.plan.chunk
+        for start in range(0, end, step):
+            part = slice(start, min(start + step, end))
+            yield part if isinstance(self.live, slice) else self.live[part]
+
+    def run(self, rows: RowIndex) -> None:
+        """Everything about one chunk of tokens."""
+        self.student.start(rows)
+        if self.teacher is not None:
+            self.teacher.start(rows)
+        labels, soft_scale, hard_scale = (
+            None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)
+        )
+        for stage in self._stages():
+            for columns in self._tiles():
+                student = self.student.logits(columns)
+                teacher = None if self.teacher is None else self.teacher.logits(columns)
+                place = None
+                if self.wants.any and stage in ("whole", "gradient"):
+                    place = self.student.gradient_place(columns, student)
+                tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[: _count(rows)]),)
+                values = self.backend.kd_rows(student, teacher, labels, soft_scale, hard_scale, self.spec, place, *tile)
+                if place is not None:
+                    self.student.add_gradient(columns, place)
+            if stage != "gradient":
+                self.soft[rows], self.hard[rows] = values
+        self.student.finish()
+
+    def _stages(self) -> Iterator[Stage | Literal["whole"]]:
+        if self.plan.strategy == "chunks":
+            yield "whole"
+            return
+        yield "statistics"
+        if self.teacher is not None and self.teacher.whole and TABLE[self.spec.divergence].normalised:
+            yield "terms"
+        if self.wants.any:
+            yield "gradient"
+
+    def _tiles(self) -> Iterator[slice]:
+        for start in range(0, self.spec.vocab_size, self.plan.tile):
+            yield slice(start, min(start + self.plan.tile, self.spec.vocab_size))
+
+
+def _count(rows: RowIndex) -> int:
+    return int(rows.stop - rows.start) if isinstance(rows, slice) else len(rows)
+
+
+@torch.no_grad()
+def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
+    """The first `vocab_size` logits of some tokens at a time, without gradient: (tokens, `[tokens, vocab_size]`).
+
+    fp32, or float64 where the projection is. Tokens are the collapsed leading dimensions. Each chunk overwrites the
+    one before.
+    """
+    count, device = source.shape[:-1].numel(), source.device
+    head = Head(source.detach(), vocab_size, autocast_dtype(device), NOTHING)
+    chunk = plan_for(
+        max(count, 1),
+        vocab_size,
+        head.size,
+        None,
+        NOTHING,
+        ForwardKL(),
+        device,
+        memory_budget=None,
+        tiles_allowed=False,
+    ).chunk
+    head.allocate(min(chunk, count), vocab_size)
+    for start in range(0, count, chunk):
+        rows = slice(start, min(start + chunk, count))
+        with torch.autocast(device.type, enabled=False):
+            head.start(rows)
+            logits = head.logits(slice(0, vocab_size))
+        yield rows, logits

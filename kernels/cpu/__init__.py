@@ -1,0 +1,21 @@
+"""The native CPU backend: x86-64 with AVX2 or AVX-512, 64-bit Arm. Offers the functions of `fastkd.backend.Backend`."""
+
+from fastkd.kernels.cpu.library import (
+    kd_rows,
+    log_softmax,
+    log_softmax_backward,
+    row_statistics,
+    sample,
+    tile_state,
+    top_k,
+)
+
+__all__ = [
+    "kd_rows",
+    "log_softmax",
+    "log_softmax_backward",
+    "row_statistics",
+    "sample",
+    "tile_state",
+    "top_k",
+]
