@@ -1,5 +1,6 @@
 """fastkd: fused knowledge-distillation losses for language models."""
 
+import importlib
 from typing import Any
 
 from fastkd.backend import backends, use_backend
@@ -51,7 +52,5 @@ __all__ = [
 def __getattr__(name: str) -> Any:
     """`fastkd.cache`, which needs numpy and safetensors, is imported when it is first asked for."""
     if name == "cache":
-        import importlib
-
         return importlib.import_module("fastkd.cache")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

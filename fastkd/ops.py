@@ -3,9 +3,9 @@
 Five opaque operators in the namespace `fastkd`. They are defined and implemented through `torch.library`, so that
 `torch.compile` sees one node each and never looks inside; the backend is chosen when the operator runs.
 
-- `kd_loss`   a scalar loss; its gradients are computed in the forward pass, while the logits are in cache
-- `kd_loss_`  the same, the gradient written over the student's logits
-- `kd_loss_per_row`   one loss per row; its backward recomputes, since each row meets its own upstream gradient
+- `kd_loss`          a scalar loss; its gradients are computed in the forward pass, while the logits are in cache
+- `kd_loss_`         the same, the gradient written over the student's logits
+- `kd_loss_per_row`  one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
 Each takes logits or hidden states with an output head, for student and teacher (see `Call`).
 
