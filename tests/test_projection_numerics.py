@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import heads
 from fastkd.divergences import TABLE, Divergence
+from fastkd.projection import sides
 from tests import cases, compare
 from tests.memory import printed
 from tests.projections import (
@@ -234,17 +234,17 @@ def test_twice_the_same_bits() -> None:
 def counting() -> Iterator[list[int]]:
     """The FLOPs of every matrix product of the heads."""
     spent: list[int] = []
-    product = heads._product
+    product = sides._product
 
     def counted(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
         spent.append(2 * a.shape[0] * a.shape[1] * b.shape[1])
         product(a, b, out, accumulate)
 
-    heads._product = counted
+    sides._product = counted
     try:
         yield spent
     finally:
-        heads._product = product
+        sides._product = product
 
 
 @pytest.mark.parametrize("budget", [WHOLE, FEW, TILES])

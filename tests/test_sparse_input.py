@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd import sparse
+from fastkd import arguments
 from tests import cases
 from tests.sparse_targets import kept
 
@@ -111,7 +111,7 @@ def test_rows_that_do_not_count_may_hold_anything(backend: str) -> None:
 
 def test_unchecked_ids_give_nan_and_no_stray_read(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a GPU, where looking at the ids would wait for the device."""
-    monkeypatch.setattr(sparse, "_checked", lambda ids: False)
+    monkeypatch.setattr(arguments, "is_checked", lambda values: False)
     student, teacher = cases.logits("far", 3, 300)
     good = kept(teacher, 5, shuffled=True)
     ids = good.ids.clone()
