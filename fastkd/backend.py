@@ -47,7 +47,7 @@ class Backend(Protocol):
         Beside `SparseRows` any divergence with a softmax (`Divergence.tempered`) can be computed.
         grad = soft_weight·soft_scale·∂soft/∂z + hard_weight·hard_scale·∂hard/∂z, and 0 beyond `vocab_size`.
 
-        With a `tile`, student, teacher and grad hold its columns only, all of which count; labels, `vocab_size` and
+        With a `tile`, student, teacher and grad hold its columns only, and all of them count; labels, `vocab_size` and
         `SparseRows` are the row's, and beside the last there are no terms. `grad` is given in the gradient stage only.
         The values returned are final after the last tile of the statistics or, where there are terms, of the terms.
         The reference takes no tiles.

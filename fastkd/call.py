@@ -1,4 +1,4 @@
-"""The arguments of the loss operators: one list of fields, of which schema, fakes and implementations are made."""
+"""The arguments of the loss operators: one list of fields, from which schemas, fakes and implementations are made."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ def refuse_forward_mode(*inputs: Teacher | float | None) -> None:
 
 
 def _wants_gradient(teacher: Teacher) -> bool:
-    """A head that is not frozen asks for nothing by itself, if its hidden states were computed without gradient."""
+    """Of a projection only the hidden states count: a head that is not frozen is no sign of a mistake."""
     if isinstance(teacher, Projection):
         return teacher.hidden.requires_grad
     return any(tensor.requires_grad for tensor in sources.tensors(teacher))

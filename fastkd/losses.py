@@ -70,7 +70,7 @@ class KDLoss(nn.Module):
             memory itself, and for a `Projection`, which has no logits to keep.
         return_parts: return `KDParts(loss, soft, hard)`.
 
-    Raises TypeError or ValueError, before any work and quoting the value, for arguments that cannot be meant.
+    Raises TypeError or ValueError for wrong arguments, before any work; the message quotes the value.
     """
 
     def __init__(

@@ -232,7 +232,7 @@ def _refuse_double_backward() -> None:
 
 
 def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
-    """The gradient saved in the forward pass, less the factor that kept it in range, times the upstream scalar.
+    """The gradient saved in the forward pass, divided by the factor that kept it in range, times the upstream scalar.
 
     A tensor of its own whenever the graph is kept: scaling the saved one would make a second backward silently wrong,
     handing it out would let that backward change it. If the graph is about to be freed nobody else can see it, and no

@@ -145,7 +145,7 @@ def _divergence_rows(student: Tensor, teacher: Tensor, spec: RowSpec) -> Pair:
 
 
 def _sparse_rows(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Pair:
-    """The same beside a teacher of which K tokens are known: K + 1 categories, the last of which is all other columns.
+    """The same beside a sparse teacher: K + 1 categories, the K known tokens and all other columns as one.
 
     The chain rule goes through the rest's logit, the log-sum-exp of its columns, to each of them.
     """
@@ -246,7 +246,7 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 def log_softmax_backward(
     upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
-    """See `backend.Backend.log_softmax_backward`. Normalises anew rather than trust a rounded normaliser."""
+    """See `backend.Backend.log_softmax_backward`. Normalises again, and does not trust a rounded normaliser."""
     above, q = _wide(upstream), torch.softmax(_shifted(logits, temperature)[0], -1)
     grad.copy_(((above - q * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))
 

@@ -42,7 +42,7 @@ class RowSpec:
 
 
 class SparseRows(NamedTuple):
-    """A teacher of which each row keeps K tokens; all other columns are one more token, the rest, on both sides.
+    """A teacher that keeps K tokens of each row; all other columns are one more token, the rest, on both sides.
 
     The value of a row is the divergence between these K + 1 probabilities, plus `offset`. The student's rest is summed
     from its columns, never computed as 1 minus the others: that difference would cancel where the K tokens hold nearly
@@ -51,7 +51,7 @@ class SparseRows(NamedTuple):
 
     ids: Tensor  # int64 [rows, K], ascending; `vocab_size` or more where there is no entry
     logprobs: Tensor  # fp32 [rows, K] (float64 for the reference), -inf where there is no entry
-    rest: Tensor  # [rows], likewise
+    rest: Tensor  # [rows], in the same dtype
     offset: Tensor  # [rows]
     picked: Tensor  # [rows, K], memory for the student's logits at `ids`: statistics fill it
 
@@ -62,7 +62,7 @@ class SparseRows(NamedTuple):
 
 @dataclass(frozen=True)
 class Tile:
-    """Columns [first, first + width) of every row, where rows are met in parts and logits computed anew each time.
+    """Columns [first, first + width) of every row, where rows come in parts, computed again in each stage.
 
     Three stages, each over the tiles from first = 0 upwards: `"statistics"`; `"terms"`, for the divergences that need
     the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage learns of a

@@ -25,7 +25,7 @@ _TEMPERED = tuple(name for name, row in TABLE.items() if row.tempered)
 #: `LogProbabilities`, and the kinds of `SparseTargets`.
 SERVES: dict[str, Served] = {
     "dense": Served(
-        _TEMPERED, True, "holds log-probabilities, which are its teacher's logits but for a constant per row"
+        _TEMPERED, True, "holds log-probabilities, which are its teacher's logits up to a constant per row"
     ),
     "ghost": Served(_TEMPERED, False, "holds the probabilities of some tokens, and no logits"),
     "renormalize": Served(("forward_kl",), False, "says nothing of the tokens it left out"),

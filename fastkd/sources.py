@@ -135,7 +135,7 @@ SparseKind = Literal["ghost", "renormalize", "sampled"]
 
 @dataclass(frozen=True, eq=False)
 class SparseTargets:
-    """A teacher of which each row keeps K tokens and how likely they are: what a cache stores, or a top-k.
+    """A teacher that keeps K tokens of each row and how likely they are: what a cache stores, or a top-k.
 
     Pass one wherever a loss takes a teacher. The student's logits, or its projection, stay whole; the loss costs what
     cross-entropy costs.
@@ -146,7 +146,7 @@ class SparseTargets:
             probabilities at `temperature` (of the whole row's softmax) or, for `"sampled"`, of their weights. −inf
             marks an entry that is not there, whatever its id: rows may keep fewer than K.
         kind: what is made of the tokens that were not kept.
-            `"ghost"`: they are one more token, on both sides; its mass is what the others leave of 1. Any divergence
+            `"ghost"`: they are one more token, on both sides; its mass is 1 minus the others. Any divergence
             with a softmax.
             `"renormalize"`: they have probability 0 and the K others are scaled to sum to 1. Forward KL. Biased: the
             student learns to give them nothing.

@@ -25,7 +25,7 @@ def sparse_rows(targets: SparseTargets, live: Tensor | None, vocab_size: int, dt
     """Check the values of `targets` and lay them out as `rows.SparseRows`, in `dtype`.
 
     `live` `[rows]` is 0 in rows that do not count, which may hold anything. Raises ValueError, on GPUs only with
-    FASTKD_DEBUG=1, quoting the first value that cannot be meant.
+    FASTKD_DEBUG=1, quoting the first wrong value.
     """
     ids = targets.ids.reshape(-1, targets.shape[-1]).to(torch.int64)
     logprobs = targets.logprobs.reshape(ids.shape).to(dtype)

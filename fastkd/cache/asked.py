@@ -1,6 +1,6 @@
-"""What is asked of a cache beside what it has: settings of a new one, and what must agree with one that was begun.
+"""What a caller asks of a cache: the settings of a new one, and what must agree with one that was begun.
 
-None asks for nothing: what the cache has, or a default of a new one.
+None means "as the cache has it", or the default of a new one.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_shard_tokens(shard_tokens: int | None) -> None:
 
 
 def new_settings(asked: Mapping[str, Any]) -> Settings:
-    """The settings of a new cache. Raises ValueError for what cannot be meant."""
+    """The settings of a new cache. Raises TypeError or ValueError for wrong ones."""
     format, k = asked["format"], asked["k"]
     defaults: dict[str, Any] = {
         "packing": "float16" if format == "dense" else "packed",
@@ -83,7 +83,7 @@ _COMPARED = ("format", "packing", "k", "temperature", "vocab_size", "seed", "tok
 
 
 def check_same(directory: Path, found: Manifest, asked: Mapping[str, Any]) -> None:
-    """CacheError where what is asked for is not what the cache has; None asks for nothing."""
+    """CacheError where the cache has another value than the one asked for; None is not compared."""
     for name in _COMPARED:
         _check_equal(directory, name, getattr(found.settings, name), asked.get(name))
     if asked.get("weights") is not None:

@@ -168,10 +168,10 @@ class Manifest:
         return replace(self, shards=(*self.shards, shard), complete=False, columns=names)
 
     def safe(self) -> str:
-        """What a failed write leaves, and how to go on."""
+        """What a failed write leaves, and how to resume it."""
         return (
             f"the {self.sequences} sequences in {len(self.shards)} complete shards are safe, and the same write again "
-            "goes on from there"
+            "resumes from there"
         )
 
     def save(self, directory: Path) -> None:

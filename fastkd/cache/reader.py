@@ -106,8 +106,8 @@ class Cache:
     ) -> SparseTargets | LogProbabilities:
         """Of whole sequences, cut to their first `max_length` rows and padded to the longest.
 
-        SparseTargets `[batch, tokens, k]`, of which padding has no tokens (log-probability −inf), or
-        LogProbabilities `[batch, tokens, vocab_size]`, of which padding is 0: a tensor that a loss takes as logits.
+        SparseTargets `[batch, tokens, k]`, where padding has no tokens (log-probability −inf), or
+        LogProbabilities `[batch, tokens, vocab_size]`, where padding is 0: a tensor that a loss takes as logits.
         CacheError where a sequence is not in the cache, or its shard is damaged.
         """
         examples = [keys.example(sequence, self.columns) for sequence in sequences]
@@ -137,7 +137,7 @@ class Cache:
         teacher: nn.Module | str | None = None,
         loss: KDLoss | None = None,
     ) -> None:
-        """Raise CacheError unless the cache fits a training with these; None is not looked at.
+        """Raise CacheError unless the cache fits a training with these; None is not checked.
 
         `tokenizer`: every token must have the id it had when the cache was written. `vocab_size`: what the loss
         counts. `temperature`: the teacher's in the loss; a dense cache serves any. `teacher`: the model that the
@@ -227,7 +227,7 @@ class Cache:
 
 
 def check_weights(directory: Path, manifest: Manifest, weights: str) -> None:
-    """CacheError unless a cache is of a teacher of these weights; a UserWarning where it does not say."""
+    """CacheError unless the cache was written by a teacher with these weights; a UserWarning where it does not say."""
     known = manifest.settings.weights
     if known is None:
         older = f" (its format version is {manifest.version})" if manifest.version == 1 else ""

@@ -89,10 +89,10 @@ class PackedTopK:
 class PackedSampled:
     """Ids at the bits they need, weights in 8 bits, the entropy in fp16.
 
-    The largest weight of a row is what the others leave of 1. The others are rounded up or down at random, right in
-    expectation, and systematically: of any number of tokens in descending order of weight, as many are rounded up as
-    are expected to be, but for a fraction of one. So their sum is off by less than the largest step, which is less than
-    the largest weight: what is left of 1 is never negative.
+    The largest weight of a row is 1 minus the others. The others are rounded up or down at random, so that they stay
+    right in expectation, and systematically: among the first tokens in descending order of weight, as many are rounded
+    up as are expected to be, give or take less than one. So their sum is off by less than the largest step, which is
+    less than the largest weight: what is left of 1 is never negative.
     """
 
     def __init__(self, vocab_size: int, k: int) -> None:

@@ -51,8 +51,8 @@ def write_shard(
 def read_shard(directory: Path, shard: Shard, record_bytes: int) -> tuple[Bytes, Places]:
     """A memory map of the rows, and the places of the sequences in them.
 
-    CacheError where the file is not what the manifest says, as far as its size, its shapes and its places show. Rows
-    are not read: `check_sum` does that.
+    CacheError where size, shapes or places are not those of the manifest. The rows themselves are not checked here:
+    `check_sum` does that.
     """
     path = directory / shard.file
     with disk(f"{path} cannot be read"):

@@ -37,7 +37,7 @@ _LOGIT_ROWS = 1024  # of a teacher that returns logits, at a time
 
 
 class Progress(NamedTuple):
-    """What `write` has behind it after a batch."""
+    """What `write` has done after a batch."""
 
     tokens: int  # of this call's batches, without padding; found in the cache or not
     computed: int  # of these, run through the teacher
@@ -66,9 +66,9 @@ def write(
     """Run the teacher over all batches and keep what `format` keeps of each row; returns the finished cache.
 
     Costs one forward of the teacher and the product of its output head; no `[tokens, vocab]` tensor is formed of a
-    Projection. Sequences that are in the cache already are not computed again: a write that was stopped goes on, and
+    Projection. Sequences that are in the cache already are not computed again: an interrupted write resumes, and
     leaves the same files as one that was not, if it is given the same batches. A finished cache is extended by what
-    is new in the batches; if nothing is, it is only read: by as many processes as like, also from a directory that
+    is new in the batches; if nothing is, it is only read: by any number of processes, also from a directory that
     cannot be written to. Before anything is added, the checksums of all that is there are compared.
 
     Args:
@@ -89,13 +89,13 @@ def write(
         seed: of the samples. Every sequence has random numbers of its own, from the seed and its key. None: as the
             directory's cache has it; of a new one 0.
         vocab_size: the columns that count, where the teacher's rows are padded. None: all.
-        tokenizer: a transformers tokenizer, of which a fingerprint is stored for `Cache.check`.
+        tokenizer: a transformers tokenizer. Its fingerprint is stored for `Cache.check`.
         teacher_name, teacher_revision: stored; of a transformers model None reads them from its config. Names are
             compared only where weights are not known.
-        teacher_fingerprint: what tells the teacher's weights from others. None: `fastkd.cache.fingerprint` of a model;
-            nothing of a function, whose changes then go unnoticed.
-        shard_tokens: tokens in a file, at least; what a killed write loses. None: as the directory's cache has it; of
-            a new one 131,072, fewer if dense.
+        teacher_fingerprint: identifies the teacher's weights. None: `fastkd.cache.fingerprint` of a model; nothing for
+            a function, whose changes then go unnoticed.
+        shard_tokens: tokens in a file, at least; an interrupted write loses no more than these. None: as the
+            directory's cache has it; of a new one 131,072, fewer if dense.
         progress: called after each batch.
 
     Raises CacheError where settings or the teacher's weights are not those of the directory's cache, it is no cache,

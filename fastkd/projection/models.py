@@ -31,7 +31,7 @@ _BY_HAND = "build fastkd.Projection(hidden, weight, bias, softcap, logit_scale) 
 def project(model: nn.Module, /, **inputs: Any) -> Projection:
     """Run a causal language model and return its logits `[batch, tokens, vocab]` as a Projection, without forming them.
 
-    Costs one forward of the model less its output head, and 1 to 5 ms of CPU time, which grow with the vocabulary.
+    Costs one forward of the model without its output head, and 1 to 5 ms of CPU time, which grow with the vocabulary.
     Gradients flow to every parameter of the model, to a tied embedding from both of its uses; for a teacher, call
     under `torch.no_grad()`. `project(model, **inputs).logits()` equals `model(**inputs).logits` up to rounding:
 
@@ -126,7 +126,8 @@ class _Tied(torch.autograd.Function):
     """Hidden states whose backward begins with that of the model's output, by a gradient of zeros.
 
     FSDP2 starts the reduction of the root's gradients from a hook on the outputs of its forward. A loss of the hidden
-    states and the head passes by it, and unless a submodule with a unit of its own is trained too, nothing is reduced.
+    states and the head does not reach that hook: nothing would be reduced, unless a submodule with its own unit is
+    trained too.
     """
 
     @staticmethod
@@ -186,7 +187,7 @@ def _causal_lm(model: nn.Module) -> Any:
                 "compile its body instead, model.base_model.compile()"
             )
         if getattr(lm, "static_graph", False):
-            # It starts its reduction from the gradient of the outputs, of which the Projection is none.
+            # It starts its reduction from the gradient of the outputs, and a Projection is not one of them.
             raise TypeError("project() would leave gradients of DistributedDataParallel(static_graph=True) unreduced")
         unwrap: Any = getattr(lm, "get_base_model", None)
         if unwrap is not None:  # PEFT

@@ -37,7 +37,7 @@ STATE_BYTES = 128
 
 
 class HeadSize(NamedTuple):
-    """A projection, as far as memory and arithmetic depend on it."""
+    """What memory and arithmetic depend on in a projection."""
 
     hidden_size: int
     hidden_bytes: int  # per element
@@ -53,7 +53,7 @@ class Plan:
     strategy: Literal["chunks", "tiles"]
     tokens: int
     vocab_size: int
-    #: Tokens whose logits exist at a time, and of which columns: all of them under "chunks".
+    #: Tokens whose logits exist at a time, and how many columns of them: all under "chunks".
     chunk: int
     tile: int
     #: Logits and their gradient, casts and what the kernels keep; freed when the loss returns.
@@ -248,7 +248,7 @@ def _countable(budget: int) -> int:
 
 
 def padded(columns: int) -> int:
-    """Elements between rows of a buffer for so many columns; likewise, tokens in a chunk."""
+    """Columns rounded up to the alignment of a buffer's rows; also used for the tokens of a chunk."""
     return -(-columns // _ALIGNMENT) * _ALIGNMENT
 
 

@@ -368,7 +368,7 @@ class Logits:
 
 
 class Sparse:
-    """A teacher of which K tokens are known: no logits, but the rows of a chunk."""
+    """A sparse teacher: no logits, but what is known of each row of a chunk."""
 
     size: HeadSize | None = None
     whole: bool = False
