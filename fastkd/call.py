@@ -95,8 +95,8 @@ _TYPES: dict[Any, tuple[str, Any]] = {
     Tensor | None: ("Tensor?", None),
     Sequence[float]: ("float[]", []),
     str: ("str", ""),
-    float: ("float", None),
-    int: ("int", None),
+    float: ("float", 0.0),
+    int: ("int", 0),
     int | None: ("int?", None),
     torch.dtype | None: ("ScalarType?", None),
 }

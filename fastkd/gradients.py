@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from fastkd import sources
 from fastkd.backend import warn_once
-from fastkd.sources import Projection, Source, SparseTargets, Teacher
+from fastkd.sources import Projection, Source, Teacher
 
 __all__ = ["check", "refuse_forward_mode"]
 
@@ -33,7 +33,7 @@ def refuse_forward_mode(*inputs: Teacher | float | None) -> None:
     if torch.compiler.is_compiling():
         return
     for value in inputs:
-        for tensor in sources.tensors(value) if isinstance(value, Tensor | Projection | SparseTargets) else ():
+        for tensor in sources.tensors(value) if isinstance(value, Teacher) else ():
             if forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError(
                     "fastkd has no forward-mode derivatives (torch.func.jvp, torch.func.jacfwd, "
