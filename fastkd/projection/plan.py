@@ -204,7 +204,7 @@ class _Request(NamedTuple):
 
     def largest_chunk(self, tile: int, budget: int) -> int:
         fixed = self.working_bytes(0, tile)
-        per_token = self.working_bytes(1, tile) - fixed
+        per_token = max(self.working_bytes(1, tile) - fixed, 1)  # 0 where no side computes its logits
         chunk = min(self.tokens, max(0, _countable(budget) - fixed) // per_token)
         if not _ALIGNMENT <= chunk < self.tokens:
             return chunk
