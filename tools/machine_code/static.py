@@ -1,7 +1,7 @@
-"""What the Triton kernels are compiled to, on GPUs that need not be there: `python -m bench.static`.
+"""What the Triton kernels are compiled to, on GPUs that need not be there: `python -m tools.machine_code.static`.
 
 Compiles every kernel of `CASES` for every GPU of `DEVICES`, prints what its machine code uses and moves and how long
-that would take at best, and writes the same to `bench/results/static.md`. Nothing is run: times are estimates. The
+that would take at best, and writes the same to `static.md` beside this file. Nothing is run: times are estimates. The
 test suite holds a part of the table to its budgets (`Case.broken`).
 """
 
@@ -17,18 +17,18 @@ import torch
 from tabulate import tabulate
 from torch import Tensor
 
-from bench.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads
-from bench.roofline import DEVICES, Estimate, estimate
 from fastkd import SparseTargets
 from fastkd.backend import RowSpec, Tile
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
 from fastkd.sparse import sparse_rows
+from tools.machine_code.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads
+from tools.machine_code.roofline import DEVICES, Estimate, estimate
 
 __all__ = ["CASES", "VOCABULARIES", "Case", "Reading", "kd", "read", "sparse", "stage", "write"]
 
 VOCABULARIES = (50257, 128256)
-_RESULTS = pathlib.Path(__file__).parent / "results" / "static.md"
+_RESULTS = pathlib.Path(__file__).with_name("static.md")
 #: Of the tensors that are compiled for; `scale_` has no tail where the number of elements is a multiple of 16.
 _ROWS = 16
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -208,7 +208,8 @@ _LEGEND = f"""\
 # The Triton kernels as compiled, and estimates of their time
 
 **Nothing here was run or measured.** Every number is read off machine code that Triton {_TRITON} compiled for GPUs
-that were not there, or is an estimate from it and the GPUs' published rates. Made by `python -m bench.static`.
+that were not there, or is an estimate from it and the GPUs' published rates. Made by
+`python -m tools.machine_code.static`.
 
 - *moves*: tensors [tokens, V] read + written, all sweeps together. With the dtypes, the budget of *bytes/logit*.
 - *spills*: instructions (NVIDIA) or registers and bytes (AMD). *load*: the narrowest load of logits, in bytes.
@@ -291,7 +292,7 @@ def _limit(readings: Iterable[Reading]) -> str:
 
 
 def write() -> str:
-    """Make `bench/results/static.md`; return its text."""
+    """Write `static.md` beside this file; return its text."""
     text = "\n".join(_report())
     _RESULTS.write_text(text + "\n")
     return text

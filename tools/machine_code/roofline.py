@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from bench.offline import Sweep
+from tools.machine_code.offline import Sweep
 
 __all__ = ["DEVICES", "Device", "Estimate", "estimate"]
 
