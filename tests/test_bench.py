@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -149,6 +150,17 @@ def test_every_question_is_found_in_the_file_that_asks_it() -> None:
     named = {path.stem for path in (_ROOT / "bench").glob("bench_*.py")}
     assert {"logits", "divergences", "accuracy", "projections_soft", "demo_kl"} <= QUESTIONS.keys()
     assert len(QUESTIONS) >= len(named)
+
+
+_LAYERS = ("harness", "rivals", "bench_", "questions", "report")  # each imports none that stands after it
+
+
+@pytest.mark.parametrize("path", sorted((_ROOT / "bench").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_import_climbs(path: Path) -> None:
+    inside = str(path.relative_to(_ROOT / "bench"))
+    own = next((number for number, layer in enumerate(_LAYERS) if inside.startswith(layer)), len(_LAYERS))
+    for layer in re.findall(r"^\s*(?:from|import) bench(?:\.| import )(\w+)", path.read_text(), re.MULTILINE):
+        assert any(layer.startswith(name) for name in _LAYERS[: own + 1]) or own == len(_LAYERS), layer
 
 
 @pytest.mark.parametrize("name", TABLE)
