@@ -73,9 +73,11 @@ def _lines(stored: Stored) -> Iterator[str]:
     judged = [verdict for result in results for verdict in result.verdicts() if verdict.met is not None]
     missed = [verdict for verdict in judged if not verdict.met]
     yield f"# Benchmarks on {compared.machine_of(stored)}\n"
-    yield f"Written by `python -m bench.report`.\n\n## Summary\n\n{_SUMMARY}\n"
-    yield from compared.table(stored)
-    yield "\n![How many times as long as fastkd each takes](speedups.png)\n"
+    yield "Written by `python -m bench.report`.\n\n## Summary\n"
+    if compared.summary(stored):
+        yield f"{_SUMMARY}\n"
+        yield from compared.table(stored)
+        yield "\n![How many times as long as fastkd each takes](speedups.png)\n"
     yield f"{len(judged) - len(missed)} of the {len(judged)} limits that fastkd sets itself are met."
     yield from _failures(stored)
     yield "\n## Where something else is faster\n"
