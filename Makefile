@@ -56,9 +56,10 @@ bench: $(VENV)/bench $(VENV)/demo
 bench-quick: $(VENV)/bench
 	$(BIN)/python -m pytest bench --benchmark-only --quick
 
-# Fails where fastkd has lost against the baseline committed for this machine; bench-accept makes a new one.
+# Fails where fastkd has lost against the baseline committed for this machine, or against BASELINE, the folder of another
+# machine's results; bench-accept makes a new one.
 bench-check: $(VENV)/bench
-	$(BIN)/python -m bench.gate
+	$(BIN)/python -m bench.gate $(if $(BASELINE),--baseline $(BASELINE))
 
 bench-accept: $(VENV)/bench
 	$(BIN)/python -m bench.gate --accept

@@ -8,23 +8,40 @@ import shutil
 from typing import Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastkd.cache
-from bench import machine, shapes, teachers
-from bench.cases import Case
-from bench.contenders import Contender
-from bench.names import FRESH
-from bench.race import race
+from bench.harness import machine
+from bench.harness.contender import FRESH, Contender
+from bench.harness.question import Case, Question, Section, within
+from bench.harness.race import Benchmark, race
+from bench.rivals import teachers
 from fastkd import Projection
 
-CASES = shapes.CACHE_WRITE + shapes.CACHE_READ
+_FORWARD = "teacher forward"
+WRITE = Question(
+    "cache_write",
+    Section.CACHES,
+    "Writing a sampled cache, k = 12, from SmolLM2-135M on 128-token windows of IMDB reviews",
+    "The floor is the teacher's bare forward, its output head included; GB/s are of its logits.",
+    floor=_FORWARD,
+)
+READ = Question(
+    "cache_read",
+    Section.CACHES,
+    "Reading a cache, k = 12: one of many shuffled batches of 32 sequences of 128 tokens",
+    "No floor is given; 8.192 ms are 500,000 tokens per second.",
+    passes=0,
+)
+CASES = (
+    Case(WRITE, 256, teachers.VOCAB, torch.float32, (within(FRESH, _FORWARD, 1.15),)),
+    Case(READ, 32 * 128, 50257, torch.float32, (within(FRESH, None, 32 * 128 / 500),), in_quick=True),
+)
 _SEQUENCE, _BATCHES = 128, 16
 
 
-def bench_cache(benchmark: BenchmarkFixture, case: Case, quick: bool, tmp_path: pathlib.Path) -> None:
-    contenders = _writing if case.question == "cache_write" else _reading
+def bench_cache(benchmark: Benchmark, case: Case, quick: bool, tmp_path: pathlib.Path) -> None:
+    contenders = _writing if case.question == WRITE else _reading
     race(benchmark, contenders(case, tmp_path), case, quick=quick)
 
 
@@ -51,7 +68,7 @@ def _writing(case: Case, folder: pathlib.Path) -> list[Contender]:
             prepare=lambda: shutil.rmtree(directory, ignore_errors=True),
             verify=verify,
         ),
-        Contender("teacher forward", forward),
+        Contender(_FORWARD, forward),
     ]
 
 

@@ -8,20 +8,54 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastkd.cache
-from bench import machine, shapes, teachers
-from bench.cases import Case
-from bench.race import measure
+from bench.harness import machine
+from bench.harness.question import Case, Question, Section, within
+from bench.harness.race import Benchmark, measure
+from bench.rivals import teachers
 from fastkd import Projection, SparseTargets
 
-CASES = shapes.CACHE_SIZE + shapes.CACHE_GRADIENT
+SIZE = Question(
+    "cache_size",
+    Section.CACHES,
+    "Files of a finished cache, everything included",
+    "The number is k. The least is what k ids and log-probabilities take: 16 bits an id at this vocabulary.",
+    unit="bytes per token",
+)
+GRADIENT = Question(
+    "cache_gradient",
+    Section.CACHES,
+    "Angle between two gradients of the student's head: from a cache, and from the teacher's whole rows (T = 1)",
+    "0 degrees is distillation from whole rows. The teacher is SmolLM2-135M on 4096 tokens of IMDB reviews, and the "
+    "student is SmolLM2 restricted to its first H principal directions (`hidden H/576`). The number behind a format "
+    "is k; `ghost` is what fastkd does with a top-k cache, `renormalize` scales the k probabilities to sum to 1.",
+    unit="degrees",
+)
+CASES = (
+    Case(SIZE, 1 << 15, 50257, torch.float32, (within("sampled 12", None, 40), within("topk 64", None, 300))),
+    *(
+        Case(
+            GRADIENT,
+            4096,
+            teachers.VOCAB,
+            torch.float32,
+            (
+                within("sampled 12", "ghost 64", 1.0),
+                within("sampled 64", "ghost 64", 1.0),
+                within("ghost 64", "renormalize 64", 1.0),
+                within("ghost 12", None),
+            ),
+            hidden=(directions, teachers.HIDDEN),
+        )
+        for directions in (16, 64, 256)
+    ),
+)
 
 
-def bench_cache_contents(benchmark: BenchmarkFixture, case: Case, tmp_path: pathlib.Path) -> None:
-    values = {"cache_size": _sizes, "cache_gradient": _angles}[case.question]
+def bench_cache_contents(benchmark: Benchmark, case: Case, tmp_path: pathlib.Path) -> None:
+    values = {SIZE: _sizes, GRADIENT: _angles}[case.question]
     measure(benchmark, case, lambda: values(case, tmp_path))
 
 
@@ -68,7 +102,7 @@ def _angles(case: Case, folder: pathlib.Path) -> dict[str, float]:
 
 
 def _student(teacher: Projection, directions: int) -> Projection:
-    """The teacher seen through the largest principal directions of its hidden states."""
+    """The teacher restricted to the first principal directions of its hidden states."""
     _, basis = torch.linalg.eigh(teacher.hidden.flatten(0, 1).T @ teacher.hidden.flatten(0, 1))
     basis = basis[:, -directions:]
     return Projection(teacher.hidden @ basis, (teacher.weight @ basis).requires_grad_())

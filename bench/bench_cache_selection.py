@@ -6,20 +6,36 @@ import functools
 from typing import Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import check, machine, shapes
-from bench.cases import Case
-from bench.contenders import TEMPERATURE, Contender
-from bench.names import FRESH
-from bench.race import race
+from bench.harness import check, machine
+from bench.harness.contender import FRESH, TEMPERATURE, Contender
+from bench.harness.question import Case, Question, Section, faster, within
+from bench.harness.race import Benchmark, race
 from fastkd import backend, reference
 
-CASES = shapes.TOP_K + shapes.SAMPLE
-_TOP_K, _SAMPLED = 64, 12
+_ABOUT = (
+    "Least traffic: read z: N·V·b bytes. `eager` is fastkd's reference. `torch.topk` and `row statistics`, which reads "
+    "the row once, do only a part of the work."
+)
+TOP_K = Question(
+    "top_k",
+    Section.CACHES,
+    "The 64 likeliest tokens of a row, their log-probabilities and the mass of the others (T = 2)",
+    _ABOUT,
+)
+SAMPLE = Question(
+    "sample", Section.CACHES, "A sample of 12 tokens of a row, its weights and the row's entropy (T = 2)", _ABOUT
+)
+_BARS = (faster(FRESH, "eager", 1.0), within(FRESH, "torch.topk"), within(FRESH, "row statistics"))
+CASES = tuple(
+    Case(question, 256, 50257, dtype, _BARS, in_quick=dtype == torch.float32)
+    for question in (TOP_K, SAMPLE)
+    for dtype in (torch.float32, torch.bfloat16)
+)
+_LIKELIEST, _SAMPLED = 64, 12
 
 
-def bench_selection(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
+def bench_selection(benchmark: Benchmark, case: Case, quick: bool) -> None:
     race(benchmark, _contenders(case), case, quick=quick)
 
 
@@ -27,11 +43,11 @@ def _contenders(case: Case) -> list[Contender]:
     logits = check.Batch.random(case.rows, case.vocab, case.dtype).student.detach()
     uniforms = torch.rand(case.rows, dtype=torch.float64, generator=machine.generator())
     ours = backend.select(logits)
-    sampled = case.question == "sample"
-    k = _SAMPLED if sampled else _TOP_K
+    sampled = case.question == SAMPLE
+    k = _SAMPLED if sampled else _LIKELIEST
     more = (uniforms,) if sampled else ()
     parts = [
-        getattr(reference, case.question)(logits[slab].double(), k, TEMPERATURE, *(part[slab] for part in more))
+        getattr(reference, case.question.name)(logits[slab].double(), k, TEMPERATURE, *(part[slab] for part in more))
         for slab in check.slabs(*logits.shape)
     ]
     truth = [torch.cat(part) for part in zip(*parts, strict=True)]
@@ -47,7 +63,7 @@ def _contenders(case: Case) -> list[Contender]:
         *(
             Contender(
                 name,
-                functools.partial(getattr(module, case.question), logits, k, TEMPERATURE, *more),
+                functools.partial(getattr(module, case.question.name), logits, k, TEMPERATURE, *more),
                 verify=functools.partial(verify, name),
             )
             for name, module in ((FRESH, ours), ("eager", reference))

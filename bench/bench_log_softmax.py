@@ -5,30 +5,43 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastkd
-from bench import check, rivals, shapes
-from bench.cases import Case
-from bench.contenders import TEMPERATURE, Contender, add_floors
-from bench.names import FRESH
-from bench.race import race
+from bench.harness import check
+from bench.harness.contender import FRESH, TEMPERATURE, Contender
+from bench.harness.question import Case, Question, Section, faster, within
+from bench.harness.race import Benchmark, race
+from bench.rivals import recipes
+from bench.rivals.logits import add_floors
 
-CASES = shapes.LOG_SOFTMAX
+LOG_SOFTMAX = Question(
+    "log_softmax",
+    Section.FUNCTIONS,
+    "log_softmax(z / 2), forward and backward",
+    "Least traffic: read z, write the result; read z and the upstream gradient, write the gradient: 5·N·V·b bytes.",
+    passes=5,
+    gated=True,
+)
+_BARS = (faster(FRESH, "torch", 1.0), faster(FRESH, "compile"), within(FRESH, "add"))
+CASES = (
+    Case(LOG_SOFTMAX, 1024, 50257, torch.float32, _BARS),
+    Case(LOG_SOFTMAX, 256, 50257, torch.float32, _BARS, in_quick=True),
+    Case(LOG_SOFTMAX, 1024, 50257, torch.bfloat16, _BARS),
+)
 
 
-def bench_log_softmax(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
+def bench_log_softmax(benchmark: Benchmark, case: Case, quick: bool) -> None:
     torch._dynamo.reset()
     batch = check.Batch.random(case.rows, case.vocab, case.dtype)
     logits, upstream = batch.student, batch.teacher
     truth = _truth(logits, upstream)
     functions: dict[str, Callable[[Tensor, float], Tensor]] = {
         FRESH: fastkd.log_softmax,
-        "torch": rivals.log_softmax,
+        "torch": recipes.log_softmax,
     }
-    if rivals.can_compile():
-        functions["compile"] = rivals.compiled(rivals.log_softmax)
+    if recipes.can_compile():
+        functions["compile"] = recipes.compiled(recipes.log_softmax)
     contenders = [_contender(name, function, logits, upstream, truth) for name, function in functions.items()]
     race(benchmark, [*contenders, *add_floors(logits.detach(), upstream)], case, quick=quick)
 
@@ -56,7 +69,7 @@ def _contender(
         assert off <= limit, f"{name}: relative error {off:.1e} > {limit:.0e}"
         return off
 
-    return Contender(name, run, prepare, verify)
+    return Contender(name, run, prepare, verify, compiles=name in recipes.COMPILED)
 
 
 def _truth(logits: Tensor, upstream: Tensor) -> tuple[Tensor, Tensor]:

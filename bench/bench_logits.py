@@ -1,21 +1,87 @@
-"""How much faster is fastkd than the textbook recipe on logits, and how near to the cost of touching them?"""
+"""How much faster is fastkd than the textbook recipe on logits, and how near to the cost of touching them?
+
+Forward KL in every shape, the other rows of the divergence table in one.
+"""
 
 from __future__ import annotations
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench import shapes
-from bench.cases import Case
-from bench.check import Batch
-from bench.contenders import kd_contenders
-from bench.race import race
-from fastkd.divergences import resolve
+from bench.harness.check import Batch
+from bench.harness.contender import FRESH, IN_PLACE
+from bench.harness.question import Case, Question, Section, faster, within
+from bench.harness.race import Benchmark, race
+from bench.rivals.logits import kd_contenders
+from fastkd.divergences import TABLE, resolve
 
-CASES = shapes.LOGITS
+_LEAST = "Least traffic: read student and teacher, write the gradient: 3·N·V·b bytes."
+LOGITS = Question(
+    "logits",
+    Section.LOGITS,
+    "Forward KL (T = 2) and cross-entropy on logits, forward and backward",
+    _LEAST,
+    passes=3,
+    floor="add",
+    both_allocators=True,
+    gated=True,
+)
+DIVERGENCES = Question(
+    "divergences",
+    Section.LOGITS,
+    "The other divergences (T = 2) with cross-entropy, forward and backward",
+    _LEAST,
+    passes=3,
+    floor="add",
+    both_allocators=True,
+    gated=True,
+)
+_BARS = {
+    torch.float32: (
+        faster(FRESH, "eager", 12),
+        faster(FRESH, "compile", 5),
+        within(FRESH, "add", 2.0),
+        within(IN_PLACE, "add out=", 2.0),
+    ),
+    torch.bfloat16: (
+        faster(FRESH, "eager", 10),
+        faster(FRESH, "eager fp32"),
+        faster(FRESH, "compile"),
+        faster(FRESH, "compile fp32"),
+        within(FRESH, "add", 3.5),
+        within(IN_PLACE, "add out="),
+    ),
+}
+_DIVERGENCE_BARS = (
+    faster(FRESH, "eager", 6),
+    faster(FRESH, "compile", 2.5),
+    within(FRESH, "add"),
+    within(IN_PLACE, "add out="),
+)
+_BOTH_ALLOCATORS = ("reverse_kl", "jsd")
+CASES = (
+    *(
+        Case(LOGITS, rows, vocab, dtype, bars, in_quick=(rows, vocab) == (256, 50257))
+        for dtype, bars in _BARS.items()
+        for rows, vocab in ((1024, 50257), (256, 50257), (256, 128256))
+    ),
+    *(
+        Case(
+            DIVERGENCES,
+            1024,
+            50257,
+            torch.float32,
+            _DIVERGENCE_BARS,
+            name,
+            in_quick=name in _BOTH_ALLOCATORS,
+            both_allocators=name in _BOTH_ALLOCATORS,
+        )
+        for name in TABLE
+        if name != "forward_kl"
+    ),
+)
 
 
-def bench_forward_kl(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
+def bench_logits(benchmark: Benchmark, case: Case, quick: bool) -> None:
     torch._dynamo.reset()
     batch = Batch.random(case.rows, case.vocab, case.dtype)
     race(benchmark, kd_contenders(batch, resolve(case.divergence)), case, quick=quick)

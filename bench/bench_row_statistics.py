@@ -7,21 +7,33 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
 import fastkd
-from bench import check, rivals, shapes
-from bench.cases import Case
-from bench.contenders import TEMPERATURE, Contender
-from bench.names import FRESH
-from bench.race import race
+from bench.harness import check
+from bench.harness.contender import FRESH, TEMPERATURE, Contender
+from bench.harness.question import Case, Question, Section, faster, within
+from bench.harness.race import Benchmark, race
+from bench.rivals import recipes
 from fastkd import reference
 
-CASES = shapes.ROW_STATISTICS
+ROW_STATISTICS = Question(
+    "row_statistics",
+    Section.FUNCTIONS,
+    "Row statistics (T = 2): log-sum-exp, entropy, arg-max and label log-probability",
+    "Least traffic: read z: N·V·b bytes.",
+    floor="sum",
+    gated=True,
+)
+_BARS = (faster(FRESH, "eager", 4), faster(FRESH, "compile"), within(FRESH, "sum"))
+CASES = (
+    Case(ROW_STATISTICS, 1024, 50257, torch.float32, _BARS),
+    Case(ROW_STATISTICS, 256, 50257, torch.float32, _BARS, in_quick=True),
+    Case(ROW_STATISTICS, 1024, 50257, torch.bfloat16, _BARS),
+)
 
 
-def bench_row_statistics(benchmark: BenchmarkFixture, case: Case, quick: bool) -> None:
+def bench_row_statistics(benchmark: Benchmark, case: Case, quick: bool) -> None:
     torch._dynamo.reset()
     batch = check.Batch.random(case.rows, case.vocab, case.dtype)
     logits, labels = batch.student.detach(), batch.labels
@@ -35,12 +47,15 @@ def bench_row_statistics(benchmark: BenchmarkFixture, case: Case, quick: bool) -
         assert torch.equal(logits.gather(1, argmax[:, None])[:, 0], logits.amax(1)), f"{name}: arg-max is not a maximum"
         return float(off)
 
-    functions: dict[str, Callable[..., Any]] = {FRESH: fastkd.row_statistics, "eager": rivals.row_statistics}
-    if rivals.can_compile():
-        functions["compile"] = rivals.compiled(rivals.row_statistics)
+    functions: dict[str, Callable[..., Any]] = {FRESH: fastkd.row_statistics, "eager": recipes.row_statistics}
+    if recipes.can_compile():
+        functions["compile"] = recipes.compiled(recipes.row_statistics)
     contenders = [
         Contender(
-            name, functools.partial(function, logits, labels, TEMPERATURE), verify=functools.partial(verify, name)
+            name,
+            functools.partial(function, logits, labels, TEMPERATURE),
+            verify=functools.partial(verify, name),
+            compiles=name in recipes.COMPILED,
         )
         for name, function in functions.items()
     ]

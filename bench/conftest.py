@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from bench import machine, report, shapes, store
-from bench.cases import Case
-from bench.names import ALLOCATORS
+from bench.harness import machine, store
+from bench.harness.question import Case, selected
+from bench.report import files
 
 _asked: dict[str, str] = {}  # test → its question
 _failed: dict[str, list[str]] = {}  # question → tests
@@ -26,6 +27,7 @@ _SECOND_PASS = "FASTKD_BENCH_SECOND_PASS"  # set for the pytest that this one st
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="fewer cases and rounds, at most 256 rows per case, one pass")
+    parser.addoption("--gated", action="store_true", help="only the questions that bench.gate compares")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -52,8 +54,13 @@ def _both_passes(config: pytest.Config) -> bool:
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "case" in metafunc.fixturenames:
-        cases = shapes.selected(metafunc.module.CASES, metafunc.config.option.quick)
+        options = metafunc.config.option
+        cases = [case for case in selected(metafunc.module.CASES, options.quick) if _is_asked(case, options)]
         metafunc.parametrize("case", cases, ids=[str(case).replace(" ", "-") for case in cases])
+
+
+def _is_asked(case: Case, options: argparse.Namespace) -> bool:
+    return case.question.gated or not options.gated
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -74,7 +81,7 @@ def quick(request: pytest.FixtureRequest) -> bool:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_setup(item: pytest.Function) -> None:
-    _asked[item.nodeid] = item.callspec.params["case"].question
+    _asked[item.nodeid] = item.callspec.params["case"].question.name
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
@@ -101,7 +108,9 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
     written = session.config.option.benchmark_json
     document = json.loads(written.read_text()) if written.exists() else None
     both = _both_passes(session.config)
-    store.replace(document, _failed, folder, machine.allocator(), ALLOCATORS if both else (machine.allocator(),))
+    store.replace_asked(
+        document, _failed, folder, machine.allocator(), machine.ALLOCATORS if both else (machine.allocator(),)
+    )
     if both:
         print("\n\nAgain, with huge pages for torch's tensors:", flush=True)
         invocation = session.config.invocation_params
@@ -113,5 +122,5 @@ def pytest_sessionfinish(session: pytest.Session) -> Generator[None]:
         )
         if second.returncode not in (pytest.ExitCode.OK, pytest.ExitCode.NO_TESTS_COLLECTED):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
-    if _SECOND_PASS not in os.environ and store.load(folder):
-        print(f"\n\n{report.write(folder)}\n\nStored in {folder.relative_to(machine.ROOT)}")
+    if _SECOND_PASS not in os.environ and store.load(folder).passes:
+        print(f"\n\n{files.write(folder)}\n\nStored in {folder.relative_to(machine.ROOT)}")

@@ -1,7 +1,8 @@
 """Has fastkd become slower, larger or less exact? Ratios to its contenders now, beside a committed baseline.
 
-    python -m bench.gate             measure, compare, exit 1 where something was lost
-    python -m bench.gate --accept    measure three times, and make the medians the baseline
+    python -m bench.gate                     measure, compare, exit 1 where something was lost
+    python -m bench.gate --baseline FOLDER   compare with the baseline of another machine, a folder of bench/results
+    python -m bench.gate --accept            measure three times, and make the medians the baseline
 
 Ratios and never times, so that a slow hour loses nothing. A rival that has become faster is not our loss either: a
 contender of ours has lost what its ratio got worse by against every other one of its case, which is what its own
@@ -22,15 +23,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from bench import machine
-from bench.measured import Result, results_of
+from bench.harness import machine
+from bench.harness.results import Result, results_of
 
 __all__ = ["lost", "ratios_of"]
 
 #: A ratio may get this much worse: run to run, the ratios of unchanged code differ by up to 15 %.
 ALLOWANCE = 1.25
-_GATED = ("logits", "divergences", "log_softmax", "row_statistics", "projections", "sparse", "memory", "accuracy")
-_FILES = [f"bench/bench_{name}.py" for name in _GATED]
+_BASELINE = "baseline.json"
 #: "question, case" → contender of ours → other contender → ours ÷ other
 Ratios = dict[str, dict[str, dict[str, float]]]
 
@@ -66,11 +66,21 @@ class _Pass:
     machine: dict[str, Any]
 
 
-def _measure(tests: Iterable[str]) -> _Pass:
-    """A quick pass over benchmark files, or over single tests of them."""
+def _measure(tests: Iterable[str] = ("bench",)) -> _Pass:
+    """A quick pass over the gated questions of files or folders, or over single tests."""
     with tempfile.TemporaryDirectory(prefix="fastkd-bench-") as folder:
         document = pathlib.Path(folder) / "pass.json"
-        command = [sys.executable, "-m", "pytest", *tests, "--benchmark-only", "--quick", "-q", "--no-header"]
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            *tests,
+            "--benchmark-only",
+            "--quick",
+            "--gated",
+            "-q",
+            "--no-header",
+        ]
         ended = subprocess.run(
             [*command, f"--benchmark-json={document}"],
             cwd=machine.ROOT,
@@ -84,24 +94,31 @@ def _measure(tests: Iterable[str]) -> _Pass:
         run = json.loads(document.read_text())
     extras = [(entry["extra_info"], entry["fullname"]) for entry in run["benchmarks"]]
     return _Pass(
-        ratios_of(results_of({("", "default"): run})),
+        ratios_of(results_of(run, machine.ALLOCATORS[0])),
         {f"{extra['question']}, {extra['case']}": name for extra, name in extras},
         run["machine_info"]["bench"],
     )
 
 
-def _baseline() -> pathlib.Path:
-    return machine.results() / "baseline.json"
-
-
 def _accept() -> None:
-    passes = [_measure(_FILES) for _ in range(3)]
+    passes = [_measure() for _ in range(3)]
     ratios = _median([each.ratios for each in passes])
-    _baseline().parent.mkdir(parents=True, exist_ok=True)
-    _baseline().write_text(
-        json.dumps({"machine": passes[0].machine, "ratios": ratios}, indent=1, sort_keys=True) + "\n"
+    path = machine.results() / _BASELINE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(_text(passes[0].machine, ratios))
+    print(f"{len(ratios)} cases are the baseline now: {path.relative_to(machine.ROOT)}")
+
+
+def _text(facts: dict[str, Any], ratios: Ratios) -> str:
+    """JSON, a case a line."""
+    lines = (
+        f"{json.dumps(case)}: {json.dumps(_rounded(ours), ensure_ascii=False)}" for case, ours in sorted(ratios.items())
     )
-    print(f"{len(ratios)} cases are the baseline now: {_baseline().relative_to(machine.ROOT)}")
+    return f'{{\n"machine": {json.dumps(facts)},\n"ratios": {{\n' + ",\n".join(lines) + "\n}}\n"
+
+
+def _rounded(ours: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: {other: float(f"{ratio:.4g}") for other, ratio in others.items()} for name, others in ours.items()}
 
 
 def _median(passes: list[Ratios]) -> Ratios:
@@ -114,11 +131,16 @@ def _median(passes: list[Ratios]) -> Ratios:
     }
 
 
-def _check() -> None:
-    if not _baseline().exists():
-        raise SystemExit(f"this machine has no baseline ({_baseline()}): make one on a commit you trust with --accept")
-    baseline = json.loads(_baseline().read_text())
-    now = _measure(_FILES)
+def _check(folder: pathlib.Path) -> None:
+    path = folder / _BASELINE
+    if not path.exists():
+        stored = ", ".join(sorted(found.parent.name for found in machine.RESULTS.glob(f"*/{_BASELINE}")))
+        raise SystemExit(
+            f"no baseline in {folder}: make one on a commit you trust with --accept, or name a similar machine's with "
+            f"--baseline, though ratios differ from machine to machine. There are: {stored}"
+        )
+    baseline = json.loads(path.read_text())
+    now = _measure()
     changed = {
         key: (old, now.machine.get(key)) for key, old in baseline["machine"].items() if now.machine.get(key) != old
     }
@@ -142,4 +164,8 @@ def _check() -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(prog="python -m bench.gate", description=__doc__.split("\n")[0])
     parser.add_argument("--accept", action="store_true", help="make this machine's baseline of what is measured now")
-    _accept() if parser.parse_args().accept else _check()
+    parser.add_argument(
+        "--baseline", type=pathlib.Path, default=machine.results(), metavar="FOLDER", help="whose baseline to compare"
+    )
+    arguments = parser.parse_args()
+    _accept() if arguments.accept else _check(arguments.baseline)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,24 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_demo, check, gate, machine, race, readme, report, shapes, store
-from bench.cases import faster, within
-from bench.contenders import Contender
-from bench.measured import Result, results_of, slower_allocator, worst_of
-from bench.names import ALLOCATORS
+from bench import bench_demo, bench_logits, gate
+from bench.harness import check, machine, race, store
+from bench.harness.contender import Contender
+from bench.harness.machine import ALLOCATORS
+from bench.harness.question import faster, within
+from bench.harness.results import Result, results_of
+from bench.questions import QUESTIONS
+from bench.report import compared, files, page, readme
+from bench.rivals import recipes
+from fastkd.divergences import TABLE
 
 _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
-_STORED = [folder for folder in sorted((_ROOT / "bench" / "results").iterdir()) if store.load(folder)]
 
 
 def result(allocator: str = "default", question: str = "logits", **values: float) -> Result:
     bars = (faster("fastkd", "eager", 12), within("fastkd", "add", 2.0))
-    shape = {"rows": 2, "vocab": 3, "hidden": None}
-    return Result(question, "2x3", allocator, values, bars, 72, {}, shape, True, 0.0)
+    return Result(question, "2x3", allocator, "ms", 72, bars, values, {}, {})
 
 
 def test_the_readme_is_what_the_stored_results_say() -> None:
@@ -34,41 +38,41 @@ def test_the_readme_is_what_the_stored_results_say() -> None:
         assert readme.block(_ROOT / folder) in _README
 
 
-@pytest.mark.parametrize("folder", _STORED, ids=lambda folder: folder.name)
+@pytest.mark.parametrize("folder", files.machines(), ids=lambda folder: folder.name)
 def test_a_report_is_what_the_stored_results_say(folder: Path) -> None:
-    runs = store.load(folder)
-    assert "\n".join(report.lines(runs, results_of(runs))) + "\n" == (folder / "report.md").read_text()
+    assert page.text(store.load(folder)) == (folder / "report.md").read_text()
 
 
-def test_ratios_are_quoted_from_the_less_kind_allocator() -> None:
+def test_the_readme_has_every_headline() -> None:
+    """A case that was renamed would be left out without a word."""
+    (folder,) = readme.shown(_README)
+    assert len(compared.summary(store.load(_ROOT / folder))) == len(compared.HEADLINES)
+
+
+def test_the_smaller_of_two_allocators_ratios_is_quoted() -> None:
     group = [result(fastkd=1.0, eager=20.0, add=1.0), result("huge_pages", fastkd=2.0, eager=30.0, add=1.0)]
-    assert slower_allocator(group) == {"eager": 15.0}
-    assert worst_of(group, "add") == 2.0
+    assert compared.smaller_ratios(group) == {"eager": 15.0}
 
 
 def test_whatever_beats_fastkd_is_named() -> None:
-    """On this machine, under either allocator, and on others."""
-    runs = run("default", fastkd=1e-3, eager=20e-3, add=1e-3) | run("huge_pages", fastkd=2e-3, eager=1e-3, add=1e-3)
-    other = run("default", fastkd=4e-3, eager=1e-3, add=1e-3)
-    said = "\n".join(readme.lines(Path("results/here"), runs, {Path("results/there"): other}))
+    """In the report under either allocator; in the README on this machine and on others."""
+    beaten = [result(fastkd=1.0, eager=20.0, add=1.0), result("huge_pages", fastkd=2.0, eager=1.0, add=1.0)]
+    said = "\n".join(compared.faster(beaten))
     assert "- eager: 2.00 times as fast as fastkd on logits, 2x3 (huge_pages)" in said
     assert "- In memory, nothing." in said
-    assert "| 2x3 | 1 ms | 0.5× |" in said
-    assert "3 of the 4 bars" in said
-    assert "- eager: 4.00 times as fast as fastkd on logits, 2x3 (default)" in said.partition("results/there")[2]
+    text = page.text(stored(*beaten))
+    assert said in text
+    assert "3 of the 4 limits" in text
+    other = stored(result(fastkd=4.0, eager=1.0, add=1.0), cpu="b")
+    here, there = "\n".join(readme.lines(Path("here"), stored(*beaten), {Path("there"): other})).split("on b, 2 cores")
+    assert "logits in fp32 (eager: up to 2.00 times as fast)" in here
+    assert "logits in fp32 (eager: up to 4.00 times as fast)" in there
 
 
-def run(allocator: str, **seconds: float) -> dict[tuple[str, str], Any]:
-    bars = [vars(bar) for bar in result().bars]
-    extra = {"question": "logits", "case": "2x3", "bars": bars, "bytes": 72, "shape": result().shape, "headline": True}
-    times = {name: [value] * 2 for name, value in seconds.items()}
-    facts = {"cpu": "a", "cores": 2, "torch": "3", "torch_capability": "b"}
-    document = {
-        "datetime": "2030-01-01T00:00",
-        "machine_info": {"bench": facts},
-        "benchmarks": [{"extra_info": extra | {"times": times}}],
-    }
-    return {("logits", allocator): document}
+def stored(*results: Result, cpu: str = "a") -> store.Stored:
+    facts = {"cpu": cpu, "cores": 2, "threads": 2, "torch": "3", "torch_capability": "b", "fastkd": "0", "backend": "c"}
+    facts |= {"transparent_huge_pages": "madvise"}
+    return store.Stored((store.Pass("default", "2030-01-01T00:00", "0", facts, ("logits",)),), results)
 
 
 def test_a_missed_bar_is_called_missed() -> None:
@@ -81,15 +85,37 @@ def test_a_missed_bar_is_called_missed() -> None:
 
 def test_a_pass_replaces_the_questions_it_asked_and_no_others(tmp_path: Path) -> None:
     def document(*questions: str, at: str) -> dict[str, Any]:
-        return {"datetime": at, "benchmarks": [{"extra_info": {"question": name}} for name in questions]}
+        extra = {"case": "2x3", "unit": "ms", "work": 72, "bars": [], "times": {"fastkd": [1.0]}}
+        entries = [{"extra_info": {"question": name, **extra}} for name in questions]
+        return {"datetime": at, "machine_info": {"bench": {}}, "benchmarks": entries}
+
+    def kept() -> dict[tuple[str, str], str]:
+        found = store.load(tmp_path)
+        dates = {(name, each.allocator): each.date for each in found.passes for name in each.questions}
+        assert {(one.question, one.allocator) for one in found.results} == dates.keys()
+        return dates
 
     for allocator in ALLOCATORS:
-        store.replace(document("logits", "sparse", at="then"), {}, tmp_path, allocator, [allocator])
-    store.replace(document("logits", at="now"), {}, tmp_path, ALLOCATORS[0], ALLOCATORS)
-    kept = {key: run["datetime"] for key, run in store.load(tmp_path).items()}
-    assert kept == {("logits", ALLOCATORS[0]): "now"} | {("sparse", name): "then" for name in ALLOCATORS}
-    store.replace(None, {"sparse": ["bench_sparse"]}, tmp_path, ALLOCATORS[0], ALLOCATORS)
-    assert list(store.load(tmp_path)) == [("logits", ALLOCATORS[0])]
+        store.replace_asked(document("logits", "sparse", at="then"), {}, tmp_path, allocator, [allocator])
+    store.replace_asked(document("logits", at="now"), {}, tmp_path, ALLOCATORS[0], ALLOCATORS)
+    assert kept() == {("logits", ALLOCATORS[0]): "now"} | {("sparse", name): "then" for name in ALLOCATORS}
+    store.replace_asked(None, {"sparse": ["bench_sparse"]}, tmp_path, ALLOCATORS[0], ALLOCATORS)
+    assert list(kept()) == [("logits", ALLOCATORS[0])]
+
+
+def test_what_is_stored_is_read_again(tmp_path: Path) -> None:
+    """Medians in ms, spreads of what ran more than once, errors of what was verified, bars as they were set."""
+    bars = result().bars
+    times = {"fastkd": [0.001, 0.002, 0.004], "eager": [0.5]}
+    extra = {"question": "logits", "case": "2x3", "unit": "ms", "work": 72, "bars": [vars(bar) for bar in bars]}
+    extra |= {"times": times, "errors": {"fastkd": 1e-7, "eager": None}}
+    run = {"datetime": "now", "machine_info": {"bench": {}}, "benchmarks": [{"extra_info": extra}]}
+    store.replace_asked(run, {"logits": ["a test"]}, tmp_path, "default", ["default"])
+    (found,), (of,) = store.load(tmp_path).results, store.load(tmp_path).passes
+    assert [found] == results_of(run, "default")
+    assert found.values == {"fastkd": 2.0, "eager": 500.0}
+    assert (found.bars, found.spreads, found.errors, found.noise) == (bars, {"fastkd": 0.75}, {"fastkd": 1e-7}, None)
+    assert of.failed == {"logits": ["a test"]}
 
 
 @pytest.mark.parametrize(
@@ -114,7 +140,34 @@ def test_a_demo_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.M
     metrics.write_text(json.dumps({"models": {}, "training": {"student": {"tokens": 128}}}))
     monkeypatch.setattr(bench_demo, "_METRICS", metrics)
     with pytest.raises(AssertionError, match="trained on 128 tokens, not on the demo's 172,032: run make demo"):
-        bench_demo.bench_demo(None, shapes.DEMO[0])  # type: ignore[arg-type]
+        bench_demo.bench_demo(None, bench_demo.CASES[0])  # type: ignore[arg-type]
+
+
+# --- questions and rivals ---------------------------------------------------------------------------------------
+
+
+def test_every_question_is_found_in_the_file_that_asks_it() -> None:
+    named = {path.stem for path in (_ROOT / "bench").glob("bench_*.py")}
+    assert {"logits", "divergences", "accuracy", "projections_soft", "demo_kl"} <= QUESTIONS.keys()
+    assert len(QUESTIONS) >= len(named)
+
+
+_LAYERS = ("harness", "rivals", "bench_", "questions", "report")  # each imports none that stands after it
+
+
+@pytest.mark.parametrize("path", sorted((_ROOT / "bench").rglob("*.py")), ids=lambda path: path.stem)
+def test_no_import_climbs(path: Path) -> None:
+    inside = str(path.relative_to(_ROOT / "bench"))
+    own = next((number for number, layer in enumerate(_LAYERS) if inside.startswith(layer)), len(_LAYERS))
+    for layer in re.findall(r"^\s*(?:from|import) bench(?:\.| import )(\w+)", path.read_text(), re.MULTILINE):
+        assert any(layer.startswith(name) for name in _LAYERS[: own + 1]) or own == len(_LAYERS), layer
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_divergence_is_raced_against_a_recipe_that_is_right(name: str) -> None:
+    recipes.recipe_is_right(TABLE[name](), 2.0)
+    raced = {case.divergence for case in bench_logits.CASES}
+    assert name in raced
 
 
 # --- judging ----------------------------------------------------------------------------------------------------
@@ -151,7 +204,7 @@ def test_who_counts_from_its_first_run_and_who_runs_once(monkeypatch: pytest.Mon
             runs[name] += 1
             now[0] += seconds if runs[name] > 1 else 2 * seconds  # cold
 
-        return Contender(name, run)
+        return Contender(name, run, compiles=name == "compile")
 
     def clock() -> Callable[[], float]:
         start = now[0]
@@ -159,7 +212,7 @@ def test_who_counts_from_its_first_run_and_who_runs_once(monkeypatch: pytest.Mon
 
     monkeypatch.setattr(race, "_clock", clock)
     contenders = [contender(*pair) for pair in (("fastkd", 0.1), ("eager", 8.0), ("compile", 3.0), ("add", 0.05))]
-    race.race(benchmark, contenders, shapes.LOGITS[0], quick=False)  # type: ignore[arg-type]
+    race.race(benchmark, contenders, bench_logits.CASES[0], quick=False)  # type: ignore[arg-type]
     times = {name: [round(value, 6) for value in some] for name, some in benchmark.extra_info["times"].items()}
     assert times == {"fastkd": [0.1] * 3, "eager": [16.0], "compile": [3.0] * 3, "add": [0.05] * 3}
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import fastkd
-from bench import static
-from bench.offline import TARGETS, compiled, loads, resources, sweeps
-from bench.static import CASES, Case
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
 from fastkd.rows import Tile
 from fastkd.sparse import sparse_rows
 from tests import cases
+from tools.machine_code import static
+from tools.machine_code.offline import TARGETS, compiled, loads, resources, sweeps
+from tools.machine_code.static import CASES, Case
 
 #: Every kernel for one NVIDIA and one AMD target at the harder, odd vocabulary; elsewhere a few stand for the rest.
 #: Sparse teachers are in `test_triton_sparse`.

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor
 
 import fastkd
-from bench import static
-from bench.offline import TARGETS
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
 from fastkd.rows import RowSpec, SparseRows, Tile
@@ -18,6 +16,8 @@ from fastkd.sparse import sparse_rows
 from tests import cases
 from tests.sparse_targets import TEMPERED, judge, kept
 from tests.triton_interpreter import interpreted
+from tools.machine_code import static
+from tools.machine_code.offline import TARGETS
 
 VOCAB = 2501
 
@@ -132,7 +132,7 @@ def test_skipped_rows() -> None:
 @pytest.mark.parametrize("vocab", [50257, 128256])
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiled(target: str, vocab: int, dtype: torch.dtype) -> None:
-    """As the table of `bench.static` asks, in other dtypes and a divergence that needs the normalisers too."""
+    """As the table in `static.md` asks, in other dtypes and for a divergence that needs the normalisers too."""
     for divergence in ("forward_kl", "jsd"):
         case = static.sparse(divergence, "ghost", 64, dtype)
         reading = static.read(case, target, vocab)

@@ -11,14 +11,14 @@ import re
 import pytest
 import torch
 
-from bench import static
-from bench.offline import TARGETS, compiled
 from fastkd import backend
 from fastkd.divergences import TABLE
+from tools.machine_code import static
+from tools.machine_code.offline import TARGETS, compiled
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-#: What `bench.static` reads, for one NVIDIA and one AMD target; and what it leaves out.
+#: What `tools.machine_code.static` reads, for one NVIDIA and one AMD target; and what it leaves out.
 BUILDS = [
     *((target, case) for target in ("sm_90", "gfx942") for case in static.CASES),
     *(("sm_90", static.stage(name, "statistics")) for name in TABLE),

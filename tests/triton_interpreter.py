@@ -29,7 +29,7 @@ import triton.runtime.interpreter as stock
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
-from bench.offline import TARGETS, stand_in_driver
+from tools.machine_code.offline import TARGETS, stand_in_driver
 
 
 class Fault(AssertionError):

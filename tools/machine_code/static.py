@@ -1,0 +1,302 @@
+"""What the Triton kernels are compiled to, on GPUs that need not be there: `python -m tools.machine_code.static`.
+
+Compiles every kernel of `CASES` for every GPU of `DEVICES`, prints what its machine code uses and moves and how long
+that would take at best, and writes the same to `static.md` beside this file. Nothing is run: times are estimates. The
+test suite holds a part of the table to its budgets (`Case.broken`).
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import pathlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from fastkd import SparseTargets
+from fastkd.divergences import TABLE
+from fastkd.kernels import gpu
+from fastkd.rows import RowSpec, Tile
+from fastkd.sparse import sparse_rows
+from tools.machine_code.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads
+from tools.machine_code.roofline import DEVICES, Estimate, estimate
+
+__all__ = ["CASES", "VOCABULARIES", "Case", "Reading", "kd", "read", "sparse", "stage", "write"]
+
+VOCABULARIES = (50257, 128256)
+_RESULTS = pathlib.Path(__file__).with_name("static.md")
+#: Of the tensors that are compiled for; `scale_` has no tail where the number of elements is a multiple of 16.
+_ROWS = 16
+_SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+#: Of the batch that times are estimated for.
+_TOKENS = 8192
+#: Columns of `fastkd.plan`'s widest vocabulary tile.
+_TILE = 4096
+
+
+# --- what is compiled -------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel and the least it can move: tensors [rows, vocab] that its sweeps read and write, all in all."""
+
+    name: str
+    launch: Callable[[int], object]  # on empty tensors of a vocabulary
+    reads: int
+    writes: int
+    logits: torch.dtype = torch.bfloat16
+    grad: torch.dtype = torch.bfloat16  # what is written
+    entries: int = 0  # tokens of each row that a sparse teacher knows
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtypes}"
+
+    @property
+    def dtypes(self) -> str:
+        names = [_SHORT[dtype] for dtype in (self.logits, self.grad)]
+        return names[0] if self.logits == self.grad else "→".join(names)
+
+    @property
+    def bytes_per_logit(self) -> int:
+        return self.reads * self.logits.itemsize + self.writes * self.grad.itemsize
+
+    def broken(self, reading: Reading) -> list[str]:
+        """The budgets that a reading misses, in words."""
+        moved = reading.estimate.bytes_per_logit
+        budgets = {
+            f"{reading.resources.spills} spills": reading.resources.spills == 0,
+            f"loads of {reading.narrowest} bytes": reading.narrowest == 16,
+            f"{moved:g} bytes per logit instead of {self.bytes_per_logit}": moved == self.bytes_per_logit,
+        }
+        return [words for words, met in budgets.items() if not met]
+
+
+def _spec(divergence: str, vocab: int) -> RowSpec:
+    return RowSpec(divergence, TABLE[divergence]().parameters, 2.0, 2.0, 2.0, 0.5, vocab)
+
+
+def kd(
+    divergence: str,
+    logits: torch.dtype = torch.bfloat16,
+    grad: torch.dtype | None = torch.bfloat16,
+) -> Case:
+    """`kd_rows` with cross-entropy, T = 2; the value alone without a `grad`."""
+
+    def launch(vocab: int) -> None:
+        student, teacher, scale = _logits(vocab, logits), _logits(vocab, logits), torch.ones(_ROWS)
+        out = None if grad is None else _logits(vocab, grad)
+        gpu.kd_rows(student, teacher, _labels(), scale, scale, _spec(divergence, vocab), out)
+
+    name = divergence if grad is not None else f"{divergence}, value alone"
+    times = 1 + TABLE[divergence].normalised + (grad is not None)
+    return Case(name, launch, 2 * times, int(grad is not None), logits, grad or logits)
+
+
+def stage(divergence: str, stage: Literal["statistics", "terms", "gradient"]) -> Case:
+    """One stage of `kd_rows` on the last tile of a vocabulary, in fp32 as products leave it."""
+
+    def launch(vocab: int) -> None:
+        width, scale = vocab % _TILE, torch.ones(_ROWS)
+        student, teacher = _logits(width, torch.float32), _logits(width, torch.float32)
+        grad = _logits(width, torch.bfloat16) if stage == "gradient" else None
+        tile = Tile(stage, vocab - width, gpu.tile_state(_ROWS, student.device))
+        gpu.kd_rows(student, teacher, _labels(), scale, scale, _spec(divergence, vocab), grad, tile)
+
+    written = stage == "gradient"
+    name = f"{divergence}, tile: {stage}"
+    return Case(name, launch, 2, int(written), torch.float32, torch.bfloat16 if written else torch.float32)
+
+
+def sparse(
+    divergence: str, kind: Literal["ghost", "sampled"], entries: int, dtype: torch.dtype = torch.bfloat16
+) -> Case:
+    """`kd_rows` with cross-entropy beside a sparse teacher. Kernels know of no kinds, only of a number of tokens."""
+
+    def launch(vocab: int) -> None:
+        ids = torch.arange(entries).expand(_ROWS, entries)
+        targets = SparseTargets(ids, torch.full(ids.shape, -9.0), kind, 2.0)
+        rows, student, scale = (
+            sparse_rows(targets, None, vocab, torch.float32),
+            _logits(vocab, dtype),
+            torch.ones(_ROWS),
+        )
+        gpu.kd_rows(student, rows, _labels(), scale, scale, _spec(divergence, vocab), _logits(vocab, dtype))
+
+    return Case(f"{divergence}, {kind} {entries}", launch, 2, 1, dtype, dtype, entries)
+
+
+def _logits(vocab: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(_ROWS, vocab, dtype=dtype)
+
+
+def _labels() -> Tensor:
+    return torch.zeros(_ROWS, dtype=torch.int64)
+
+
+def _row_statistics(vocab: int) -> None:
+    gpu.row_statistics(_logits(vocab), _labels(), 1.0)
+
+
+def _log_softmax(vocab: int) -> None:
+    gpu.log_softmax(_logits(vocab), 1.0, _logits(vocab))
+
+
+def _log_softmax_backward(vocab: int) -> None:
+    gpu.log_softmax_backward(_logits(vocab), _logits(vocab), torch.empty(_ROWS, 2), 1.0, _logits(vocab))
+
+
+def _scale(vocab: int) -> None:
+    gpu.scale_(_logits(vocab), torch.ones(()))
+
+
+CASES = (
+    *(kd(divergence) for divergence in TABLE),
+    kd("forward_kl", grad=None),
+    kd("forward_kl", torch.float16, torch.float16),
+    kd("forward_kl", torch.float32, torch.float32),
+    kd("forward_kl", torch.float32, torch.bfloat16),  # a chunk of a projection
+    stage("forward_kl", "statistics"),
+    stage("forward_kl", "gradient"),
+    stage("jsd", "statistics"),
+    stage("jsd", "terms"),
+    stage("jsd", "gradient"),
+    sparse("forward_kl", "ghost", 64),
+    sparse("forward_kl", "sampled", 12),
+    Case("row_statistics", _row_statistics, 1, 0),
+    Case("log_softmax", _log_softmax, 2, 1),
+    Case("log_softmax_backward", _log_softmax_backward, 3, 1),  # the upstream gradient twice
+    Case("scale_", _scale, 1, 1),
+)
+
+
+# --- what it becomes --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one kernel is compiled to."""
+
+    resources: Resources
+    sweeps: tuple[Sweep, ...]
+    estimate: Estimate
+
+    @property
+    def narrowest(self) -> int:
+        """Bytes of the narrowest load of logits."""
+        return min(width for sweep in self.sweeps for width in sweep.load_bytes)
+
+
+def read(case: Case, target: str, vocab: int) -> Reading:
+    with compiled(TARGETS[target]) as kernels:
+        case.launch(vocab)
+    (kernel,) = kernels
+    found = tuple(sweeps(kernel))
+    # Every thread of a row's program meets every token that a sparse teacher knows.
+    inner_iterations = case.entries * threads(kernel) / vocab
+    return Reading(resources(kernel), found, estimate(found, DEVICES[target], inner_iterations))
+
+
+# --- the table --------------------------------------------------------------------------------------------------
+
+_TRITON = importlib.metadata.version("triton")
+_LEGEND = f"""\
+# The Triton kernels as compiled, and estimates of their time
+
+**Nothing here was run or measured.** Every number is read off machine code that Triton {_TRITON} compiled for GPUs
+that were not there, or is an estimate from it and the GPUs' published rates. Made by
+`python -m tools.machine_code.static`.
+
+- *moves*: tensors [tokens, V] read + written, all sweeps together. With the dtypes, the budget of *bytes/logit*.
+- *spills*: instructions (NVIDIA) or registers and bytes (AMD). *load*: the narrowest load of logits, in bytes.
+- *issue*, *exp*: the time to issue the instructions of all sweeps, and that of their special functions, divided by the
+  time to move *bytes/logit* at full bandwidth. Above 1 that unit is the limit and not DRAM. What happens once per row
+  is left out, but for the tokens that a sparse teacher knows: each costs every thread a look at a step's columns.
+- *estimate, ms*: the longest of the three for {_TOKENS} tokens × V: a roofline, which real kernels do not reach. Every
+  load counts as DRAM traffic; a sweep that finds its row in the cache causes less.
+- *tile*: one stage over all tiles of the rows, at most {_TILE} columns each.
+"""
+_COLUMNS = {
+    "kernel": "left",
+    "dtype": "left",
+    "moves": "left",
+    "registers": "right",
+    "spills": "right",
+    "load": "right",
+    "bytes/logit": "right",
+    "issue": "right",
+    "exp": "right",
+    "bound by": "left",
+    "estimate, ms": "right",
+}
+
+
+def _row(case: Case, reading: Reading, vocab: int) -> tuple[object, ...]:
+    return (
+        case.name,
+        case.dtypes,
+        f"{case.reads} + {case.writes}",
+        reading.resources.registers,
+        reading.resources.spills,
+        reading.narrowest,
+        f"{reading.estimate.bytes_per_logit:g}",
+        f"{reading.estimate.issue:.2f}",
+        f"{reading.estimate.special:.2f}",
+        reading.estimate.bound,
+        f"{reading.estimate.milliseconds(_TOKENS * vocab):.2f}",
+    )
+
+
+def _report() -> Iterator[str]:
+    yield _LEGEND
+    readings = {
+        (case, target, vocab): read(case, target, vocab)
+        for target in DEVICES
+        for vocab in VOCABULARIES
+        for case in CASES
+    }
+    missed = [
+        f"- {DEVICES[target].name}, V = {vocab}: {case}: {', '.join(broken)}"
+        for (case, target, vocab), reading in readings.items()
+        if (broken := case.broken(reading))
+    ]
+    yield "Budgets: no spills, loads of 16 bytes, the least bytes per logit."
+    yield f"{len(missed)} of {len(readings)} kernels miss one{':' if missed else '.'}\n"
+    yield from missed
+    yield "## Where DRAM is not the limit: estimates from machine code\n"
+    yield "The unit that is, and its time relative to DRAM's; the larger one of both vocabularies.\n"
+    limits = [
+        (
+            case.name,
+            case.dtypes,
+            *(_limit(readings[case, target, vocab] for vocab in VOCABULARIES) for target in DEVICES),
+        )
+        for case in CASES
+    ]
+    heads = ("kernel", "dtype", *(device.name for device in DEVICES.values()))
+    yield tabulate([row for row in limits if any(row[2:])], heads, tablefmt="pipe")
+    for target in DEVICES:
+        for vocab in VOCABULARIES:
+            yield f"\n## {DEVICES[target].name} ({target}), V = {vocab}: estimates from machine code\n"
+            rows = [_row(case, readings[case, target, vocab], vocab) for case in CASES]
+            yield tabulate(rows, list(_COLUMNS), "pipe", disable_numparse=True, colalign=list(_COLUMNS.values()))
+
+
+def _limit(readings: Iterable[Reading]) -> str:
+    worst = max((reading.estimate for reading in readings), key=lambda found: max(found.issue, found.special))
+    return "" if worst.bound == "DRAM" else f"{worst.bound} {max(worst.issue, worst.special):.2f}"
+
+
+def write() -> str:
+    """Write `static.md` beside this file; return its text."""
+    text = "\n".join(_report())
+    _RESULTS.write_text(text + "\n")
+    return text
+
+
+if __name__ == "__main__":
+    print(write())
