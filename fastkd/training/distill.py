@@ -23,7 +23,7 @@ from fastkd.training.adapters import merged
 from fastkd.training.data import Windows, collate
 from fastkd.training.evaluation import flops
 from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
-from fastkd.training.judge import CE_ONLY, STUDENT, Contender, verdict
+from fastkd.training.judge import CE_ONLY, STUDENT, Contender, differences, verdict
 from fastkd.training.lessons import lessons
 from fastkd.training.machine import machine, versions
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, Options
@@ -83,6 +83,7 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         lines = [*verdict(contenders, before), _cost_line(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
+        record["differences"] = differences(contenders, options.training.seed)
         record["seconds"] = seconds | {"total": time.perf_counter() - started}
         with run.results() as staging:
             title = f"{options.models.teacher} → {options.models.student}: {run.output.name}"

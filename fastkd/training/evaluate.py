@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fastkd.training import loading, report
-from fastkd.training.judge import CE_ONLY, STUDENT, verdict
+from fastkd.training.judge import CE_ONLY, STUDENT, differences, verdict
 from fastkd.training.machine import machine, versions
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
 from fastkd.training.plain import visible
@@ -46,6 +46,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
         "device": str(setup.materials.device),
         "machine": machine(setup.materials.device),
         "versions": versions(),
+        "differences": differences(contenders, options.training.seed),
         "seconds": {"total": time.perf_counter() - started},
     }
     if not (directory / "eval").exists():
