@@ -236,6 +236,10 @@ class Finding(str):
         line.met = met
         return line
 
+    def __getnewargs__(self) -> tuple[str, bool]:  # type: ignore[override]
+        """What a copy is made of."""
+        return str(self), self.met
+
 
 def diagnosis(measures: Measures, baseline: Measures | None = None) -> Sequence[Finding]:
     """A line per measure of agreement with the teacher: met or not, and what to try."""

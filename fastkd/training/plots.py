@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 _COLOURS = {TEACHER: "#808080", STUDENT: "#2b8ac6", CE_ONLY: "#d9822b"}  # seen on light and on dark pages
-_SIZE = (5.4, 3.4)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
+_SIZE = (4.6, 3.2)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
 _LIKELIEST = 6  # tokens of a model's next-token distribution
 
 
@@ -43,7 +43,7 @@ def losses(student: Fitted, alone: Fitted | None) -> Figure:
     if alone is not None:
         _line(axes, alone.losses, "hard", f"hard, {CE_ONLY}", _COLOURS[CE_ONLY], "--")
     axes.set(xlabel="step", ylabel="training loss, nats per token")
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def validation(fitted: Mapping[str, Fitted], teacher: float | None) -> Figure:
@@ -52,12 +52,12 @@ def validation(fitted: Mapping[str, Fitted], teacher: float | None) -> Figure:
     for name, one in fitted.items():
         _line(axes, one.validations, "eval_perplexity", name, _COLOURS[name])
     if teacher is not None:
-        axes.axhline(teacher, color=_COLOURS[TEACHER], linestyle=":", label="teacher (held-out text)")
+        axes.axhline(teacher, color=_COLOURS[TEACHER], linestyle=":", label="teacher, held-out")
     axes.set(xlabel="step", ylabel="validation perplexity", yscale="log")
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_minor_formatter("")
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def course(fitted: Mapping[str, Fitted], name: str, title: str) -> Figure:
@@ -67,7 +67,7 @@ def course(fitted: Mapping[str, Fitted], name: str, title: str) -> Figure:
         if logged(one, name):
             _line(axes, one.losses, name, model, _COLOURS[model])
     axes.set(xlabel="step", ylabel=title, ylim=(0, 1.08 * axes.dataLim.ymax))
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def logged(one: Fitted, name: str) -> bool:
@@ -85,7 +85,7 @@ def likeliest(contenders: Sequence[Contender], number: int) -> list[int]:
 def next_tokens(contenders: Sequence[Contender], number: int, decode: Callable[[int], str]) -> Figure:
     """Each contender's probabilities of the tokens that any of them finds likeliest after a prompt."""
     tokens = likeliest(contenders, number)
-    figure, axes = _figure(0.8 + 0.09 * len(tokens) * (1 + len(contenders)))
+    figure, axes = _figure(1.0 + 0.08 * len(tokens) * (1 + len(contenders)))
     height = 0.8 / len(contenders)
     for place, contender in enumerate(contenders):
         probabilities = contender.next_tokens[number].softmax(-1)[tokens].tolist()
@@ -94,7 +94,7 @@ def next_tokens(contenders: Sequence[Contender], number: int, decode: Callable[[
     axes.set_yticks(range(len(tokens)), [_shown(decode(token)) for token in tokens])
     axes.invert_yaxis()  # the first on top
     axes.set(xlabel="probability")
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def calibration(contenders: Sequence[Contender]) -> Figure:
@@ -107,7 +107,7 @@ def calibration(contenders: Sequence[Contender]) -> Figure:
         colour = _COLOURS[contender.name]
         axes.plot([row[1] for row in bins], [row[2] for row in bins], "o-", markersize=4, color=colour, label=label)
     axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def confidence(contenders: Sequence[Contender]) -> Figure:
@@ -119,7 +119,7 @@ def confidence(contenders: Sequence[Contender]) -> Figure:
         axes.stairs(shares, edges, color=_COLOURS[contender.name], linewidth=1.5, label=contender.name)
     axes.set(xlabel="confidence", ylabel="share of tokens", xlim=(0, 1), yscale="log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def sweep(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -174,8 +174,13 @@ def _line(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # of steps
 
 
-def _finished(figure: Figure, axes: Any) -> Figure:
+def _with_legend_above(figure: Figure, axes: Any) -> Figure:
+    """Where it hides no curve."""
+    return _finished(figure, axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+
+
+def _finished(figure: Figure, axes: Any, **legend: Any) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, **legend)
     return figure

@@ -38,7 +38,7 @@ h3 { font-size: 1em; margin: 1.2em 0 .3em }
 .look, .summary, dd, figcaption, small, summary { color: var(--faint) } .look { margin: 0 0 1em; max-width: 52em }
 .scroll { overflow-x: auto; overflow-wrap: normal }
 table { border-collapse: collapse; margin: .3em 0; font-size: .95em }
-.figures + .scroll { margin-top: 1.5em }
+.scroll + .look { margin-top: .7em } .figures + .scroll { margin-top: 1.5em }
 td, th { padding: .4em .6em; border-bottom: 1px solid var(--line); text-align: right; vertical-align: top }
 th { vertical-align: bottom; font-weight: 600 } td { white-space: nowrap; font-variant-numeric: tabular-nums }
 th small { font-weight: 400 } td:first-child, th:first-child { text-align: left } small { display: block }
@@ -54,11 +54,13 @@ dl.facts dd, dl.said dd { color: var(--text) }
 .pass { color: var(--good); background: var(--good-back); border-color: currentColor }
 .fail { color: var(--bad); background: var(--bad-back); border-color: currentColor }
 .figures { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 23em), 1fr)); gap: 1.2em }
-figure { margin: 0; min-width: 0 } figcaption { font-size: .87em } svg { display: block; width: 100%; height: auto }
+figure { margin: 0; min-width: 0 } figcaption { font-size: .87em } svg { display: block; width: 100%;
+  height: auto; overflow: visible }
 svg * { stroke-linejoin: round; stroke-linecap: butt }
 pre { background: var(--box); padding: 1em; overflow-x: auto; font-size: .87em; overflow-wrap: normal }
 @media (max-width: 40em) { body { padding: .7em } dl { grid-template-columns: minmax(0, 1fr); gap: 0 }
-  dd { margin-bottom: .5em } .verdict li { flex-direction: column; gap: .2em } td, th { padding: .35em .5em } }
+  dt { max-width: none } dd { margin-bottom: .5em } .verdict li { flex-direction: column; gap: .2em }
+  td, th { padding: .35em .5em } }
 """
 _BOOTSTRAP = (
     f"The small numbers are the {INTERVAL}: percentile bootstrap, {RESAMPLES:,} draws of as many windows as there are, "
@@ -136,7 +138,7 @@ def page(
         look = f"Look for text that reads like the teacher's. Drawn with top_p {options.evaluation.top_p}, a seed each."
         sections.append(_section("Samples", look) + _samples(contenders, prompts))
     look = "Look here before you compare with another run: times and sizes depend on these."
-    sections.append(_section("The run", look) + _facts(_run(record, contenders)))
+    sections.append(_section("The run", look) + _facts(_run(record, contenders, options)))
     look = "Look up any option; <code>config.yaml</code> in the same folder has the same text."
     sections.append(_section("Configuration", look) + f"<pre>{_text(dump(options))}</pre>")
     head = (
@@ -187,18 +189,18 @@ def _training(
             )
 
 
-def _run(record: Mapping[str, Any], contenders: Sequence[Contender]) -> Iterable[tuple[str, str]]:
+def _run(record: Mapping[str, Any], contenders: Sequence[Contender], options: Options) -> Iterable[tuple[str, str]]:
     """Facts of the run, as far as they are recorded: what, and its value with its unit."""
     machine, seconds = record.get("machine", {}), record.get("seconds", {})
     if machine:
-        yield "processor", f"{machine['processor']}, {machine['cores']} cores, {machine['threads']} threads used"
+        yield "processor", f"{machine['processor']}, cores: {machine['cores']}, threads: {machine['threads']}"
         yield "device", str(machine["device"])
         yield "system", str(machine["system"])
     if record.get("versions"):
         yield "versions", ", ".join(f"{name} {version}" for name, version in record["versions"].items())
     if "total" in seconds:
         yield "wall time", f"{seconds['total']:,.1f} s for the whole command"
-    if "cache" in seconds:
+    if options.distillation.cache_dir and "cache" in seconds:
         yield "teacher's cache", f"{seconds['cache']:,.1f} s of it to write or find the teacher's predictions"
     judged = contenders[0]
     for name, measures in (("held-out text", judged.held_out), ("out-of-domain text", judged.out_of_domain)):

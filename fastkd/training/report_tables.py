@@ -130,7 +130,8 @@ _COMPARISON = (
     Column(
         "reading",
         "",
-        "Better or worse: the whole interval is on one side of 0. Undecided: 0 is in it, so this text cannot tell.",
+        "Better or worse: the whole interval is on one side of 0. Undecided: 0 is in it, so this text cannot tell. "
+        "Most students are worse than their teacher.",
     ),
 )
 
@@ -164,7 +165,7 @@ def comparison(differences: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Ta
             if ends is not None and ends[1] < 0:
                 reading = Cell("better", met=True)
             elif ends is not None and ends[0] > 0:
-                reading = Cell("worse", met=False)
+                reading = Cell("worse", met=None if model == TEACHER else False)  # as most students are
             shown = "–" if ends is None else _range(column, ends, signed=True)
             value = _signed(column, found["difference"])
             rows.append([Cell(model), Cell(column.title), Cell(value), Cell(shown), reading])

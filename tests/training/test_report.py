@@ -12,7 +12,9 @@ import transformers
 
 from fastkd.cli import main
 from fastkd.training import plots, report
+from fastkd.training.options import METRICS
 from fastkd.training.plain import figure_text, markdown, visible
+from fastkd.training.report_tables import MEASURES
 from tests.training.conftest import run
 
 HOSTILE = [
@@ -33,6 +35,30 @@ def test_any_prompt_is_reported(options, tmp_path, capsys):
     assert "<script" not in page + story.replace(r"\<", "")
     assert not set(page + story + shown.out) & {"\x1b", "\x00", "\u202e"}
     assert r"## the \$\\begin{film}\$" in story
+
+
+def test_intervals_are_in_every_file(options, tmp_path):
+    metrics = run(options, max_steps=2, ce_baseline=True, out_of_domain=options.data.data)
+    out = tmp_path / "out"
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    ends = [f"{name}_{end}" for name in ("perplexity", "kl", "out_of_domain_perplexity") for end in ("low", "high")]
+    assert list(rows[0]) == ["model", "parameters", *METRICS, *ends]  # new columns stand last
+    page = (out / "report.html").read_text()
+    for row in rows:
+        found = metrics["models"][row["model"]]
+        for name, (lower, upper) in found["intervals"].items():
+            assert [float(row[f"{name}_low"]), float(row[f"{name}_high"])] == [lower, upper]
+            exact = (row["model"], name) == ("teacher", "kl")
+            assert lower == found[name] == upper == 0 if exact else lower < found[name] < upper
+            assert exact or f"<small>{MEASURES[name].form(lower)} to {MEASURES[name].form(upper)}</small>" in page
+        windows = metrics["models"]["teacher"]["held_out"]["windows"]
+        assert (found["held_out"]["windows"], found["held_out"]["tokens"]) == (windows, 15 * windows)
+    student, alone = metrics["models"]["student"], metrics["models"]["CE-only student"]
+    gained = metrics["differences"]["CE-only student"]["perplexity"]
+    assert gained["difference"] == student["perplexity"] - alone["perplexity"]
+    lower, upper = gained["interval"]
+    assert lower <= gained["difference"] <= upper
+    assert upper - lower < sum(high - low for low, high in (one["intervals"]["perplexity"] for one in (student, alone)))
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "$", "$$", r"\$", r"a\\$b$", "\ud800", "a\nb", ""])

@@ -15,15 +15,7 @@ from fastkd.training.evaluation import BINS, Finding, Measures, WindowSums
 from fastkd.training.fit import Fitted
 from fastkd.training.inline_svg import inline_svg
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender, differences
-from fastkd.training.options import (
-    METRICS,
-    DataOptions,
-    DistillationOptions,
-    EvaluationOptions,
-    ModelOptions,
-    Options,
-    TrainingOptions,
-)
+from fastkd.training.options import GROUPS, METRICS, EvaluationOptions, Options
 from fastkd.training.report_tables import MEASURES, Column, Table, comparison, results
 
 VOCAB, PROMPTS = 30, ["the old film", '--></svg><script>alert(1)</script> $x^{$ id="a"']
@@ -73,9 +65,7 @@ def usual():
 
 
 def made(fits=None, lines=(), found=None, prompts=PROMPTS, contenders=CONTENDERS):
-    options = Options(
-        ModelOptions(), DataOptions(), DistillationOptions(), TrainingOptions(), EvaluationOptions(prompts=prompts)
-    )
+    options = Options(*(group() for group in GROUPS))._replace(evaluation=EvaluationOptions(prompts=prompts))
     fits = {STUDENT: fitted(), CE_ONLY: fitted(ratio=float("inf"), soft=0.0)} if fits is None else fits
     undrawn = []
     found = record(contenders) if found is None else found
@@ -237,7 +227,7 @@ def test_curves_are_drawn_of_what_is_logged():
 
 def test_a_run_is_described_as_far_as_it_is_recorded():
     page = usual()
-    for fact in ("A &amp; B &lt;CPU&gt;, 2 cores, 1 threads used", "torch 2.13.0", "1,234.5 s", "384", "85"):
+    for fact in ("A &amp; B &lt;CPU&gt;, cores: 2, threads: 1", "torch 2.13.0", "1,234.5 s", "384", "85"):
         assert fact in page
     assert page.count("4 windows, 40 predicted tokens") == 2
     bare = made({}, found={}, prompts=[])
