@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,8 +20,11 @@ from fastkd.projection.loop import logit_chunks
 
 __all__ = [
     "BINS",
+    "LARGEST_LOSS",
+    "Finding",
     "Measures",
     "Predictions",
+    "WindowSums",
     "diagnosis",
     "exact_logits",
     "flops",
@@ -32,6 +35,7 @@ __all__ = [
 ]
 
 BINS = 15  # of confidence, for the calibration error
+LARGEST_LOSS = 700.0  # whose perplexity is a float
 _ROWS = 256  # whose logits exist at a time
 _KL = fastkd.KDLoss(temperature=1.0, soft_weight=1.0, hard_weight=0.0, reduction="none")
 
@@ -77,6 +81,15 @@ def exact_logits(projection: fastkd.Projection) -> Tensor:
 
 
 @dataclass(frozen=True)
+class WindowSums:
+    """Sums over the predicted tokens of each window, for a bootstrap to draw from: float64 `[windows]` on the CPU."""
+
+    tokens: Tensor  # how many
+    loss: Tensor  # cross-entropy in nats
+    kl: Tensor | None = None  # KL(teacher ‖ student) in nats
+
+
+@dataclass(frozen=True)
 class Measures:
     """Means over every predicted token. What compares with the teacher is None where there is none."""
 
@@ -84,6 +97,7 @@ class Measures:
     calibration_error: float
     #: Per bin of confidence: share of the tokens, mean confidence, share that was right.
     calibration: list[list[float]]
+    sums: WindowSums = field(repr=False, compare=False)
     kl: float | None = None  # KL(teacher ‖ student) in nats
     top1_agreement: float | None = None
     top5_agreement: float | None = None  # share of the teacher's five likeliest tokens among the student's
@@ -91,20 +105,26 @@ class Measures:
 
     @property
     def perplexity(self) -> float:
-        return math.exp(min(self.loss, 700.0))
+        return math.exp(min(self.loss, LARGEST_LOSS))
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says: sizes in place of the sums of every window."""
+        means = {name: value for name, value in vars(self).items() if name != "sums"}
+        return {"windows": len(self.sums.tokens), "tokens": int(self.sums.tokens.sum()), **means}
 
 
 @torch.no_grad()
 def measure(student: Predictions, windows: Tensor, teacher: Predictions | None = None) -> Measures:
     """Judge a student on `windows` [n, length], on its own and, if there is one, against a teacher."""
     bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
-    totals = torch.zeros(8, dtype=torch.float64, device="cpu")
+    totals = torch.zeros(5, dtype=torch.float64, device="cpu")
+    losses, divergences = [], []  # of each token
     compared = teacher is not None and teacher is not student
     teacher_rows = teacher.rows(windows) if teacher is not None and compared else iter(())
     for projection, labels in student.rows(windows):
         logits = exact_logits(projection)
         found = fastkd.row_statistics(logits, labels)
-        totals[0] -= found.label_logprob.sum(dtype=torch.float64).cpu()
+        losses.append(-found.label_logprob.double().cpu())
         confidence = (logits.amax(-1) - found.log_sum_exp).exp()
         place = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
         right = found.argmax == labels
@@ -112,45 +132,47 @@ def measure(student: Predictions, windows: Tensor, teacher: Predictions | None =
             row.index_add_(0, place, values.double().cpu())
         for row, _ in [next(teacher_rows)] if compared else []:
             above = exact_logits(row).to(logits.device)
-            totals[1:] += _agreement(logits, above)
+            divergences.append(_KL(logits, above).double().cpu())
+            totals += _agreement(logits, above)
     count = bins[0].sum()
+    loss = _by_window(losses, windows)
+    tokens = torch.full_like(loss, windows.shape[1] - 1)
     share, confidence, right = bins[0] / count, bins[1] / bins[0].clamp(min=1), bins[2] / bins[0].clamp(min=1)
+    kl = _by_window(divergences, windows) if compared else None if teacher is None else torch.zeros_like(tokens)
     measures = Measures(
-        loss=(totals[0] / count).item(),
+        loss=(loss.sum() / count).item(),
         calibration_error=(share * (confidence - right).abs()).sum().item(),
         calibration=torch.stack((share, confidence, right), 1).tolist(),
+        sums=WindowSums(tokens, loss, kl),
     )
-    if teacher is None:
+    if kl is None:
         return measures
     if not compared:
         return replace(measures, kl=0.0, top1_agreement=1.0, top5_agreement=1.0, probability_correlation=1.0)
     uniform = count / student.vocab_size  # the product of the sums, divided by the number of probabilities
-    both, ours, theirs = totals[4] - uniform, totals[5] - uniform, totals[6] - uniform
+    both, ours, theirs = totals[2:] - uniform
     return replace(
         measures,
-        kl=(totals[1] / count).item(),
-        top1_agreement=(totals[2] / count).item(),
-        top5_agreement=(totals[3] / count).item(),
+        kl=(kl.sum() / count).item(),
+        top1_agreement=(totals[0] / count).item(),
+        top5_agreement=(totals[1] / count).item(),
         probability_correlation=(both / (ours * theirs).sqrt()).item(),
     )
 
 
+def _by_window(values: list[Tensor], windows: Tensor) -> Tensor:
+    """Sums `[windows]` of a value of every predicted token, given in parts."""
+    return torch.cat(values).view(len(windows), -1).sum(1)
+
+
 def _agreement(logits: Tensor, above: Tensor) -> Tensor:
-    """Sums over rows, float64 [7]: KL, same likeliest token, shared of five, p·q, q², p², rows."""
+    """Sums over rows, float64 [5]: same likeliest token, shared of five, p·q, q², p²."""
     k = min(5, logits.shape[-1])
     ours, theirs = logits.topk(k).indices, above.topk(k).indices
     q, p = fastkd.log_softmax(logits).exp(), fastkd.log_softmax(above).exp()
     shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
-    columns = (
-        _KL(logits, above),
-        ours[:, 0] == theirs[:, 0],
-        shared,
-        (p * q).sum(-1),
-        (q * q).sum(-1),
-        (p * p).sum(-1),
-    )
-    sums = [column.sum(dtype=torch.float64).cpu() for column in columns]
-    return torch.stack([*sums, torch.tensor(float(len(logits)), dtype=torch.float64, device="cpu")])
+    columns = (ours[:, 0] == theirs[:, 0], shared, (p * q).sum(-1), (q * q).sum(-1), (p * p).sum(-1))
+    return torch.stack([column.sum(dtype=torch.float64).cpu() for column in columns])
 
 
 def unigram_loss(train: Tensor, windows: Tensor, vocab_size: int) -> float:
@@ -203,7 +225,23 @@ _GOALS = {
 }
 
 
-def diagnosis(measures: Measures, baseline: Measures | None = None) -> Sequence[str]:
+class Finding(str):
+    """A line of the verdict: a text that knows whether it tells of a goal that is met."""
+
+    met: bool
+
+    def __new__(cls, text: str, met: bool) -> Finding:
+        """`met` False: the goal is missed."""
+        line = super().__new__(cls, text)
+        line.met = met
+        return line
+
+    def __getnewargs__(self) -> tuple[str, bool]:  # type: ignore[override]
+        """What a copy is made of."""
+        return str(self), self.met
+
+
+def diagnosis(measures: Measures, baseline: Measures | None = None) -> Sequence[Finding]:
     """A line per measure of agreement with the teacher: met or not, and what to try."""
     lines = []
     for name, (goal, more, advice) in _GOALS.items():
@@ -211,10 +249,12 @@ def diagnosis(measures: Measures, baseline: Measures | None = None) -> Sequence[
         if value is None:
             continue
         met = value > goal if more else value < goal
-        lines.append(f"{name} {value:.3f} ({'>' if more else '<'} {goal}): " + ("good" if met else advice))
+        sign = ">" if more else "<"
+        lines.append(Finding(f"{name} {value:.3f} ({sign} {goal}): {'good' if met else advice}", met))
     if baseline is not None and baseline.loss < measures.loss:
-        lines.append(
+        text = (
             f"the student's loss {measures.loss:.3f} is above that of labels alone, {baseline.loss:.3f}: soft_weight "
             "and hard_weight are out of balance, or the teacher knows this text too little"
         )
+        lines.append(Finding(text, met=False))
     return lines

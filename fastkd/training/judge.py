@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from fastkd.training.bootstrap import interval, resampled_means
 from fastkd.training.data import Corpus
-from fastkd.training.evaluation import Measures, Predictions, diagnosis, measure, predict, retention, unigram_loss
+from fastkd.training.evaluation import (
+    LARGEST_LOSS,
+    Finding,
+    Measures,
+    Predictions,
+    diagnosis,
+    measure,
+    predict,
+    retention,
+    unigram_loss,
+)
 from fastkd.training.options import METRICS, Options
 from fastkd.training.samples import next_token, samples
 
-__all__ = ["CE_ONLY", "STUDENT", "TEACHER", "Contender", "Judge", "verdict"]
+__all__ = ["CE_ONLY", "STUDENT", "TEACHER", "Contender", "Judge", "differences", "verdict"]
 
 TEACHER, STUDENT, CE_ONLY = "teacher", "student", "CE-only student"
 
@@ -29,6 +41,8 @@ class Contender:
     retention: float | None  # of the teacher's gain over unigrams, on held-out text, in percent
     samples: list[str]
     next_tokens: list[Tensor]  # logits [V] after each prompt
+    #: Of perplexity, out_of_domain_perplexity and kl: [lower, upper] end. A single window has no interval: None.
+    intervals: dict[str, list[float] | None]
 
     def row(self) -> dict[str, float | None]:
         """The measures, by the names of METRICS."""
@@ -38,12 +52,12 @@ class Contender:
 
     def record(self) -> dict[str, Any]:
         """What metrics.json says of it."""
-        other = None if self.out_of_domain is None else asdict(self.out_of_domain)
         return {
             "parameters": self.parameters,
             **self.row(),
-            "held_out": asdict(self.held_out),
-            "out_of_domain": other,
+            "intervals": self.intervals,
+            "held_out": self.held_out.record(),
+            "out_of_domain": None if self.out_of_domain is None else self.out_of_domain.record(),
             "samples": self.samples,
         }
 
@@ -76,19 +90,60 @@ class Judge:
         if other is not None:
             assert self.corpus.out_of_domain is not None
             elsewhere = measure(other, self.corpus.out_of_domain, self._out_of_domain)
-        evaluation = self.options.evaluation
+        evaluation, seed = self.options.evaluation, self.options.training.seed
+        intervals = _intervals(found, seed)
+        intervals["out_of_domain_perplexity"] = None if elsewhere is None else _intervals(elsewhere, seed)["perplexity"]
         return Contender(
             name,
             model.num_parameters(),
             found,
             elsewhere,
             retention(found.loss, self._teacher_loss, self._baseline),
-            samples(model, self.tokenizer, evaluation, self.options.training.seed),
+            samples(model, self.tokenizer, evaluation, seed),
             next_token(model, self.tokenizer, evaluation.prompts, self.vocab_size),
+            intervals,
         )
 
 
-def verdict(contenders: Sequence[Contender], before: Contender | None = None) -> list[str]:
+def differences(contenders: Sequence[Contender], seed: int) -> dict[str, dict[str, Any]]:
+    """The student minus each other contender on held-out text, by that one's name: value and interval per measure.
+
+    Both are drawn on the same windows, whose difficulty so cancels: the interval is narrower than those of the two.
+    """
+    student = next(one for one in contenders if one.name == STUDENT)
+    found: dict[str, dict[str, Any]] = {}
+    for other in contenders:
+        if other is student:
+            continue
+        measures = [student.held_out, other.held_out]
+        ours, theirs = (_resampled(one, seed) for one in measures)
+        found[other.name] = {
+            name: {
+                "difference": getattr(student.held_out, name) - getattr(other.held_out, name),
+                "interval": _interval(ours[name] - theirs[name], other.held_out),
+            }
+            for name in ours
+        }
+    return found
+
+
+def _intervals(measures: Measures, seed: int) -> dict[str, list[float] | None]:
+    return {name: _interval(values, measures) for name, values in _resampled(measures, seed).items()}
+
+
+def _interval(values: Tensor, measures: Measures) -> list[float] | None:
+    return interval(values) if len(measures.sums.tokens) > 1 else None
+
+
+def _resampled(measures: Measures, seed: int) -> dict[str, Tensor]:
+    """Perplexity and KL, by the names of METRICS, in every resample of the windows."""
+    sums = measures.sums
+    assert sums.kl is not None  # a judge compares with a teacher
+    loss, kl = resampled_means(torch.stack((sums.loss, sums.kl), 1), sums.tokens, seed).unbind(1)
+    return {"perplexity": loss.clamp(max=LARGEST_LOSS).exp(), "kl": kl}
+
+
+def verdict(contenders: Sequence[Contender], before: Contender | None = None) -> list[Finding]:
     """What the comparison says, a line each.
 
     The student against what it was before training, and against the one without a teacher; then the diagnosis.
@@ -97,17 +152,19 @@ def verdict(contenders: Sequence[Contender], before: Contender | None = None) ->
     student, alone = found[STUDENT], found.get(CE_ONLY)
     lines = []
     if before is not None and not student.held_out.perplexity <= before.held_out.perplexity:
-        lines.append(
+        text = (
             f"WORSE: held-out perplexity {student.held_out.perplexity:,.1f} after training, "
             f"{before.held_out.perplexity:,.1f} before it: the student was better as it began. A smaller "
             "learning_rate, more warm-up or data closer to the held-out text may help"
         )
+        lines.append(Finding(text, met=False))
     if alone is not None and student.held_out.kl is not None and alone.held_out.kl is not None:
         gain = 1 - student.held_out.kl / alone.held_out.kl
         better = student.held_out.perplexity < alone.held_out.perplexity and gain >= 0.1
-        lines.append(
+        text = (
             f"{'PASS' if better else 'FAIL'}: held-out perplexity {student.held_out.perplexity:,.1f} against "
             f"{alone.held_out.perplexity:,.1f} on the labels alone (must be lower), KL to the teacher "
             f"{student.held_out.kl:.3f} against {alone.held_out.kl:.3f}, {gain:.1%} lower (must be 10 %)"
         )
+        lines.append(Finding(text, better))
     return [*lines, *diagnosis(student.held_out, None if alone is None else alone.held_out)]

@@ -2,98 +2,124 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, ScalarFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from fastkd.training.fit import Fitted
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender
 from fastkd.training.plain import figure_text
 
-__all__ = ["calibration", "losses", "next_tokens", "sweep", "temperatures", "validation"]
+__all__ = [
+    "calibration",
+    "confidence",
+    "course",
+    "likeliest",
+    "logged",
+    "losses",
+    "next_tokens",
+    "sweep",
+    "temperatures",
+    "validation",
+]
 
-_COLOURS = {TEACHER: "#555555", STUDENT: "#1f77b4", CE_ONLY: "#d9822b"}
-_SHOWN = 8  # tokens of a next-token distribution
+_COLOURS = {TEACHER: "#808080", STUDENT: "#2b8ac6", CE_ONLY: "#d9822b"}  # seen on light and on dark pages
+_SIZE = (4.6, 3.2)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
+_LIKELIEST = 6  # tokens of a model's next-token distribution
 
 
 def losses(student: Fitted, alone: Fitted | None) -> Figure:
     """Hard, soft and total loss of the student by step, and the hard loss of the one without a teacher."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [line["step"] for line in student.losses]
-    for name, title, colour, style in (
-        ("loss", "total", "#1f77b4", "-"),
-        ("hard", "hard (labels)", "#2ca02c", "-"),
-        ("soft", "soft (teacher, T² included)", "#9467bd", "-"),
+    figure, axes = _figure()
+    for name, title, colour in (
+        ("loss", "total", _COLOURS[STUDENT]),
+        ("hard", "hard (labels)", "#2ca02c"),
+        ("soft", "soft (teacher)", "#9467bd"),
     ):
-        axes.plot(steps, [line[name] for line in student.losses], style, color=colour, label=title)
+        _line(axes, student.losses, name, title, colour)
     if alone is not None:
-        lines = alone.losses
-        axes.plot(
-            [line["step"] for line in lines],
-            [line["hard"] for line in lines],
-            "--",
-            color=_COLOURS[CE_ONLY],
-            label=f"hard, {CE_ONLY}",
-        )
+        _line(axes, alone.losses, "hard", f"hard, {CE_ONLY}", _COLOURS[CE_ONLY], "--")
     axes.set(xlabel="step", ylabel="training loss, nats per token")
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
 def validation(fitted: Mapping[str, Fitted], teacher: float | None) -> Figure:
     """Validation perplexity by step, and the teacher's on held-out text as a line to reach for."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _figure()
     for name, one in fitted.items():
-        points = [(line["step"], line["eval_perplexity"]) for line in one.validations]
-        axes.plot(*zip(*points, strict=True), "o-", markersize=4, color=_COLOURS.get(name), label=name)
+        _line(axes, one.validations, "eval_perplexity", name, _COLOURS[name])
     if teacher is not None:
-        axes.axhline(teacher, color=_COLOURS[TEACHER], linestyle=":", label="teacher (held-out text)")
+        axes.axhline(teacher, color=_COLOURS[TEACHER], linestyle=":", label="teacher, held-out")
     axes.set(xlabel="step", ylabel="validation perplexity", yscale="log")
-    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0, 7.0)))
-    axes.yaxis.set_major_formatter(ScalarFormatter())
+    axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
     axes.yaxis.set_minor_formatter("")
-    return _finished(figure, axes)
+    return _with_legend_above(figure, axes)
 
 
-def next_tokens(contenders: Sequence[Contender], prompts: Sequence[str], decode: Callable[[int], str]) -> Figure:
-    """Each contender's probabilities of the teacher's likeliest tokens after each prompt."""
-    figure = Figure(figsize=(9, 2.6 * len(prompts)), layout="constrained")
+def course(fitted: Mapping[str, Fitted], name: str, title: str) -> Figure:
+    """What is logged under `name` by step, a line for each training that has it."""
+    figure, axes = _figure()
+    for model, one in fitted.items():
+        if logged(one, name):
+            _line(axes, one.losses, name, model, _COLOURS[model])
+    axes.set(xlabel="step", ylabel=title, ylim=(0, 1.08 * axes.dataLim.ymax))
+    return _with_legend_above(figure, axes)
+
+
+def logged(one: Fitted, name: str) -> bool:
+    """Whether a training has a line with a number under `name`: there is no ratio where no teacher is listened to."""
+    return any(math.isfinite(line.get(name, math.nan)) for line in one.losses)
+
+
+def likeliest(contenders: Sequence[Contender], number: int) -> list[int]:
+    """The tokens that any contender holds among its likeliest after a prompt, the first contender's likeliest first."""
+    rows = [contender.next_tokens[number] for contender in contenders]
+    tokens = {token for row in rows for token in row.topk(min(_LIKELIEST, len(row))).indices.tolist()}
+    return sorted(tokens, key=lambda token: (-rows[0][token].item(), token))
+
+
+def next_tokens(contenders: Sequence[Contender], number: int, decode: Callable[[int], str]) -> Figure:
+    """Each contender's probabilities of the tokens that any of them finds likeliest after a prompt."""
+    tokens = likeliest(contenders, number)
+    figure, axes = _figure(1.0 + 0.08 * len(tokens) * (1 + len(contenders)))
     height = 0.8 / len(contenders)
-    for axes, number in zip(figure.subplots(len(prompts), 1, squeeze=False)[:, 0], range(len(prompts)), strict=True):
-        first = contenders[0].next_tokens[number]
-        tokens = first.topk(min(_SHOWN, len(first))).indices.tolist()
-        for place, contender in enumerate(contenders):
-            probabilities = contender.next_tokens[number].softmax(-1)[tokens].tolist()
-            at = [row + (place - (len(contenders) - 1) / 2) * height for row in range(len(tokens))]
-            axes.bar(at, probabilities, height, color=_COLOURS.get(contender.name), label=contender.name)
-        axes.set_xticks(range(len(tokens)), [_shown(decode(token)) for token in tokens])
-        axes.set(title=f"after “{figure_text(prompts[number])}”", ylabel="probability")
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.axes[0].legend(frameon=False)
-    return figure
+    for place, contender in enumerate(contenders):
+        probabilities = contender.next_tokens[number].softmax(-1)[tokens].tolist()
+        at = [row + (place - (len(contenders) - 1) / 2) * height for row in range(len(tokens))]
+        axes.barh(at, probabilities, height, color=_COLOURS[contender.name], label=contender.name)
+    axes.set_yticks(range(len(tokens)), [_shown(decode(token)) for token in tokens])
+    axes.invert_yaxis()  # the first on top
+    axes.set(xlabel="probability")
+    return _with_legend_above(figure, axes)
 
 
 def calibration(contenders: Sequence[Contender]) -> Figure:
-    """How often the likeliest token is right, by how likely the model held it; and how many tokens that is."""
-    figure = Figure(figsize=(9, 4.5), layout="constrained")
-    right, shares = figure.subplots(1, 2)
-    right.plot([0, 1], [0, 1], color="#bbbbbb", linewidth=1, label="perfect")
+    """How often the likeliest token is right, by how likely the model held it."""
+    figure, axes = _figure()
+    axes.plot([0, 1], [0, 1], color="#b0b0b0", linewidth=1, label="perfect")
     for contender in contenders:
         bins = [row for row in contender.held_out.calibration if row[0] > 0]
         label = f"{contender.name} ({contender.held_out.calibration_error:.3f})"
-        colour = _COLOURS.get(contender.name)
-        right.plot([row[1] for row in bins], [row[2] for row in bins], "o-", markersize=4, color=colour, label=label)
-        width = 1 / len(contender.held_out.calibration)
-        edges = [number * width for number in range(len(contender.held_out.calibration) + 1)]
-        shares.stairs([row[0] for row in contender.held_out.calibration], edges, color=colour, linewidth=1.5)
-    right.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1), aspect="equal")
-    shares.set(xlabel="confidence", ylabel="share of tokens", xlim=(0, 1), yscale="log")
-    shares.spines[["top", "right"]].set_visible(False)
-    _finished(figure, right).axes[0].legend(frameon=False, loc="upper left")
-    return figure
+        colour = _COLOURS[contender.name]
+        axes.plot([row[1] for row in bins], [row[2] for row in bins], "o-", markersize=4, color=colour, label=label)
+    axes.set(xlabel="confidence", ylabel="share that is right", xlim=(0, 1), ylim=(0, 1))
+    return _with_legend_above(figure, axes)
+
+
+def confidence(contenders: Sequence[Contender]) -> Figure:
+    """How many tokens each bin of confidence has."""
+    figure, axes = _figure()
+    for contender in contenders:
+        shares = [row[0] for row in contender.held_out.calibration]
+        edges = [number / len(shares) for number in range(len(shares) + 1)]
+        axes.stairs(shares, edges, color=_COLOURS[contender.name], linewidth=1.5, label=contender.name)
+    axes.set(xlabel="confidence", ylabel="share of tokens", xlim=(0, 1), yscale="log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    return _with_legend_above(figure, axes)
 
 
 def sweep(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -133,8 +159,28 @@ def _shown(token: str) -> str:
     return figure_text(token.replace(" ", "␣")) or "∅"
 
 
-def _finished(figure: Figure, axes: Any) -> Figure:
+def _figure(height: float = _SIZE[1]) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(_SIZE[0], height), layout="constrained")
+    return figure, figure.subplots()
+
+
+def _line(
+    axes: Any, lines: Sequence[Mapping[str, float]], name: str, label: str, colour: str, style: str = "-"
+) -> None:
+    """What lines of a history say under `name`, with a point at each where they are few."""
+    points = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
+    marker = "o" if len(points) < 25 else ""
+    axes.plot(*zip(*points, strict=True), style, marker=marker, markersize=3.5, color=colour, label=label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))  # of steps
+
+
+def _with_legend_above(figure: Figure, axes: Any) -> Figure:
+    """Where it hides no curve."""
+    return _finished(figure, axes, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0)
+
+
+def _finished(figure: Figure, axes: Any, **legend: Any) -> Figure:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, **legend)
     return figure

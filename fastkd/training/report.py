@@ -5,53 +5,28 @@ A file or figure that cannot be made costs nothing else: the others are written,
 
 from __future__ import annotations
 
-import base64
 import csv
-import html
-import io
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
-from fastkd.training import plots
-from fastkd.training.configuration import dump
 from fastkd.training.fit import Fitted
-from fastkd.training.judge import CE_ONLY, STUDENT, Contender
+from fastkd.training.judge import STUDENT, Contender
 from fastkd.training.options import EvaluationOptions, Options
 from fastkd.training.plain import markdown, visible
+from fastkd.training.report_page import failure, page
+from fastkd.training.report_tables import results
 from fastkd.training.run import METRICS_FILE
 
 __all__ = ["print_results", "result_table", "table", "warn", "write", "write_csv", "write_each"]
 
-_TITLES: dict[str, tuple[str, Callable[[float], str]]] = {
-    "perplexity": ("perplexity", "{:,.1f}".format),
-    "out_of_domain_perplexity": ("out-of-domain perplexity", "{:,.1f}".format),
-    "kl": ("KL(teacher ‖ student)", "{:.3f}".format),
-    "top1_agreement": ("top-1 agreement", "{:.1%}".format),
-    "top5_agreement": ("top-5 agreement", "{:.1%}".format),
-    "probability_correlation": ("probability correlation", "{:.3f}".format),
-    "calibration_error": ("calibration error", "{:.3f}".format),
-    "retention": ("retention", "{:.1f} %".format),
-}
-_STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 72em; margin: 2em auto; padding: 0 1em; color: #222 }
-table { border-collapse: collapse; margin: 1em 0 } td, th { padding: .3em .8em; border-bottom: 1px solid #ddd }
-td { text-align: right } td:first-child, th:first-child, .text td { text-align: left } img { max-width: 100% }
-pre { background: #f6f6f6; padding: 1em; overflow-x: auto } .text td { vertical-align: top }"""
-
 
 def result_table(contenders: Sequence[Contender], metrics: Sequence[str]) -> list[list[str]]:
     """A header, then a row of texts per contender."""
-    rows = [["", "parameters", *(_TITLES[name][0] for name in metrics)]]
-    for contender in contenders:
-        values = contender.row()
-        cells = ["–" if (value := values[name]) is None else _TITLES[name][1](value) for name in metrics]
-        rows.append([contender.name, f"{contender.parameters:,}", *cells])
-    return rows
+    columns, rows = results(contenders, metrics)
+    return [["", *(column.title for column in columns[1:])], *([cell.text for cell in row] for row in rows)]
 
 
 def print_results(contenders: Sequence[Contender], lines: Sequence[str], metrics: Sequence[str]) -> None:
@@ -85,21 +60,21 @@ def write(
 
     Returns what could not be made, and why, for `warn`.
     """
-    rows = [{"model": one.name, "parameters": one.parameters, **one.row()} for one in contenders]
+    rows = [{"model": one.name, "parameters": one.parameters, **one.row(), **_bounds(one)} for one in contenders]
     undrawn: list[str] = []
 
-    def page() -> str:
-        def decode(token: int) -> str:
-            return str(tokenizer.decode([token]))
+    def decode(token: int) -> str:
+        return str(tokenizer.decode([token]))
 
-        return _page(title, contenders, fitted, lines, options, decode, undrawn)
+    def html() -> str:
+        return page(title, contenders, fitted, lines, options, decode, record, undrawn)
 
     story = fitted.get(STUDENT)
     files: dict[str, Callable[[Path], None]] = {
         METRICS_FILE: lambda path: _write(path, json.dumps(record, indent=2, ensure_ascii=False) + "\n"),
         "results.csv": lambda path: write_csv(path, rows),
         "samples.md": lambda path: _write(path, _samples(contenders, story, options.evaluation)),
-        "report.html": lambda path: _write(path, page()),
+        "report.html": lambda path: _write(path, html()),
     }
     return write_each(directory, files) + undrawn
 
@@ -112,24 +87,28 @@ def write_each(directory: Path, files: Mapping[str, Callable[[Path], None]]) -> 
             writer(directory / name)
         except Exception as error:  # whatever it is, what was trained is worth more
             (directory / name).unlink(missing_ok=True)
-            failed.append(_failure(name, error))
+            failed.append(failure(name, error))
     return failed
 
 
 def warn(failed: Sequence[str], again: str) -> None:
     """Say on stderr what could not be made; `again` says what is saved nevertheless, and how to make the rest."""
-    for failure in failed:
-        print(visible(f"fastkd: warning: {failure}"), file=sys.stderr)
+    for one in failed:
+        print(visible(f"fastkd: warning: {one}"), file=sys.stderr)
     if failed:
         print(visible(f"fastkd: warning: {again}"), file=sys.stderr)
 
 
-def _failure(name: str, error: Exception) -> str:
-    return f"{name} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
-
-
 def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a lone surrogate: JSON's own escape
+
+
+def _bounds(contender: Contender) -> dict[str, float | None]:
+    """The ends of the intervals as columns, such as perplexity_low and perplexity_high."""
+    found: dict[str, float | None] = {}
+    for name, ends in contender.intervals.items():
+        found[f"{name}_low"], found[f"{name}_high"] = (None, None) if ends is None else ends
+    return found
 
 
 def write_csv(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -149,65 +128,3 @@ def _samples(contenders: Sequence[Contender], fitted: Fitted | None, evaluation:
         told += [(contender.name, contender.samples) for contender in contenders]
         lines += [f"- **{name}**: {markdown(texts[number])}" for name, texts in told if texts]
     return "\n".join(lines) + "\n"
-
-
-def _page(
-    title: str,
-    contenders: Sequence[Contender],
-    fitted: dict[str, Fitted],
-    lines: Sequence[str],
-    options: Options,
-    decode: Callable[[int], str],
-    undrawn: list[str],
-) -> str:
-    """HTML without outside references. A figure that cannot be drawn is added to `undrawn`."""
-
-    def image(draw: Callable[[], Figure], alternative: str) -> str:
-        try:
-            return _image(draw(), alternative)
-        except Exception as error:  # the rest of the page is worth more
-            undrawn.append(_failure(f"the figure of {alternative}", error))
-            return f"<p>{_text(undrawn[-1])}</p>"
-
-    evaluation = options.evaluation
-    student = next(contender for contender in contenders if contender.name == STUDENT)
-    parts = [f"<h1>{_text(title)}</h1>", _table(result_table(contenders, evaluation.metrics))]
-    parts.append("<ul>" + "".join(f"<li>{_text(line)}</li>" for line in lines) + "</ul>")
-    if STUDENT in fitted:
-        alone = fitted.get(CE_ONLY)
-        teacher = next((one.held_out.perplexity for one in contenders if one.name == "teacher"), None)
-        parts += ["<h2>Training</h2>", image(lambda: plots.losses(fitted[STUDENT], alone), "losses by step")]
-        parts.append(image(lambda: plots.validation(fitted, teacher), "validation perplexity by step"))
-    expected = image(lambda: plots.next_tokens(contenders, evaluation.prompts, decode), "next-token distributions")
-    parts += ["<h2>What the models expect next</h2>", expected]
-    parts += ["<h2>Calibration</h2>", image(lambda: plots.calibration(contenders), "calibration")]
-    if student.samples:
-        rows = [["prompt", *(contender.name for contender in contenders)]]
-        rows += [
-            [prompt, *(contender.samples[number] for contender in contenders)]
-            for number, prompt in enumerate(evaluation.prompts)
-        ]
-        parts += ["<h2>Samples</h2>", _table(rows, "text")]
-    parts += ["<h2>Configuration</h2>", f"<pre>{_text(dump(options))}</pre>"]
-    head = f'<meta charset="utf-8"><title>{_text(title)}</title><style>{_STYLE}</style>'
-    body = "\n".join(parts)
-    return f"<!doctype html><html><head>{head}</head><body>{body}</body></html>\n"
-
-
-def _text(text: str) -> str:
-    """Any text as HTML that shows it."""
-    return html.escape(visible(text))
-
-
-def _table(rows: Sequence[Sequence[str]], kind: str = "numbers") -> str:
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{_text(cell)}</{tag}>" for cell in cells) + "</tr>"
-
-    return f'<table class="{kind}">{line(rows[0], "th")}' + "".join(line(row, "td") for row in rows[1:]) + "</table>"
-
-
-def _image(figure: Figure, alternative: str) -> str:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{_text(alternative)}" src="data:image/png;base64,{data}">'

@@ -32,7 +32,7 @@ def test_eval_finds_what_distill_found(finished, tmp_path, capsys):
         for measure in ("perplexity", "kl", "top1_agreement", "probability_correlation", "calibration_error"):
             assert values[measure] == pytest.approx(expected[measure], rel=1e-4, abs=1e-6)
         assert values["samples"] == expected["samples"]
-    assert (out / "eval" / "report.html").read_text().count("data:image/png") == 2
+    assert (out / "eval" / "report.html").read_text().count("<svg") == 4
     assert main(["eval", str(out), "--baseline", str(out), "--metrics", "kl"]) == 0
     assert main(["eval", str(tmp_path)]) == 2
     assert "holds no model" in capsys.readouterr().err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import math
 
 import numpy as np
@@ -66,6 +68,15 @@ def test_measures_are_their_definitions(padded):
     assert found.perplexity == pytest.approx(math.exp(expected["loss"]), rel=1e-4)
     assert sum(share for share, _, _ in found.calibration) == pytest.approx(1)
     assert 0.01 < expected["calibration_error"] < 0.9
+    by_window = {"loss": -log_q.gather(1, labels[:, None])[:, 0], "kl": (log_p.exp() * (log_p - log_q)).sum(-1)}
+    assert found.sums.tokens.tolist() == [LENGTH - 1] * len(windows())
+    for name, values in by_window.items():
+        sums = getattr(found.sums, name)
+        assert sums.tolist() == pytest.approx(values.view(len(windows()), -1).sum(1).tolist(), rel=1e-4)
+        assert getattr(found, name) == pytest.approx((sums.sum() / found.sums.tokens.sum()).item(), rel=1e-12)
+    record = found.record()
+    assert (record["windows"], record["tokens"]) == (len(windows()), len(labels))
+    assert json.loads(json.dumps(record)) == record
     itself = measure(theirs, windows(), theirs)
     again = measure(theirs, windows(), predict(teacher, windows(), 7, counted))
     for name in ("kl", "top1_agreement", "top5_agreement", "probability_correlation"):
@@ -101,7 +112,9 @@ def test_diagnosis_says_what_to_try():
     ours, theirs = (predict(model, windows(), 8) for model in (student, teacher))
     bad, good = measure(ours, windows(), theirs), measure(theirs, windows(), theirs)
     assert [line.endswith(": good") for line in diagnosis(good)] == [True] * 3
+    assert all(line.met for line in copy.deepcopy(diagnosis(good)))
     lines = diagnosis(bad)
+    assert not any(line.met for line in lines)
     assert "temperature is too high" in lines[0]
     assert "capacity" in lines[1]
     assert "soft_weight" in lines[2]

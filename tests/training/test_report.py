@@ -12,7 +12,9 @@ import transformers
 
 from fastkd.cli import main
 from fastkd.training import plots, report
+from fastkd.training.options import METRICS
 from fastkd.training.plain import figure_text, markdown, visible
+from fastkd.training.report_tables import MEASURES
 from tests.training.conftest import run
 
 HOSTILE = [
@@ -29,10 +31,34 @@ def test_any_prompt_is_reported(options, tmp_path, capsys):
     shown = capsys.readouterr()
     assert "warning" not in shown.err
     page, story = ((tmp_path / "out" / name).read_text() for name in ("report.html", "samples.md"))
-    assert page.count("data:image/png") == 4
+    assert page.count("<svg") == 5 + len(HOSTILE) + 2
     assert "<script" not in page + story.replace(r"\<", "")
     assert not set(page + story + shown.out) & {"\x1b", "\x00", "\u202e"}
     assert r"## the \$\\begin{film}\$" in story
+
+
+def test_intervals_are_in_every_file(options, tmp_path):
+    metrics = run(options, max_steps=2, ce_baseline=True, out_of_domain=options.data.data)
+    out = tmp_path / "out"
+    rows = list(csv.DictReader((out / "results.csv").open()))
+    ends = [f"{name}_{end}" for name in ("perplexity", "kl", "out_of_domain_perplexity") for end in ("low", "high")]
+    assert list(rows[0]) == ["model", "parameters", *METRICS, *ends]  # new columns stand last
+    page = (out / "report.html").read_text()
+    for row in rows:
+        found = metrics["models"][row["model"]]
+        for name, (lower, upper) in found["intervals"].items():
+            assert [float(row[f"{name}_low"]), float(row[f"{name}_high"])] == [lower, upper]
+            exact = (row["model"], name) == ("teacher", "kl")
+            assert lower == found[name] == upper == 0 if exact else lower < found[name] < upper
+            assert exact or f"<small>{MEASURES[name].form(lower)} to {MEASURES[name].form(upper)}</small>" in page
+        windows = metrics["models"]["teacher"]["held_out"]["windows"]
+        assert (found["held_out"]["windows"], found["held_out"]["tokens"]) == (windows, 15 * windows)
+    student, alone = metrics["models"]["student"], metrics["models"]["CE-only student"]
+    gained = metrics["differences"]["CE-only student"]["perplexity"]
+    assert gained["difference"] == student["perplexity"] - alone["perplexity"]
+    lower, upper = gained["interval"]
+    assert lower <= gained["difference"] <= upper
+    assert upper - lower < sum(high - low for low, high in (one["intervals"]["perplexity"] for one in (student, alone)))
 
 
 @pytest.mark.parametrize("text", [*HOSTILE, "$", "$$", r"\$", r"a\\$b$", "\ud800", "a\nb", ""])
@@ -63,7 +89,7 @@ def test_a_figure_that_fails_costs_only_itself(options, tmp_path, monkeypatch, c
     assert r"the figure of calibration could not be made: RuntimeError: no ink\x1b" in warned
     assert shlex.join(["fastkd", "eval", str(tmp_path / "out")]) in warned
     page = (tmp_path / "out" / "report.html").read_text()
-    assert page.count("data:image/png") == 3
+    assert page.count("<svg") == 5 + 2 + 1
     assert "no ink" in page
 
 
@@ -72,7 +98,7 @@ def test_a_report_that_fails_costs_no_student(options, tmp_path, monkeypatch, ca
         raise ValueError("no paper")
 
     with monkeypatch.context() as patched:
-        patched.setattr(report, "_page", fail)
+        patched.setattr(report, "page", fail)
         patched.setattr(report, "_samples", fail)
         metrics = run(options, max_steps=2)
     out = tmp_path / "out"
