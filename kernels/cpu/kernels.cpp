@@ -1,4 +1,5 @@
 // The kernels of one instruction set: CMake compiles this file once for each, with FASTKD_ISA naming its namespace.
+#include "loss.h"
 #include "normaliser.h"
 #include "select.h"
 
