@@ -1,6 +1,5 @@
-// Rows as the other headers see them. A row arrives in blocks of `block` columns, as fp32 in the first-level cache,
-// whatever its dtype. The last block is padded to whole vectors with -inf (probability 0), so that no other header needs a
-// loop for the columns beyond the last whole vector.
+// Rows as all other headers see them: in blocks of `block` columns, as fp32 in the first-level cache, whatever the
+// dtype. The last block is padded to whole vectors with -inf (probability 0), so no other loop treats its end apart.
 #pragma once
 #include "api.h"
 #include "vector.h"

@@ -1,27 +1,28 @@
 // One functor per divergence: from the probabilities of a vector of columns to the divergence's term and its derivative
 // g = dterm/dlog q. The sweeps do the rest. The definitions are those of fastkd/reference.py.
 //
-// To add a divergence, add two things to this file; no other header changes:
-//   - a functor, such as TVD: a constructor from the parameters (in the order of the row's fields in
-//     fastkd/divergences.py, at most two) and operator()(const Cell&), which returns a Pair, or a Ratio where g / q is
-//     bounded. Its row in fastkd/divergences.py has `normalised` true, else sweep 2 is left out where rows come in tiles;
-//   - its line in FASTKD_DIVERGENCES below. Loading the library fails if a name of fastkd/divergences.py is missing there.
+// To add a divergence, add two things to this file. No other header changes.
+//   - A functor; TVD is the simplest. Its constructor takes the divergence's parameters, in the order of the fields in
+//     fastkd/divergences.py, at most two. Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
+//   - Its name in FASTKD_DIVERGENCES below. The library is refused when it is loaded if a name of fastkd/divergences.py
+//     is missing there. (Leave `normalised` true there: where rows come in tiles, it asks for the functor's sweep.)
+// Then rebuild: pip install --editable .
 //
-// What a functor must get right:
-//   - Rows that nearly agree, in which training ends. Work from `d = log q - log p`: it comes from the difference of the
-//     logits and keeps its relative precision, while a difference of log_q and log_p, or of q and p, cancels.
-//   - A column whose logit is -inf on one side has p = 0 or q = 0 and an infinite d. Give each product with such a
+// What a functor must get right, and tests judge against float64:
+//   - Rows that nearly agree, as they do late in training. Work from `d = log q - log p`. It comes from the difference
+//     of the logits and keeps its relative precision, while log_q - log_p and q - p cancel.
+//   - Columns with a logit of -inf on one side. There p = 0 or q = 0, and d is infinite. Give each product with such a
 //     factor its limit, by `keep`. Columns that are -inf on both sides are left out by the sweeps.
 //   - A NaN in a logit must reach the term.
 //   - g may differ from the derivative by any multiple of q, because the gradient g - q * (sum of g) stays the same. If
-//     the derivative is near a multiple of q where p is near q, subtract that multiple, so that the rest does not cancel.
+//     the derivative is near a multiple of q where p is near q, subtract that multiple: what remains does not cancel.
 #pragma once
 #include "vector.h"
 
 namespace FASTKD_ISA {
 
-// One vector of columns. Logarithms are natural. Where a logit is -inf, its probability is 0, its logarithm is -inf and d
-// is infinite (NaN where both logits are -inf).
+// One vector of columns. Logarithms are natural. Where a logit is -inf, its probability is 0, its logarithm is -inf
+// and d is infinite (NaN where both logits are -inf).
 struct Cell {
   vec p, q, log_p, log_q, d;
 };
@@ -36,8 +37,8 @@ struct Ratio {
   vec term, ratio;
 };
 
-// The form that a functor takes on a row whose likeliest column, for the student, is this cell. Overload it for a functor
-// that needs more than one form.
+// The form that a functor takes on a row whose likeliest column, for the student, is this cell. Overload it for a
+// functor that needs more than one form.
 template <class Divergence>
 inline Divergence centred_at(const Divergence& divergence, const Cell&) {
   return divergence;
@@ -48,8 +49,8 @@ inline vec probability_gap(const Cell& c) {
   return select(c.d > 0.f, c.q, -c.p) * -expm1_nonpositive(-abs(c.d));
 }
 
-// The Kullback-Leibler family needs no sweep 2: its value and gradient are linear in sums that sweep 1 takes. `forward` and
-// `reverse` say which of these sums, and mark the family. The functors serve sparse.h, which has no such sums.
+// The Kullback-Leibler family needs no sweep 2: its value and gradient are linear in sums that sweep 1 takes.
+// `forward` and `reverse` say which of these sums, and mark the family. The functors serve sparse.h, which takes none.
 struct ForwardKL {
   static constexpr bool forward = true, reverse = false;
   explicit ForwardKL(const double*) {}
@@ -79,8 +80,8 @@ struct SymmetricKL {
   }
 };
 
-// log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d), for 0 < weight < 1. The two parts stay apart: nothing overflows,
-// no infinities are subtracted, and log_mix keeps its relative precision as d -> 0.
+// log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d), for 0 < weight < 1. The two parts stay apart: nothing
+// overflows, no infinities are subtracted, and log_mix keeps its relative precision as d -> 0.
 inline vec log_mix(vec d, float weight) {
   const vec share = select(d > 0.f, splat(weight), splat(1.f - weight));
   return log1p_nonpositive(share * expm1_nonpositive(-abs(d)));
@@ -108,8 +109,8 @@ struct SkewKL {
   bool far = false;
   explicit SkewKL(const double* parameters) : lam((float)parameters[0]) {}
 
-  // dterm/dlog q = -(1 - lam) q w with w = p / m. A constant may be subtracted from w: w - 1 is exact near p = q. But if the
-  // student is sure of a token and the teacher is not, w is near 0 in that column and w - 1 would lose it: `far`.
+  // dterm/dlog q = -(1 - lam) q w with w = p / m. A constant may be subtracted from w, and w - 1 is exact near p = q.
+  // `far`: the student is sure of a token and the teacher is not. Then w, near 0 in its column, would drown in w - 1.
   Ratio operator()(const Cell& c) const {
     const vec term = keep(c.p != 0.f, -c.p * (max(c.d, vec{}) + log_mix(c.d, lam)));
     const vec w = far ? c.p / (lam * c.p + (1.f - lam) * c.q) : (lam - 1.f) * mix_ratio(c.d, lam);
@@ -144,16 +145,16 @@ struct TVD {
 };
 
 // With s = alpha + beta the term is d^2 exp[s log q, alpha log p + beta log q, s log p] and its derivative
-// d exp[s log q, alpha log p + beta log q], where exp[...] is the divided difference of exp at these points. The points lie
+// d exp[s log q, alpha log p + beta log q], where exp[...] is the divided difference of exp at these points. They lie
 // 0, alpha d and s d below the first. Nothing is divided by a parameter, so alpha, beta or s may be 0, or nearly 0.
 struct AlphaBeta {
   struct Rate {
     float rate, inverse;  // of a rate of 0: 0
     explicit Rate(double of) : rate((float)of), inverse(of == 0 ? 0.f : (float)(1 / of)) {}
   };
-  // For one sign of d: the largest of the three points as a combination of log p and log q, and how far the next and the
-  // last are below it, per |d|. The derivative is a divided difference between two of the points. `upper` and `lower` are
-  // the weights that the differences between largest and next, and between next and last, have in it.
+  // For one sign of d: the largest of the three points as a combination of log p and log q, and how far the next and
+  // the last are below it, per |d|. The derivative is a divided difference between two of the points. `upper` and
+  // `lower` are the weights that the differences between largest and next, and between next and last, have in it.
   struct Side {
     float top_p, top_q;
     Rate next, gap, last;  // gap = last - next
@@ -184,7 +185,8 @@ struct AlphaBeta {
     for (int k = 7; k >= 0; k--) inner = factorials[k] - u * inner, series = inner - v * series;
     const vec far = (first - second) * of(rising.last.inverse, falling.last.inverse);
     const vec all_three = select(v < 0.5f, size * size * series, far);
-    const vec two = weighted(of(rising.upper, falling.upper), first) + weighted(of(rising.lower, falling.lower), second);
+    const vec upper = of(rising.upper, falling.upper), lower = of(rising.lower, falling.lower);
+    const vec two = weighted(upper, first) + weighted(lower, second);
     const vec g = weighted(largest, two);
     return {weighted(largest, all_three), select(up, g, -g)};
   }
@@ -210,8 +212,8 @@ struct AlphaBeta {
   }
 };
 
-// A functor minus that multiple of q from g which leaves g = 0 in the student's likeliest column, `top`. Otherwise, in a
-// confident row, the gradient of that column would be the rounding error of g - q * sum, two numbers that almost cancel.
+// A functor whose g is 0 in the student's likeliest column, `top`, because a multiple of q is subtracted. Otherwise, in
+// a confident row, that column's gradient would be the rounding error of g - q * (sum of g), which almost cancel.
 template <class Divergence>
 struct Centred {
   Divergence divergence;

@@ -1,4 +1,5 @@
-// kd_rows, from a call to the loss and gradient of its rows: which sweeps a divergence needs, and which rows are skipped.
+// kd_rows: from a call to the loss and gradient of each of its rows. Decides which sweeps a divergence needs, and which
+// rows are skipped.
 #pragma once
 #include "sparse.h"
 
@@ -33,8 +34,8 @@ struct Family : CrossSums<Divergence> {
   static constexpr bool reads_logits_once = sparse || no_soft || (kl && !reverse);
 };
 
-// The loss of one row and, if wanted, its gradient; or one stage of both on a tile of it. `divergence` is a functor, MSE
-// or NoSoft.
+// The loss of one row and, if wanted, its gradient; or one stage of both on a tile of it. `divergence` is a functor,
+// MSE or NoSoft.
 template <int hard, class Divergence>
 inline void one_row(const Divergence& divergence, const Row& row, const RowSpec& spec, const Scratch& scratch,
                     State& state, float& soft_out, float& hard_out) {
@@ -85,7 +86,7 @@ inline void one_row(const Divergence& divergence, const Row& row, const RowSpec&
     combination.raw = 2 * soft / spec.vocab_size;
   }
   soft_out = (float)value;
-  if (value != value) combination.gap = combination.student = combination.raw = value;  // a NaN is never swallowed, in no column
+  if (value != value) combination.gap = combination.student = combination.raw = value;  // NaN is never swallowed
 
   hard_out = 0;
   if constexpr (hard != kNoHard) {
@@ -162,7 +163,8 @@ inline Row row_of(const KDRows& call, int64_t i, const Scratch& scratch) {
 template <class Divergence>
 int kd_rows(const Divergence& divergence, const KDRows& call) {
   using family = Family<Divergence>;
-  const RowSpec spec = row_spec(call, family::probabilities ? call.temperature : 1);  // without a softmax at T, stash at T = 1
+  // Without a softmax at T, exponentials are stashed at T = 1, for the hard term.
+  const RowSpec spec = row_spec(call, family::probabilities ? call.temperature : 1);
   const RowSpec plain = without_soft(call, spec);
   // The student's exponentials may lie where the gradient will, unless the logits there are read again.
   const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&

@@ -1,6 +1,6 @@
-// Blocks in which student and teacher nearly agree, for the divergences with q - p in their gradient. A student near its
-// teacher learns from the small difference e_s - e_t. Subtracting the two rounded exponentials would leave mostly rounding
-// error, so the difference is computed from the exponents' difference, and stashed in place of e_s.
+// Blocks in which student and teacher nearly agree, for the divergences with q - p in their gradient. A student near
+// its teacher learns from the small difference e_s - e_t. Subtracting the two rounded exponentials would leave mostly
+// rounding error, so the difference is computed from the exponents' difference, and stashed in place of e_s.
 #pragma once
 #include "row.h"
 
@@ -28,8 +28,8 @@ struct NearBlock {
 };
 
 // Sweep 1 of one block with near vectors; `statistics` handles all other blocks. Returns the number of near vectors.
-// Arguments come by value, so that the compiler knows that no store changes them. Not inlined: the sweep over other blocks
-// has no registers to spare.
+// Arguments come by value, so that the compiler knows that no store changes them. Not inlined: the sweep over other
+// blocks has no registers to spare.
 template <bool reverse, int hard>
 __attribute__((noinline)) int64_t near_statistics(const NearBlock at, const Reader student, const Reader teacher,
                                                   int64_t next, const Nearness nearness, const RowSpec& spec,
@@ -79,8 +79,8 @@ inline double near_gap(float student_max, float teacher_max, const RowSpec& spec
   return ((moved_s - moved_t) * sums.teacher - moved_t * sums.gap) / (sums.student * sums.teacher);
 }
 
-// The factors of the gradient. `student` and `teacher` are those of e_s and e_t in vectors that are not near; `near_student`,
-// `near_gap` and `near_teacher` those of e_s, e_s - e_t and e_t in near ones; `ratio` and `hard` apply to both.
+// The factors of the gradient: in near vectors `near_student` of e_s, `near_gap` of e_s - e_t and `near_teacher` of
+// e_t, in others `student` of e_s and `teacher` of e_t. `ratio` and `hard` apply to both.
 struct NearGradient {
   float student, teacher, near_student, near_gap, near_teacher, ratio, hard;
 };

@@ -16,7 +16,7 @@ struct Masses {
   float sum, weighted;  // of 2^y, and of 2^y y for the entropy
 };
 
-// `before(i)` runs before each vector. Two sums of 2^y take turns, so that an addition need not wait for the one before.
+// `before(i)` runs before each vector. Vectors alternate between two sums, so that additions seldom wait.
 template <bool with_weighted, class Before>
 inline Masses masses(const float* z, int64_t n, const Exponent& exponent, const Before& before) {
   vec sums{}, sums2{}, weighted{};

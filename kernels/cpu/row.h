@@ -1,4 +1,4 @@
-// What the sweeps over a row share: the numbers of the loss, a thread's memory, the sums of a row and what follows from them.
+// What the sweeps over a row share: the numbers of the loss, a thread's memory, and the sums of a row.
 #pragma once
 #include "blocks.h"
 #include "threads.h"
@@ -88,7 +88,7 @@ struct RowSpec {
 struct Sums {
   float student_max = kNoMaximum, teacher_max = kNoMaximum;  // logits
   double student = 0, teacher = 0, hard = 0;  // sums of 2^y
-  double gap = 0;      // student - teacher, summed on its own: rows that nearly agree need its precision (with `forward` only)
+  double gap = 0;      // student - teacher, with `forward` only; precise where rows nearly agree and the two cancel
   double forward = 0;  // sum of e_t (y_t - y_s), relative to the current maxima
   double reverse = 0;  // sum of e_s (y_s - y_t)
   float top_student = 0, top_teacher = 0;  // both logits of the student's likeliest column; kept for functors only
@@ -147,7 +147,7 @@ inline float cross_entropy(double label_logit, const Sums& sums, const RowSpec& 
   return (float)(::log(sums.hard) - ln2 * spec.hard_scale * (float)((float)label_logit - sums.student_max));
 }
 
-// y_s - y_t of a vector of columns, from the student's and teacher's logits and the maxima. Accurate however small it is.
+// y_s - y_t of a vector of columns, from both sides' logits and maxima. Accurate however small it is.
 struct LogRatio {
   float cs, ct, student_max, teacher_max, shift, shift_low;
   bool direct;  // from the difference of the two logits
@@ -176,6 +176,8 @@ struct LogRatio {
 };
 
 // The factor from exponentials relative to one maximum, `from`, to those relative to another, `to`.
-inline double rescale(float from, float to, double scale) { return from == to ? 1 : ::exp2(((double)from - to) * scale); }
+inline double rescale(float from, float to, double scale) {
+  return from == to ? 1 : ::exp2(((double)from - to) * scale);
+}
 
 }  // namespace FASTKD_ISA

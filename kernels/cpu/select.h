@@ -1,9 +1,9 @@
 // The tokens that a cache keeps of a row: the k likeliest, or a random k whose weights stand for all of them.
 //
-//   1. maxima   of every group of 64 columns. The k-th largest of these bounds the k-th largest logit from below, so only
-//               the groups that reach it are searched for the k likeliest.
-//   2. masses   one sweep of exponentials, with the k likeliest excluded. What is not kept is summed from its own columns,
-//               never as 1 - sum, and so is accurate however small it is.
+//   1. maxima   of every group of 64 columns. The k-th largest of these bounds the k-th largest logit from below, so
+//               only the groups that reach it are searched for the k likeliest.
+//   2. masses   one sweep of exponentials, with the k likeliest excluded. What is not kept is summed from its own
+//               columns, never as 1 - sum, and so is accurate however small it is.
 //   3. draws    of a sample: only the blocks in which a draw falls are read again.
 #pragma once
 #include "normaliser.h"
@@ -71,8 +71,10 @@ inline int64_t find_likeliest(const Reader& row, int64_t columns, int64_t k, con
   return count;
 }
 
-// Columns [start, start + n) without those of `left_out`, which `next` walks in ascending order of columns.
-inline const float* without(const Reader& row, int64_t start, int64_t n, const Token*& next, const Token* end, float* copy) {
+// Columns [start, start + n) with the tokens from `next` to `end`, which ascend by column, excluded. `next` moves past
+// those of the block.
+inline const float* without(const Reader& row, int64_t start, int64_t n, const Token*& next, const Token* end,
+                            float* copy) {
   const float* z = row.fetch(start, n);
   if (next == end || next->column >= start + n) return z;
   memcpy(copy, z, (n + lanes - 1) / lanes * lanes * sizeof(float));
@@ -170,7 +172,8 @@ inline void write_nan(const Selection& call, int64_t i) {
   call.summary[i] = __builtin_nanf("");
 }
 
-inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float scale, const SelectionScratch& scratch) {
+inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float scale,
+                      const SelectionScratch& scratch) {
   Token* const found = scratch.found;
   const int64_t count = find_likeliest(row, call.logits.width, call.k, scratch);
   std::sort(found, found + count, earlier);
@@ -188,7 +191,8 @@ inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float
 
 // With e the masses in descending order and above[h] = the sum of all but the h largest, the heads are the first h for
 // which e[h] < above[h] / (k - h): the step. Heads keep their mass; k - h draws share the rest equally.
-inline void one_sample(const Selection& call, int64_t i, const Reader& row, float scale, const SelectionScratch& scratch) {
+inline void one_sample(const Selection& call, int64_t i, const Reader& row, float scale,
+                       const SelectionScratch& scratch) {
   Token *const found = scratch.found, *const kept = scratch.kept;
   int64_t count = find_likeliest(row, call.logits.width, call.k, scratch);
   std::sort(found, found + count, earlier);
@@ -218,7 +222,8 @@ inline void one_sample(const Selection& call, int64_t i, const Reader& row, floa
     std::sort(found, found + heads, earlier);
     std::sort(found + heads, found + count, earlier);
     const double step = above[heads] / (double)(call.k - heads);
-    Draws(row, call.logits.width, exponent, scratch)(heads, count, call.uniforms[i], step, call.k - heads, kept + heads);
+    const Draws draw(row, call.logits.width, exponent, scratch);
+    draw(heads, count, call.uniforms[i], step, call.k - heads, kept + heads);
     for (entries = call.k; entries-- > heads;) kept[entries].value = (float)(ln2 * (::log2(step) - log2_total));
     entries = call.k;
   }

@@ -1,7 +1,7 @@
-// The loss of a row beside a sparse teacher, of which each row keeps K tokens. Teacher and student become distributions
-// over K + 1 categories: the K tokens, and the rest, which is all other columns taken together. The student's rest is
-// summed from its own columns, with the K tokens excluded, and never as 1 minus the others: so nothing cancels where the K
-// tokens hold nearly all mass.
+// The loss of a row beside a sparse teacher, of which each row keeps K tokens. Teacher and student become
+// distributions over K + 1 categories: the K tokens, and the rest, which is all other columns taken together. The
+// student's rest is summed from its own columns, with the K tokens excluded, and never as 1 minus the others: so
+// nothing cancels where the K tokens hold nearly all mass.
 //
 //   1. statistics   of the rest's columns, by sweep 1. The K logits are picked from the row before.
 //   2. categories   the functor's terms and g on K + 1 categories, and a slope for each: g - q * (sum of g).
@@ -18,14 +18,16 @@ double category_slopes(const double* parameters, const Categories& at, int64_t c
   int64_t top = 0;
   for (int64_t k = 0; k <= count; k++)
     if (at.q[k] > at.q[top]) top = k;
-  const Cell likeliest{splat(at.p[top]), splat(at.q[top]), splat(at.log_p[top]), splat(at.log_q[top]), splat(at.d[top])};
+  const Cell likeliest{splat(at.p[top]), splat(at.q[top]), splat(at.log_p[top]), splat(at.log_q[top]),
+                       splat(at.d[top])};
   const Centred<Divergence> divergence(Divergence(parameters), likeliest);
   vec terms{};
   for (int64_t k = 0; k <= count; k += lanes) {
     const Cell cell{load(at.p + k), load(at.q + k), load(at.log_p + k), load(at.log_q + k), load(at.d + k)};
     const Pair pair = divergence(cell);
     // Left out: absent entries and padding, which have p = q = 0.
-    const ivec counted = (cell.log_p > -kInf) | (cell.log_q > -kInf) | (cell.log_p != cell.log_p) | (cell.log_q != cell.log_q);
+    const ivec counted =
+        (cell.log_p > -kInf) | (cell.log_q > -kInf) | (cell.log_p != cell.log_p) | (cell.log_q != cell.log_q);
     terms += keep(counted, pair.term);
     store(at.slope + k, keep(counted, pair.g));
   }
@@ -101,7 +103,8 @@ inline void one_row(const Sparse& sparse, const Row& row, const RowSpec& spec, c
   const bool want_grad = spec.want_grad && (whole || spec.stage == kGradient);
   const SparseRow& teacher = row.sparse;
   const int64_t first = teacher.first, end = first + spec.columns;
-  const int64_t from = lower_bound(teacher.ids, teacher.count, first), to = lower_bound(teacher.ids, teacher.count, end);
+  const int64_t from = lower_bound(teacher.ids, teacher.count, first);  // the tokens of this tile
+  const int64_t to = lower_bound(teacher.ids, teacher.count, end);
 
   if (whole || spec.stage == kStatistics) {  // before sweep 1: in place, the stash overwrites the logits
     if (hard != kNoHard && row.label >= 0 && row.label < spec.columns) state.label_logit = row.student.at(row.label);
@@ -139,7 +142,8 @@ inline void one_row(const Sparse& sparse, const Row& row, const RowSpec& spec, c
   if (value != value) soft = value;  // a NaN is never swallowed, in no column
   Combination combination;
   // Relative to the rest's own maximum, so that its exponentials do not underflow, however small its probability.
-  if (rest.student > 0 || rest.student != rest.student) combination.student = soft * at.slope[teacher.count] / rest.student;
+  if (rest.student > 0 || rest.student != rest.student)
+    combination.student = soft * at.slope[teacher.count] / rest.student;
   if (value != value) combination.student = value;
   combination.hard = by_hard * rescale(rest.student_max, sums.student_max, spec.hard_scale);
   combination.label = label_slope;

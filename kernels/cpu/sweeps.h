@@ -13,8 +13,8 @@
 // The hard term (cross-entropy at T = 1) comes out of the same sweeps. Where T is an integer up to 4, e^z is a power of
 // e^(z/T). For other T it is a third exponential.
 //
-// A row may also come in tiles of columns, with its logits computed again for each sweep. Then `State` keeps what is known
-// of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
+// A row may also come in tiles of columns, with its logits computed again for each sweep. Then `State` keeps what is
+// known of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
 #pragma once
 #include "divergences.h"
 #include "near.h"
@@ -49,7 +49,10 @@ inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scrat
     }
 
     float *es_out = scratch.student.tail, *et_out = scratch.teacher.tail, *eh_out = scratch.hard.tail;
-    if (keep_stash) es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n), eh_out = scratch.hard.at(start, n);
+    if (keep_stash) {
+      es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n);
+      eh_out = scratch.hard.at(start, n);
+    }
     if constexpr (forward) {
       if (keep_stash) scratch.near_block[b] = false;
       if (b % 8 == 0 || mostly_near) {
@@ -68,7 +71,7 @@ inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scrat
     }
     vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
     for (int64_t i = 0; i < n; i += lanes) {
-      row.student.prefetch(start + block + i);  // block_max reads a block before any work could hide the wait for memory
+      row.student.prefetch(start + block + i);  // block_max of the next block would wait for memory
       if (with_teacher) row.teacher.prefetch(start + block + i);
       const vec zs = load(s + i) - student_max;
       const vec ys = zs * cs;
@@ -163,7 +166,7 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
       const vec zs = load(s + i), zt = load(t + i);
       const Cell cell = cells(zs, zt, load(et + i) * to_p, load(es + i) * to_q);
       const Pair pair = centred(cell);
-      // Columns that are -inf on both sides, such as padding, contribute nothing, whatever the functor makes of p = q = 0.
+      // Columns that are -inf on both sides, such as padding, count for nothing, whatever the functor returns.
       const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
       const vec g = keep(counted, pair.g);
       sum_term += keep(counted, pair.term);
@@ -193,8 +196,8 @@ inline double squared_error(const Row& row, const RowSpec& spec) {
 }
 
 // The coefficients of a row's gradient:
-//   gap * (q - p)  +  student * e_s  +  ratio * e_s * (y_s - y_t)  +  g * stash_g  +  raw * (z_s - z_t)  +  hard * e_hard
-// minus `label` in the label's column. Exponentials are relative to the row's maxima; stash_g is what sweep 2 stashed.
+//   gap * (q - p) + student * e_s + ratio * e_s * (y_s - y_t) + g * stash_g + raw * (z_s - z_t) + hard * e_hard
+// minus `label` in the label's column. Exponentials are relative to the row's maxima. stash_g is what sweep 2 stashed.
 struct Combination {
   double gap = 0, student = 0, ratio = 0, g = 0, raw = 0, hard = 0, label = 0;
 };
@@ -202,8 +205,8 @@ struct Combination {
 // What sweep 3 reads beside the stash: nothing, or the logits, for y_s - y_t or for z_s - z_t.
 enum Logits : int { kStashOnly = 0, kLogRatio = 1, kDifference = 2 };
 
-// Sweep 3. `with_teacher`: the teacher's stash takes part, which holds g; or e_t if `forward`, with near blocks as near.h
-// stashed them.
+// Sweep 3. `with_teacher`: the teacher's stash takes part. It holds g, or e_t if `forward`, where near blocks have the
+// stash of near.h.
 template <int logits, bool with_teacher, bool forward, int hard>
 inline void gradient(const Row& row, const RowSpec& spec, const Scratch& scratch, const Sums& sums,
                      const Combination& combination) {
@@ -230,7 +233,8 @@ inline void gradient(const Row& row, const RowSpec& spec, const Scratch& scratch
     if (forward && scratch.near_block[b]) {
       const NearBlock at{s, t, es_in, et_in, eh_in, scratch.near + start / lanes, n};
       const double gap = combination.gap * near_gap(at_s, scratch.teacher_max[b], spec, sums);
-      const NearGradient by{by_s, by_t, (float)(combination.student * moved_s), (float)by_q, (float)gap, by_ratio, by_h};
+      const float near_s = (float)(combination.student * moved_s);
+      const NearGradient by{by_s, by_t, near_s, (float)by_q, (float)gap, by_ratio, by_h};
       near_gradient<logits == kLogRatio, hard>(at, log_ratio, by, out);
     } else {
       for (int64_t i = 0; i < n; i += lanes) {

@@ -7,8 +7,8 @@
 
 namespace FASTKD_ISA {
 
-// Hands out the arrays of one allocation, each at the start of a cache line. Without memory it only counts the bytes. So
-// one function that takes arrays gives both the size of an allocation and its layout.
+// Hands out the arrays of one allocation, each at the start of a cache line. Without memory it only counts the bytes.
+// So one function that takes arrays gives both the size of an allocation and its layout.
 struct Arrays {
   char* memory = nullptr;
   int64_t bytes = 0;
