@@ -1,4 +1,4 @@
-// C entry points: pick the instruction set once, then forward.
+// The C entry points: the first call picks the instruction set, and every call is forwarded to its kernels.
 #include "api.h"
 
 #include <cstdlib>
@@ -26,7 +26,7 @@ struct Choice {
   Kernels kernels;
 };
 
-// FASTKD_ISA=v3 keeps to AVX2 on a processor that has more: to compare, or to test both.
+// The environment variable FASTKD_ISA=v3 chooses AVX2 on a processor that has more, to compare or to test both.
 Choice choose() {
 #if defined(FASTKD_HAS_v3)
   __builtin_cpu_init();
@@ -48,15 +48,15 @@ const Choice& chosen() {
 
 }  // namespace
 
-// What fastkd/_native.py asks a library before it uses it: the version of this interface, which changes with the meaning
-// of its functions; the instruction set; which divergences there are, and how large what is laid out on both sides.
+// What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
+// functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
 FASTKD_API int fastkd_abi() { return 4; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
 FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.knows(divergence); }
 
-// Bytes of an argument struct, or of the state of a row between tiles ("state"); -1 for what is not known here.
+// Bytes of an argument struct, or of a row's state between tiles ("state"). -1 for any other name.
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"Statistics", sizeof(Statistics)}, {"LogSoftmax", sizeof(LogSoftmax)},
@@ -78,7 +78,8 @@ FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
 
 FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
 
-// Ask for huge pages under the whole pages of a fresh buffer: touching it first is the largest cost of a fresh gradient.
+// Asks for huge pages under a fresh buffer, except in pages that it shares with others. The first touch of its memory
+// is the largest cost of a new gradient.
 FASTKD_API void fastkd_advise_huge_pages(char* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   const uintptr_t page = 4096;

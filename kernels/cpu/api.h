@@ -1,4 +1,4 @@
-// The C interface: one argument struct per operation, mirrored field by field in fastkd/_native.py.
+// The C interface of the library: one argument struct per operation. library.py mirrors each field by field.
 #pragma once
 #include <cstdint>
 
@@ -13,12 +13,12 @@ struct Matrix {
   int64_t inner_stride;
 };
 
-// See fastkd/backend.py, Tile: what a call does with its columns.
+// See fastkd/rows.py, Tile: which sweep a call makes over its columns. kWhole: all of them, over whole rows.
 enum Stage : int64_t { kWhole = 0, kStatistics = 1, kTerms = 2, kGradient = 3 };
 
 constexpr int64_t kStateBytes = 128;  // per row
 
-// See fastkd/backend.py, SparseRows: `count` entries a row.
+// See fastkd/rows.py, SparseRows: `count` entries a row.
 struct SparseTeacher {
   const int64_t* ids;  // nullptr: absent
   const float* logprobs;
@@ -44,8 +44,8 @@ struct KDRows {
   double temperature, teacher_temperature;
   double soft_weight, hard_weight;
   int64_t stage;
-  int64_t first;  // column of the row that the matrices begin with, and
-  void* state;    // kStateBytes per row: both for tiles only
+  int64_t first;         // for tiles only: the column of the row that the matrices begin with,
+  void* state;           // and kStateBytes per row
   SparseTeacher sparse;  // in place of `teacher`
 };
 
@@ -61,8 +61,8 @@ struct Statistics {
   double temperature;
 };
 
-// `normaliser` is [rows, 2]: (max, log2 Z) with softmax(z / T) = 2^((z - max) * log2(e)/T - log2 Z); the two apart,
-// because their sum would lose the fraction beside a large offset.
+// `normaliser` is [rows, 2]: (max, log2 Z) with softmax(z / T) = 2^((z - max) * log2(e)/T - log2 Z). The two stay
+// apart: beside a large offset their sum would lose the fraction.
 struct LogSoftmax {
   Matrix logits;
   Matrix upstream;  // backward only
@@ -78,7 +78,7 @@ struct Selection {
   Matrix logits;
   int64_t* ids;            // [rows, k]
   float* log_weights;      // [rows, k]
-  float* summary;          // [rows]: log of the mass not kept; of a sample the entropy
+  float* summary;          // [rows]: the log of the mass that is not kept; for a sample the entropy
   const double* uniforms;  // [rows]; nullptr: the k likeliest
   int64_t k;
   int64_t rows;

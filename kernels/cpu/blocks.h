@@ -1,5 +1,5 @@
-// Rows arrive in blocks of `block` columns, as fp32 in the first-level cache, whatever their dtype. The last block is
-// padded to whole vectors with -inf (probability 0), so no loop above this file has a tail.
+// Rows as all other headers see them: in blocks of `block` columns, as fp32 in the first-level cache, whatever the
+// dtype. The last block is padded to whole vectors with -inf (probability 0), so no other loop treats its end apart.
 #pragma once
 #include "api.h"
 #include "vector.h"
@@ -11,8 +11,8 @@ namespace FASTKD_ISA {
 
 constexpr int64_t block = 1024;
 
-// The blocks of `columns` columns: for (const auto [start, n] : for_blocks(columns)), n = `block` but in the last. There
-// is no other loop over blocks, so none whose step, end and length disagree.
+// The blocks of `columns` columns: for (const auto [start, n] : for_blocks(columns)). n is `block` in all but the last.
+// Every loop over blocks is this one, so that its step, end and length cannot disagree.
 struct Block {
   int64_t start, n;
 };
@@ -87,14 +87,14 @@ inline int64_t lower_bound(const int64_t* numbers, int64_t count, int64_t least)
   return low;
 }
 
-// A row being read. `buffer` holds one block.
+// A row to be read. `buffer` has room for one block.
 struct Reader {
   const char* row;
   int64_t dtype;
   float* buffer;
-  // Columns fetched as -inf, ascending; `first` is what the row's first column is called there.
-  const int64_t* hidden = nullptr;
-  int64_t hidden_count = 0, first = 0;
+  // Columns that `fetch` gives as -inf, ascending. They are columns of the whole row, where this one begins at `first`.
+  const int64_t* excluded = nullptr;
+  int64_t excluded_count = 0, first = 0;
 
   float at(int64_t column) const {
     if (dtype == kFloat32) return reinterpret_cast<const float*>(row)[column];
@@ -105,15 +105,16 @@ struct Reader {
     return f;
   }
 
-  void prefetch(int64_t column) const { __builtin_prefetch(row + column * (dtype == kFloat32 ? 4 : 2)); }
+  void prefetch(int64_t column) const { __builtin_prefetch(row + column * element_size(dtype)); }
 
   // Columns [start, start + n) as fp32, readable up to a whole number of vectors.
   const float* fetch(int64_t start, int64_t n) const {
-    int64_t hide = hidden_count ? lower_bound(hidden, hidden_count, first + start) : 0;
-    const bool hides = hide < hidden_count && hidden[hide] < first + start + n;
+    const int64_t begin = first + start, end = begin + n;
+    int64_t next = excluded_count ? lower_bound(excluded, excluded_count, begin) : 0;
+    const bool excludes = next < excluded_count && excluded[next] < end;
     if (dtype == kFloat32) {
       const float* from = reinterpret_cast<const float*>(row) + start;
-      if (n % lanes == 0 && !hides) return from;
+      if (n % lanes == 0 && !excludes) return from;
       memcpy(buffer, from, n * sizeof(float));
     } else {
       const uint16_t* from = reinterpret_cast<const uint16_t*>(row) + start;
@@ -121,12 +122,12 @@ struct Reader {
       else for (int64_t i = 0; i < n; i++) buffer[i] = widen_bf16(from[i]);
     }
     for (int64_t i = n; i % lanes; i++) buffer[i] = -kInf;
-    for (; hide < hidden_count && hidden[hide] < first + start + n; hide++) buffer[hidden[hide] - first - start] = -kInf;
+    for (; next < excluded_count && excluded[next] < end; next++) buffer[excluded[next] - begin] = -kInf;
     return buffer;
   }
 };
 
-// A row being written. `target` is where to put the fp32 values of a block, `flush` rounds them into the row.
+// A row to be written. Put the fp32 values of a block where `target` says, then `flush` rounds them into the row.
 struct Writer {
   char* row;
   int64_t dtype;

@@ -1,18 +1,28 @@
-// One functor per divergence: from the probabilities of a vector of columns to the term and g = dterm/dlog q.
-// The skeleton in rows.h does the rest. fastkd/reference.py holds the definitions these must agree with.
+// One functor per divergence: from the probabilities of a vector of columns to the divergence's term and its derivative
+// g = dterm/dlog q. The sweeps do the rest. The definitions are those of fastkd/reference.py.
 //
-// g may differ from the derivative by any multiple of q: (g - q G) does not change. Where the derivative is near a
-// multiple of q when p is near q, the functor takes that multiple off, so that what remains does not cancel.
+// To add a divergence, add two things to this file. No other header changes.
+//   - A functor; TVD is the simplest. Its constructor takes the divergence's parameters, in the order of the fields in
+//     fastkd/divergences.py, at most two. Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
+//   - Its name in FASTKD_DIVERGENCES below. The library is refused when it is loaded if a name of fastkd/divergences.py
+//     is missing there. (Leave `normalised` true there: where rows come in tiles, it asks for the functor's sweep.)
+// Then rebuild: pip install --editable .
 //
-// `d = log q - log p` comes from the difference of the logits, so the near-equal rows that training ends in keep
-// their relative precision; functors therefore work from d and not from log q and log p.
+// What a functor must get right, and tests judge against float64:
+//   - Rows that nearly agree, as they do late in training. Work from `d = log q - log p`. It comes from the difference
+//     of the logits and keeps its relative precision, while log_q - log_p and q - p cancel.
+//   - Columns with a logit of -inf on one side. There p = 0 or q = 0, and d is infinite. Give each product with such a
+//     factor its limit, by `keep`. Columns that are -inf on both sides are left out by the sweeps.
+//   - A NaN in a logit must reach the term.
+//   - g may differ from the derivative by any multiple of q, because the gradient g - q * (sum of g) stays the same. If
+//     the derivative is near a multiple of q where p is near q, subtract that multiple: what remains does not cancel.
 #pragma once
 #include "vector.h"
 
 namespace FASTKD_ISA {
 
-// One vector of columns, natural logarithms. Where a logit is -inf its probability is 0, its logarithm -inf, and d is
-// infinite (NaN if both are -inf).
+// One vector of columns. Logarithms are natural. Where a logit is -inf, its probability is 0, its logarithm is -inf
+// and d is infinite (NaN where both logits are -inf).
 struct Cell {
   vec p, q, log_p, log_q, d;
 };
@@ -21,12 +31,14 @@ struct Pair {
   vec term, g;
 };
 
-// What a functor gives instead where ratio = g / q is bounded, or nearly.
+// What a functor returns instead if ratio = g / q is bounded, or nearly so: subtracting a multiple of q from g is then
+// exact (see Centred).
 struct Ratio {
   vec term, ratio;
 };
 
-// The form of a functor for rows with this cell in the student's likeliest column.
+// The form that a functor takes on a row whose likeliest column, for the student, is this cell. Overload it for a
+// functor that needs more than one form.
 template <class Divergence>
 inline Divergence centred_at(const Divergence& divergence, const Cell&) {
   return divergence;
@@ -37,12 +49,12 @@ inline vec probability_gap(const Cell& c) {
   return select(c.d > 0.f, c.q, -c.p) * -expm1_nonpositive(-abs(c.d));
 }
 
-// The Kullback-Leibler family closes in one sweep: its value and gradient are linear in sums the statistics sweep takes.
-// The functors are for sparse.h, which has no such sums.
+// The Kullback-Leibler family needs no sweep 2: its value and gradient are linear in sums that sweep 1 takes.
+// `forward` and `reverse` say which of these sums, and mark the family. The functors serve sparse.h, which takes none.
 struct ForwardKL {
   static constexpr bool forward = true, reverse = false;
   explicit ForwardKL(const double*) {}
-  double weight() const { return 1; }
+  double weight() const { return 1; }  // of the forward direction
   Pair operator()(const Cell& c) const { return {keep(c.p != 0.f, -c.p * c.d), probability_gap(c)}; }
 };
 
@@ -60,7 +72,7 @@ struct SymmetricKL {
   static constexpr bool forward = true, reverse = true;
   double w;
   explicit SymmetricKL(const double* parameters) : w(parameters[0]) {}
-  double weight() const { return w; }  // of the forward direction
+  double weight() const { return w; }
   Pair operator()(const Cell& c) const {
     const Pair forward_pair = ForwardKL(nullptr)(c), reverse_pair = ReverseKL(nullptr)(c);
     const float a = (float)w, b = (float)(1 - w);
@@ -68,17 +80,17 @@ struct SymmetricKL {
   }
 };
 
-// With share = weight for d > 0 and 1 - weight otherwise: log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d).
-// Left in two parts: no overflow, no difference of infinities, and exact in the limit d -> 0. 0 < weight < 1.
+// log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d), for 0 < weight < 1. The two parts stay apart: nothing
+// overflows, no infinities are subtracted, and log_mix keeps its relative precision as d -> 0.
 inline vec log_mix(vec d, float weight) {
   const vec share = select(d > 0.f, splat(weight), splat(1.f - weight));
   return log1p_nonpositive(share * expm1_nonpositive(-abs(d)));
 }
 
-// (e^d - 1) / (weight + (1 - weight) e^d), likewise.
+// (e^d - 1) / (weight + (1 - weight) e^d), with the same properties.
 inline vec mix_ratio(vec d, float weight) {
-  const vec less = expm1_nonpositive(-abs(d)), share = select(d > 0.f, splat(weight), splat(1.f - weight));
-  return select(d > 0.f, -less, less) / (1.f + share * less);
+  const vec change = expm1_nonpositive(-abs(d)), share = select(d > 0.f, splat(weight), splat(1.f - weight));
+  return select(d > 0.f, -change, change) / (1.f + share * change);
 }
 
 struct JSD {
@@ -97,8 +109,8 @@ struct SkewKL {
   bool far = false;
   explicit SkewKL(const double* parameters) : lam((float)parameters[0]) {}
 
-  // dterm/dlog q = -(1 - lam) q w with w = p / m, where w may be less any constant: less 1 it is exact near p = q. But a
-  // student that is sure of what the teacher is not has w near 0 in its likeliest column, and all of w is needed.
+  // dterm/dlog q = -(1 - lam) q w with w = p / m. A constant may be subtracted from w, and w - 1 is exact near p = q.
+  // `far`: the student is sure of a token and the teacher is not. Then w, near 0 in its column, would drown in w - 1.
   Ratio operator()(const Cell& c) const {
     const vec term = keep(c.p != 0.f, -c.p * (max(c.d, vec{}) + log_mix(c.d, lam)));
     const vec w = far ? c.p / (lam * c.p + (1.f - lam) * c.q) : (lam - 1.f) * mix_ratio(c.d, lam);
@@ -118,7 +130,7 @@ struct SkewReverseKL {
   explicit SkewReverseKL(const double* parameters) : lam((float)parameters[0]) {}
   Ratio operator()(const Cell& c) const {
     const vec m_over_q = max(-c.d, vec{}) + log_mix(-c.d, lam);  // a logarithm
-    // dterm/dlog q = term + (1 - lam) p q / m, and -q (1 - lam) more.
+    // dterm/dlog q = term + (1 - lam) q p / m. Subtracted from it: (1 - lam) q.
     return {keep(c.q != 0.f, -c.q * m_over_q), (1.f - lam) * lam * mix_ratio(-c.d, lam) - m_over_q};
   }
 };
@@ -132,16 +144,17 @@ struct TVD {
   }
 };
 
-// With s = alpha + beta the term is d^2 exp[s log q, alpha log p + beta log q, s log p] and its derivative d exp[s log q,
-// alpha log p + beta log q], where exp[...] is the divided difference of exp. The three lie 0, alpha d and s d below the
-// first: no parameter is divided by, and alpha, beta or s that are 0, or nearly, are as good as any.
+// With s = alpha + beta the term is d^2 exp[s log q, alpha log p + beta log q, s log p] and its derivative
+// d exp[s log q, alpha log p + beta log q], where exp[...] is the divided difference of exp at these points. They lie
+// 0, alpha d and s d below the first. Nothing is divided by a parameter, so alpha, beta or s may be 0, or nearly 0.
 struct AlphaBeta {
   struct Rate {
-    float rate, inverse;  // 0 of 0
+    float rate, inverse;  // of a rate of 0: 0
     explicit Rate(double of) : rate((float)of), inverse(of == 0 ? 0.f : (float)(1 / of)) {}
   };
-  // For one sign of d: the largest of the three as a combination of logarithms, and how much less the next and the last
-  // are, in |d|. The derivative is between the first two: `upper` and `lower` are the parts of that which each gap makes up.
+  // For one sign of d: the largest of the three points as a combination of log p and log q, and how far the next and
+  // the last are below it, per |d|. The derivative is a divided difference between two of the points. `upper` and
+  // `lower` are the weights that the differences between largest and next, and between next and last, have in it.
   struct Side {
     float top_p, top_q;
     Rate next, gap, last;  // gap = last - next
@@ -160,31 +173,32 @@ struct AlphaBeta {
                             weighted(of(rising.top_q, falling.top_q), c.log_q));
     const vec next = of(rising.next.rate, falling.next.rate), gap = of(rising.gap.rate, falling.gap.rate);
     const vec u = weighted(next, size), v = weighted(of(rising.last.rate, falling.last.rate), size);
-    // |d| times the divided difference of the first two, and of the last two, relative to the largest.
+    // |d| times the divided difference of the first two points, and of the last two, both over `largest`.
     const Decay to_next = decay(-u);
-    const vec first = select(next == 0.f, size, to_next.less_one * -of(rising.next.inverse, falling.next.inverse));
+    const vec first = select(next == 0.f, size, to_next.minus_one * -of(rising.next.inverse, falling.next.inverse));
     const vec across = expm1_nonpositive(-gap * size) * -of(rising.gap.inverse, falling.gap.inverse);
     const vec second = weighted(to_next.power, select(gap == 0.f, size, across));
-    // Of all three by the recurrence; where that cancels, by the series.
+    // That of all three: by the recurrence, or by its series where the recurrence cancels.
     vec inner{}, series{};
     constexpr float factorials[] = {5e-1f,          1.6666667e-1f,  4.1666668e-2f,  8.3333338e-3f,
                                     1.3888889e-3f,  1.9841270e-4f,  2.4801588e-5f,  2.7557319e-6f};
     for (int k = 7; k >= 0; k--) inner = factorials[k] - u * inner, series = inner - v * series;
     const vec far = (first - second) * of(rising.last.inverse, falling.last.inverse);
     const vec all_three = select(v < 0.5f, size * size * series, far);
-    const vec two = weighted(of(rising.upper, falling.upper), first) + weighted(of(rising.lower, falling.lower), second);
+    const vec upper = of(rising.upper, falling.upper), lower = of(rising.lower, falling.lower);
+    const vec two = weighted(upper, first) + weighted(lower, second);
     const vec g = weighted(largest, two);
     return {weighted(largest, all_three), select(up, g, -g)};
   }
 
  private:
-  // 0 where the weight is, whatever x is there.
+  // 0 where the weight is 0, whatever x is there.
   static vec weighted(vec weight, vec x) { return keep(weight != 0.f, weight * x); }
 
   static Side side(double alpha, double beta, double sign) {
     const double s = alpha + beta;
     const double below[] = {0, sign * alpha, sign * s}, by_p[] = {0, alpha, s}, by_q[] = {s, beta, 0};
-    int order[] = {0, 1, 2};  // from the largest
+    int order[] = {0, 1, 2};  // of the points, from the largest: sorted by comparing neighbours
     const int passes[] = {0, 1, 0};
     for (int pair : passes) {
       if (below[order[pair + 1]] >= below[order[pair]]) continue;
@@ -198,46 +212,47 @@ struct AlphaBeta {
   }
 };
 
-// A functor whose g is less that multiple of q which leaves 0 in the student's likeliest column, `top`: in a confident row
-// the column's gradient would else be what rounding leaves of g - q * sum, two numbers that almost cancel.
+// A functor whose g is 0 in the student's likeliest column, `top`, because a multiple of q is subtracted. Otherwise, in
+// a confident row, that column's gradient would be the rounding error of g - q * (sum of g), which almost cancel.
 template <class Divergence>
 struct Centred {
   Divergence divergence;
-  float center, rest;  // what rounding to `center` left
+  float center, rest;  // the multiple is the sum of both: `rest` is what rounding to `center` lost
 
   Centred(const Divergence& of, const Cell& top) : divergence(centred_at(of, top)) {
     const double exactly = at(divergence(top), top);
-    const bool finite = exactly - exactly == 0;  // else the divergence is infinite there
+    const bool finite = exactly - exactly == 0;  // otherwise the divergence is infinite there
     center = finite ? (float)exactly : 0, rest = finite ? (float)(exactly - center) : 0;
   }
-  Pair operator()(const Cell& c) const { return less(divergence(c), c); }
+  Pair operator()(const Cell& c) const { return centred(divergence(c), c); }
 
  private:
   static double at(const Pair& pair, const Cell& top) { return (double)pair.g[0] / top.q[0]; }
   static double at(const Ratio& pair, const Cell&) { return pair.ratio[0]; }
-  Pair less(const Pair& pair, const Cell& c) const { return {pair.term, (pair.g - center * c.q) - rest * c.q}; }
-  Pair less(const Ratio& pair, const Cell& c) const {
+  Pair centred(const Pair& pair, const Cell& c) const { return {pair.term, (pair.g - center * c.q) - rest * c.q}; }
+  Pair centred(const Ratio& pair, const Cell& c) const {
     return {pair.term, keep(c.q != 0.f, c.q * (pair.ratio - center))};
   }
 };
 
-// Squared error of raw logits: no softmax, and sweeps of its own in rows.h.
+// Squared error of raw logits. It has no softmax and so no functor: the sweeps know it.
 struct MSE {
   explicit MSE(const double*) {}
 };
 
-// Every divergence once, by the name that users write. When this library is loaded, the names in fastkd/divergences.py
-// are looked up here.
+// Every divergence, by the name that users write: the one list of them in C++. When the library is loaded, each name of
+// fastkd/divergences.py is looked up here.
 #define FASTKD_DIVERGENCES(X)                                                                \
   X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(symmetric_kl, SymmetricKL) X(jsd, JSD) \
   X(skew_kl, SkewKL) X(skew_reverse_kl, SkewReverseKL) X(tvd, TVD) X(alpha_beta, AlphaBeta) X(mse, MSE)
 
+// A type passed as a value, to a generic lambda.
 template <class Divergence>
 struct Kind {
   using type = Divergence;
 };
 
-// `function` of the Kind of that name; `unknown` where there is none.
+// Calls `function` with the Kind of that name. Returns `unknown` if there is none.
 template <class Result, class Function>
 inline Result with_divergence(const char* name, Result unknown, const Function& function) {
 #define FASTKD_CASE(known, Divergence) \

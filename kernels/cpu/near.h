@@ -1,16 +1,16 @@
-// Blocks of rows that nearly agree, for the divergences that have q - p in their gradient. Of two exponentials, each rounded,
-// the small difference that a student near its teacher learns from would be mostly rounding: it is taken from the
-// difference of the exponents, and stashed in the place of e_s.
+// Blocks in which student and teacher nearly agree, for the divergences with q - p in their gradient. A student near
+// its teacher learns from the small difference e_s - e_t. Subtracting the two rounded exponentials would leave mostly
+// rounding error, so the difference is computed from the exponents' difference, and stashed in place of e_s.
 #pragma once
 #include "row.h"
 
 namespace FASTKD_ISA {
 
-// Near is a vector of columns in which no student's exponent is further than 1/2 from the teacher's.
+// A vector of columns is near if no student's exponent in it is further than 1/2 from the teacher's.
 struct Nearness {
   LogRatio apart;
-  Nearness(const Settings& settings, float student_max, float teacher_max)
-      : apart(settings, student_max, teacher_max, 0) {}
+  Nearness(const RowSpec& spec, float student_max, float teacher_max)
+      : apart(spec, student_max, teacher_max, 0) {}
 
   // y_s - y_t, and 0 where both are -inf.
   vec difference(vec zs, vec zt) const { return keep(~((zs == -kInf) & (zt == -kInf)), apart(zs, zt)); }
@@ -18,7 +18,8 @@ struct Nearness {
   bool holds(vec zs, vec zt) const { return holds(difference(zs, zt)); }
 };
 
-// The memory of a block. `near` has a flag for each vector: e_s - e_t is stashed for e_s. nullptr: nobody reads them.
+// The memory of a block: logits and stashes. `near` has a flag per vector: set where the stash holds e_s - e_t in place
+// of e_s. nullptr: nobody reads the flags.
 struct NearBlock {
   const float *s, *t;
   float *es, *et, *eh;
@@ -26,13 +27,14 @@ struct NearBlock {
   int64_t n;
 };
 
-// Sweep 1 of one block, as `statistics` does others; returns the number of vectors that are near. Arguments come by value:
-// what is written could else be one of them. Not inlined: the sweep over other rows has no registers to spare.
+// Sweep 1 of one block with near vectors; `statistics` handles all other blocks. Returns the number of near vectors.
+// Arguments come by value, so that the compiler knows that no store changes them. Not inlined: the sweep over other
+// blocks has no registers to spare.
 template <bool reverse, int hard>
 __attribute__((noinline)) int64_t near_statistics(const NearBlock at, const Reader student, const Reader teacher,
-                                                  int64_t next, const Nearness nearness, const Settings& settings,
+                                                  int64_t next, const Nearness nearness, const RowSpec& spec,
                                                   Sums& sums) {
-  const float cs = settings.student_scale, ct = settings.teacher_scale;
+  const float cs = spec.student_scale, ct = spec.teacher_scale;
   const float student_max = sums.student_max, teacher_max = sums.teacher_max;
   int64_t count = 0;
   vec sum_s{}, sum_t{}, sum_h{}, sum_gap{}, sum_forward{}, sum_reverse{};
@@ -70,19 +72,20 @@ __attribute__((noinline)) int64_t near_statistics(const NearBlock at, const Read
   return count;
 }
 
-// With q = a e_s and p = b e_t for the exponentials of a block: a - b, from the sums' gap.
-inline double near_gap(float student_max, float teacher_max, const Settings& settings, const Sums& sums) {
-  const double moved_s = rescale(student_max, sums.student_max, settings.student_scale);
-  const double moved_t = rescale(teacher_max, sums.teacher_max, settings.teacher_scale);
+// a - b, where q = a e_s and p = b e_t for the exponentials of a block. Computed from the sums' gap.
+inline double near_gap(float student_max, float teacher_max, const RowSpec& spec, const Sums& sums) {
+  const double moved_s = rescale(student_max, sums.student_max, spec.student_scale);
+  const double moved_t = rescale(teacher_max, sums.teacher_max, spec.teacher_scale);
   return ((moved_s - moved_t) * sums.teacher - moved_t * sums.gap) / (sums.student * sums.teacher);
 }
 
-// What the gradient takes the stash times: of other vectors e_s and e_t; of near ones e_s, e_s - e_t and e_t.
+// The factors of the gradient: in near vectors `near_student` of e_s, `near_gap` of e_s - e_t and `near_teacher` of
+// e_t, in others `student` of e_s and `teacher` of e_t. `ratio` and `hard` apply to both.
 struct NearGradient {
   float student, teacher, near_student, near_gap, near_teacher, ratio, hard;
 };
 
-// Sweep 3 of one block.
+// Sweep 3 of one block with near vectors.
 template <bool with_ratio, int hard>
 __attribute__((noinline)) void near_gradient(const NearBlock at, const LogRatio log_ratio, const NearGradient by,
                                              float* out) {

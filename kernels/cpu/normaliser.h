@@ -1,14 +1,42 @@
-// Row statistics and log-softmax, from the same blocks and exponentials as the loss.
+// Row statistics and log-softmax: what needs one row of logits and no loss.
 #pragma once
-#include "loss.h"
+#include "row.h"
 
 namespace FASTKD_ISA {
 
-// Running sums of one row of softmax(z / T), with y = (z - max) * log2(e)/T.
+// Exponents y = (z - max) * log2(e)/T of a row's logits, relative to a logit.
+struct Exponent {
+  float scale, max;
+  double operator()(float z) const { return (double)scale * (z - max); }
+  vec operator()(vec z) const { return (z - max) * scale; }
+};
+
+// Of a block.
+struct Masses {
+  float sum, weighted;  // of 2^y, and of 2^y y for the entropy
+};
+
+// `before(i)` runs before each vector. Vectors alternate between two sums, so that additions seldom wait.
+template <bool with_weighted, class Before>
+inline Masses masses(const float* z, int64_t n, const Exponent& exponent, const Before& before) {
+  vec sums{}, sums2{}, weighted{};
+  const auto add = [&](int64_t i, vec& into) {
+    before(i);
+    const vec y = exponent(load(z + i));
+    const vec e = exp2_nonpositive(y);
+    into += e;
+    if constexpr (with_weighted) weighted += keep(e != 0.f, e * y);
+  };
+  int64_t i = 0;
+  for (; i + 2 * lanes <= n; i += 2 * lanes) add(i, sums), add(i + lanes, sums2);
+  for (; i < n; i += lanes) add(i, sums);
+  return {sum(sums + sums2), with_weighted ? sum(weighted) : 0};
+}
+
+// Running sums of one row of softmax(z / T), relative to the largest logit so far.
 struct Normaliser {
   float max = kNoMaximum;
-  double sum = 0;       // of 2^y
-  double weighted = 0;  // of 2^y y, for the entropy
+  double sum = 0, weighted = 0;  // as of Masses
   int64_t argmax = 0;
 
   void raise(float to, float scale) {
@@ -19,7 +47,8 @@ struct Normaliser {
   }
 };
 
-template <bool full>  // full: entropy and arg-max too
+// `full`: with the sum for the entropy, and the arg-max.
+template <bool full>
 inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
   Normaliser result;
   float largest_logit = -kInf;
@@ -33,50 +62,27 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
       while (z[i] != top) i++;
       result.argmax = start + i;
     }
-    vec sums{}, sums2{}, weighted{};
-    const vec max = splat(result.max);
     const int64_t next = start + block;
-    const auto add = [&](int64_t i, vec& into) {
-      row.prefetch(next + i);
-      const vec y = (load(z + i) - max) * scale;
-      const vec e = exp2_nonpositive(y);
-      into += e;
-      if constexpr (full) weighted += keep(e != 0.f, e * y);
-    };
-    int64_t i = 0;
-    for (; i + 2 * lanes <= n; i += 2 * lanes) add(i, sums), add(i + lanes, sums2);
-    for (; i < n; i += lanes) add(i, sums);
-    result.sum += sum(sums + sums2);
-    if (full) result.weighted += sum(weighted);
+    const Masses these = masses<full>(z, n, {scale, result.max}, [&](int64_t i) { row.prefetch(next + i); });
+    result.sum += these.sum, result.weighted += these.weighted;
   }
   return result;
 }
 
-// Runs `row(i, scratch)` over the rows of a call.
-template <class Body>
-inline int for_rows(int64_t rows, int64_t columns, int64_t threads, const Body& body) {
-  int failed = 0;
-  const int used = team(rows, columns, threads);
-  const int64_t turn = rows_per_turn(rows, columns, used);
-#pragma omp parallel num_threads(used)
-  {
-    ThreadMemory memory(0, false, false, false);
-    if (memory.failed()) {
-#pragma omp atomic write
-      failed = 1;
-    }
-#pragma omp for schedule(dynamic, turn)
-    for (int64_t i = 0; i < rows; i++)
-      if (!memory.failed()) body(i, memory.scratch);
+// Memory for one block each.
+struct Buffers {
+  float *logits, *upstream, *out;
+
+  static Buffers lay_out(Arrays& arrays) {
+    return {arrays.take<float>(block), arrays.take<float>(block), arrays.take<float>(block)};
   }
-  return failed;
-}
+};
 
 inline int row_statistics(const Statistics& call) {
-  const float scale = (float)(1.4426950408889634 / call.temperature);
+  const float scale = exponent_scale(call.temperature);
   const int64_t width = call.logits.width;
-  return for_rows(call.rows, width, call.threads, [&](int64_t i, const Scratch& scratch) {
-    const Reader row{row_at(call.logits, i), call.logits.dtype, scratch.student_block};
+  return for_rows(call.rows, width, call.threads, Buffers::lay_out, [&](int64_t i, const Buffers& buffers) {
+    const Reader row{row_at(call.logits, i), call.logits.dtype, buffers.logits};
     const Normaliser normaliser = normalise<true>(row, width, scale);
     const double log_z = ::log(normaliser.sum);
     call.log_sum_exp[i] = (float)(log_z + normaliser.max / call.temperature);
@@ -90,11 +96,11 @@ inline int row_statistics(const Statistics& call) {
 }
 
 inline int log_softmax(const LogSoftmax& call) {
-  const float scale = (float)(1.4426950408889634 / call.temperature);
+  const float scale = exponent_scale(call.temperature);
   const int64_t width = call.logits.width;
-  return for_rows(call.rows, width, call.threads, [&](int64_t i, const Scratch& scratch) {
-    const Reader row{row_at(call.logits, i), call.logits.dtype, scratch.student_block};
-    const Writer out{row_at(call.out, i), call.out.dtype, scratch.out_block};
+  return for_rows(call.rows, width, call.threads, Buffers::lay_out, [&](int64_t i, const Buffers& buffers) {
+    const Reader row{row_at(call.logits, i), call.logits.dtype, buffers.logits};
+    const Writer out{row_at(call.out, i), call.out.dtype, buffers.out};
     const Normaliser normaliser = normalise<false>(row, width, scale);
     const float max = normaliser.max, log2_z = (float)::log2(normaliser.sum);
     call.normaliser[2 * i] = max, call.normaliser[2 * i + 1] = log2_z;
@@ -108,13 +114,13 @@ inline int log_softmax(const LogSoftmax& call) {
 }
 
 inline int log_softmax_backward(const LogSoftmax& call) {
-  const float scale = (float)(1.4426950408889634 / call.temperature);
+  const float scale = exponent_scale(call.temperature);
   const float inverse = (float)(1 / call.temperature);
   const int64_t width = call.logits.width;
-  return for_rows(call.rows, width, call.threads, [&](int64_t i, const Scratch& scratch) {
-    const Reader row{row_at(call.logits, i), call.logits.dtype, scratch.student_block};
-    const Reader upstream{row_at(call.upstream, i), call.upstream.dtype, scratch.teacher_block};
-    const Writer grad{row_at(call.out, i), call.out.dtype, scratch.out_block};
+  return for_rows(call.rows, width, call.threads, Buffers::lay_out, [&](int64_t i, const Buffers& buffers) {
+    const Reader row{row_at(call.logits, i), call.logits.dtype, buffers.logits};
+    const Reader upstream{row_at(call.upstream, i), call.upstream.dtype, buffers.upstream};
+    const Writer grad{row_at(call.out, i), call.out.dtype, buffers.out};
     const float max = call.normaliser[2 * i], log2_z = call.normaliser[2 * i + 1];
     double total = 0;
     for (const auto [start, n] : for_blocks(width)) {

@@ -1,15 +1,19 @@
-// What the sweeps over a row share: settings, scratch memory, the sums of a row and what follows from them.
+// What the sweeps over a row share: the numbers of the loss, a thread's memory, and the sums of a row.
 #pragma once
 #include "blocks.h"
+#include "threads.h"
 
 #include <float.h>
 #include <math.h>
 
 namespace FASTKD_ISA {
 
-constexpr float kNoMaximum = -FLT_MAX;  // finite, so that exponents relative to it are not NaN; no logit is less
+constexpr float kNoMaximum = -FLT_MAX;  // finite, so that exponents relative to it are not NaN; no logit is below it
 
-// How e^z (T = 1) is had from e^(z/T).
+// What turns a difference of logits into a base-2 exponent at temperature T: log2(e) / T.
+inline float exponent_scale(double temperature) { return (float)(log2e / temperature); }
+
+// How the hard term gets e^z (T = 1): as a power of e^(z/T), or as an exponential of its own.
 enum HardTerm : int { kNoHard = 0, kPower1 = 1, kPower2 = 2, kPower3 = 3, kPower4 = 4, kOwnExponential = 5 };
 
 template <int hard>
@@ -23,27 +27,55 @@ inline vec power(vec e) {
 }
 
 // Exponentials of a row, block by block: whole blocks in `row`, the last partial one in `tail`, which has room for
-// whole vectors. So `row` may be the fp32 gradient row itself, which has none beyond its end.
+// whole vectors. So `row` may be the fp32 gradient row itself, which has no room beyond its end.
 struct Stash {
   float *row, *tail;
   float* at(int64_t start, int64_t n) const { return n == block ? row + start : tail; }
 };
 
-struct Categories;  // sparse.h
+// The K + 1 categories of a row of a sparse teacher (sparse.h): its K tokens, then the rest. Arrays have room for whole
+// vectors of any width.
+struct Categories {
+  float *p, *q, *log_p, *log_q, *d, *slope;
+  float* hard;  // e^z of the K tokens relative to the row's maximum
 
-// Per-thread memory for one row: the stashes, and the maxima each block was stashed with.
+  static int64_t padded(int64_t tokens) { return (tokens + 1 + 15) / 16 * 16; }
+};
+
+// Per-thread memory for one row: the stashes, and the maxima that each block was stashed with.
 struct Scratch {
   Stash student, teacher, hard;  // `teacher` later holds g
   float *student_max, *teacher_max;
-  uint8_t *near, *near_block;  // of each vector, and whether a block has any
   float *student_block, *teacher_block, *out_block;  // one block each, first-level cache
-  const Categories* categories;
+  Categories categories;
+  uint8_t *near_block, *near;  // whether a block has near vectors, and whether each vector is one (near.h)
 };
 
-// What a row's loss needs, fixed for the whole call.
-struct Settings {
-  float student_scale, teacher_scale;  // log2(e) / T
-  double hard_scale;                   // the same of the hard term's exponentials, as they are had
+// What a call needs of Scratch. A stash that is not kept whole has its tail only.
+struct ScratchSizes {
+  int64_t columns;
+  bool student, teacher, hard;  // stashes to keep whole
+  int64_t tokens;               // of a row of a sparse teacher, else 0
+};
+
+inline Scratch lay_out(Arrays& arrays, const ScratchSizes& sizes) {
+  const int64_t whole_blocks = sizes.columns / block, blocks = whole_blocks + 1, vectors = sizes.columns / lanes + 1;
+  const auto floats = [&](int64_t count) { return arrays.take<float>(count); };
+  const auto stash = [&](bool keep) { return Stash{floats(keep ? whole_blocks * block : 0), floats(block)}; };
+  const auto category = [&] { return floats(Categories::padded(sizes.tokens)); };
+  Scratch scratch;
+  scratch.student = stash(sizes.student), scratch.teacher = stash(sizes.teacher), scratch.hard = stash(sizes.hard);
+  scratch.student_max = floats(blocks), scratch.teacher_max = floats(blocks);
+  scratch.student_block = floats(block), scratch.teacher_block = floats(block), scratch.out_block = floats(block);
+  scratch.categories = {category(), category(), category(), category(), category(), category(), category()};
+  scratch.near_block = arrays.take<uint8_t>(blocks), scratch.near = arrays.take<uint8_t>(vectors);
+  return scratch;
+}
+
+// The numbers of a loss (fastkd/rows.py, RowSpec) as the sweeps use them, fixed for the whole call.
+struct RowSpec {
+  float student_scale, teacher_scale;  // exponent_scale of either side
+  double hard_scale;                   // of the hard term's exponentials, however it gets them
   bool same_temperature;
   int hard;  // HardTerm
   double temperature, soft_weight, hard_weight;
@@ -52,39 +84,39 @@ struct Settings {
   bool want_grad;
 };
 
-// Mergeable scalars of a row. The hard term's exponentials are relative to the student's maximum.
+// Scalars of a row, which grow block by block. The hard term's exponentials are relative to the student's maximum.
 struct Sums {
   float student_max = kNoMaximum, teacher_max = kNoMaximum;  // logits
   double student = 0, teacher = 0, hard = 0;  // sums of 2^y
-  double gap = 0;      // student - teacher, kept apart: between near rows all rests on it (beside `forward` only)
+  double gap = 0;      // student - teacher, with `forward` only; precise where rows nearly agree and the two cancel
   double forward = 0;  // sum of e_t (y_t - y_s), relative to the current maxima
   double reverse = 0;  // sum of e_s (y_s - y_t)
   float top_student = 0, top_teacher = 0;  // both logits of the student's likeliest column; kept for functors only
 
-  void raise(float student_to, float teacher_to, const Settings& settings) {
+  void raise(float student_to, float teacher_to, const RowSpec& spec) {
     const double up = (double)student_to - student_max;
-    const double up_s = up * settings.student_scale, up_t = ((double)teacher_to - teacher_max) * settings.teacher_scale;
+    const double up_s = up * spec.student_scale, up_t = ((double)teacher_to - teacher_max) * spec.teacher_scale;
     const double by_s = ::exp2(-up_s), by_t = ::exp2(-up_t);
     gap = gap * by_s + teacher * (by_s - by_t);
     forward = (forward + teacher * (up_s - up_t)) * by_t;
     reverse = (reverse + student * (up_t - up_s)) * by_s;
     student *= by_s;
     teacher *= by_t;
-    hard *= ::exp2(-up * settings.hard_scale);
+    hard *= ::exp2(-up * spec.hard_scale);
     student_max = student_to, teacher_max = teacher_to;
   }
 };
 
-// What is known of a row: all that has to outlive a tile.
+// What is known of a row: all that must outlive a tile.
 struct State {
   Sums sums;
-  double label_logit = __builtin_nan("");  // until its column is met; a label outside the vocabulary never is
-  double value = 0;                        // of a functor, and the sum of squares
+  double label_logit = __builtin_nan("");  // until a tile has its column: no tile has a label outside the vocabulary
+  double value = 0;                        // the sum of a functor's terms, or of squares
   double total_g = 0;
 };
-static_assert(sizeof(State) <= kStateBytes, "fastkd/_native.py allocates this much per row");
+static_assert(sizeof(State) <= kStateBytes, "library.py allocates this much per row");
 
-// A row of a SparseTeacher; `first` is the column of the row that the tile begins with.
+// A row of a SparseTeacher. `first` is the column of the row that the tile begins with.
 struct SparseRow {
   const int64_t* ids;
   const float* logprobs;
@@ -109,32 +141,32 @@ inline float block_max(const float* z, int64_t n) {
   return largest(max(m, m2));
 }
 
-// Of the label's logit and the sums of a whole row. The exponent is rounded as every column's is. NaN for a label outside
-// the vocabulary: never read out of bounds, never hidden.
-inline float cross_entropy(double label_logit, const Sums& sums, const Settings& settings) {
-  return (float)(::log(sums.hard) - ln2 * settings.hard_scale * (float)((float)label_logit - sums.student_max));
+// From the label's logit and the sums of a whole row. The exponent is rounded as every column's is. NaN for a label
+// outside the vocabulary: such a label is never read out of bounds, and never swallowed.
+inline float cross_entropy(double label_logit, const Sums& sums, const RowSpec& spec) {
+  return (float)(::log(sums.hard) - ln2 * spec.hard_scale * (float)((float)label_logit - sums.student_max));
 }
 
-// y_s - y_t of a vector of columns, given the student's and teacher's logits and the maxima: accurate however small.
+// y_s - y_t of a vector of columns, from both sides' logits and maxima. Accurate however small it is.
 struct LogRatio {
   float cs, ct, student_max, teacher_max, shift, shift_low;
   bool direct;  // from the difference of the two logits
 
-  // Less `total`.
-  LogRatio(const Settings& settings, float student_max, float teacher_max, double total)
-      : cs(settings.student_scale), ct(settings.teacher_scale), student_max(student_max), teacher_max(teacher_max) {
-    // Rows further apart than this have nothing in common that the difference could keep.
-    direct = settings.same_temperature && ::fabs((double)student_max - teacher_max) < 1 << 24;
+  // y_s - y_t - total.
+  LogRatio(const RowSpec& spec, float student_max, float teacher_max, double total)
+      : cs(spec.student_scale), ct(spec.teacher_scale), student_max(student_max), teacher_max(teacher_max) {
+    // Where the maxima are further apart than this, the difference of two logits is no more accurate.
+    direct = spec.same_temperature && ::fabs((double)student_max - teacher_max) < 1 << 24;
     if (direct) total += ((double)student_max - teacher_max) * cs;
     shift = (float)total, shift_low = (float)(total - shift);
   }
   // log2 q - log2 p, once the sums are those of whole rows.
-  LogRatio(const Settings& settings, const Sums& sums)
-      : LogRatio(settings, sums.student_max, sums.teacher_max, ::log2(sums.student) - ::log2(sums.teacher)) {}
+  LogRatio(const RowSpec& spec, const Sums& sums)
+      : LogRatio(spec, sums.student_max, sums.teacher_max, ::log2(sums.student) - ::log2(sums.teacher)) {}
 
   vec operator()(vec s, vec t) const {
     if (!direct) return (s - student_max) * cs - (t - teacher_max) * ct - shift;
-    // s - t is exact where they are close; what it rounds off beside a large offset is added back (two-sum).
+    // s - t is exact where they are close. Beside a large offset it is rounded: two-sum adds back what was lost.
     const vec h = s - t;
     const vec back = s - h;
     const vec lost = (s - (h + back)) + (back - t);
@@ -143,7 +175,9 @@ struct LogRatio {
   }
 };
 
-// What takes exponentials relative to a block's maximum to the row's.
-inline double rescale(float from, float to, double scale) { return from == to ? 1 : ::exp2(((double)from - to) * scale); }
+// The factor from exponentials relative to one maximum, `from`, to those relative to another, `to`.
+inline double rescale(float from, float to, double scale) {
+  return from == to ? 1 : ::exp2(((double)from - to) * scale);
+}
 
 }  // namespace FASTKD_ISA

@@ -1,16 +1,12 @@
-// Which tokens a cache keeps of a row: the likeliest k, or a random k whose weights stand for all of them.
+// The tokens that a cache keeps of a row: the k likeliest, or a random k whose weights stand for all of them.
 //
 //   1. maxima   of every group of 64 columns. The k-th largest of these bounds the k-th largest logit from below, so
 //               only the groups that reach it are searched for the k likeliest.
-//   2. masses   one sweep of exponentials per block, the k likeliest left out: what is not kept is summed from its own
-//               columns, never as 1 - sum, and so is right however small.
-//   3. draws    of a sample: the blocks that hold one are looked at again.
+//   2. masses   one sweep of exponentials, with the k likeliest excluded. What is not kept is summed from its own
+//               columns, never as 1 - sum, and so is accurate however small it is.
+//   3. draws    of a sample: only the blocks in which a draw falls are read again.
 #pragma once
 #include "normaliser.h"
-
-#include <omp.h>
-
-#include <stdlib.h>
 
 #include <algorithm>
 
@@ -20,7 +16,7 @@ constexpr int64_t group = 64;
 static_assert(block % group == 0 && group % (2 * lanes) == 0, "groups fill blocks, and vectors in pairs fill groups");
 
 struct Token {
-  float value;  // logit; of a sample's result the log-weight
+  float value;  // its logit; in results its log-weight
   int32_t column;
 };
 inline bool likelier(const Token& a, const Token& b) {
@@ -28,71 +24,43 @@ inline bool likelier(const Token& a, const Token& b) {
 }
 inline bool earlier(const Token& a, const Token& b) { return a.column < b.column; }
 
-// What a thread needs for one row.
+// Per-thread memory for one row.
 struct SelectionScratch {
-  float* maxima;  // of groups
-  Token* found;   // [columns]: all may be equally likely
-  Token* kept;    // [k]
-  double* above;  // [k + 1]
-  double* mass;   // of blocks
+  float *buffer, *copy;  // one block each
+  float* maxima;         // of groups
+  Token* found;          // [columns]: all may be equally likely
+  Token* kept;           // [k]
+  double* above;         // [k + 1]
+  double* mass;          // of blocks
 };
 
-// One allocation for all threads. Nothing here is a template over types of other namespaces: the linker would take one
-// instruction set's copy for all of them.
-class SelectionMemory {
- public:
-  SelectionMemory(int threads, int64_t columns, int64_t k)
-      : columns_(columns), k_(k), groups_((columns + group - 1) / group), blocks_((columns + block - 1) / block) {
-    const int64_t size = 8 * (groups_ + columns + 2 * k + 1 + blocks_);
-    stride_ = (size + 63) / 64 * 64;
-    memory_ = static_cast<char*>(aligned_alloc(64, threads * stride_));
-  }
-  ~SelectionMemory() { free(memory_); }
-  SelectionMemory(const SelectionMemory&) = delete;
-  bool failed() const { return memory_ == nullptr; }
+inline SelectionScratch lay_out(Arrays& arrays, int64_t columns, int64_t k) {
+  SelectionScratch scratch;
+  scratch.buffer = arrays.take<float>(block), scratch.copy = arrays.take<float>(block);
+  scratch.maxima = arrays.take<float>((columns + group - 1) / group);
+  scratch.found = arrays.take<Token>(columns), scratch.kept = arrays.take<Token>(k);
+  scratch.above = arrays.take<double>(k + 1), scratch.mass = arrays.take<double>((columns + block - 1) / block);
+  return scratch;
+}
 
-  SelectionScratch of(int thread) const {
-    char* next = memory_ + thread * stride_;
-    const auto take = [&](int64_t n) { return next += 8 * n, next - 8 * n; };
-    SelectionScratch scratch;
-    scratch.above = reinterpret_cast<double*>(take(k_ + 1));
-    scratch.mass = reinterpret_cast<double*>(take(blocks_));
-    scratch.kept = reinterpret_cast<Token*>(take(k_));
-    scratch.found = reinterpret_cast<Token*>(take(columns_));
-    scratch.maxima = reinterpret_cast<float*>(take(groups_));
-    return scratch;
-  }
-
- private:
-  int64_t columns_, k_, groups_, blocks_, stride_;
-  char* memory_;
-};
-
-// Exponents of a row in log2 units, relative to its largest logit.
-struct Exponent {
-  float scale, max;
-  double operator()(float z) const { return (double)scale * (z - max); }
-  vec operator()(vec z) const { return (z - max) * scale; }
-};
-
-// The likeliest min(k, columns above -inf) tokens into `memory.found`; returns their number.
-inline int64_t find_likeliest(const Reader& row, int64_t columns, int64_t k, const SelectionScratch& memory) {
+// The likeliest min(k, columns above -inf) tokens into `scratch.found`; returns their number.
+inline int64_t find_likeliest(const Reader& row, int64_t columns, int64_t k, const SelectionScratch& scratch) {
   const int64_t groups = (columns + group - 1) / group;
   for (const auto [start, n] : for_blocks(columns)) {
     const float* z = row.fetch(start, n);
     for (int64_t first = 0; first < n; first += group)
-      memory.maxima[(start + first) / group] = block_max(z + first, n - first < group ? n - first : group);
+      scratch.maxima[(start + first) / group] = block_max(z + first, n - first < group ? n - first : group);
   }
-  Token* const found = memory.found;
+  Token* const found = scratch.found;
   float least = -kInf;
   if (k <= groups) {
-    for (int64_t g = 0; g < groups; g++) found[g] = {memory.maxima[g], (int32_t)g};
+    for (int64_t g = 0; g < groups; g++) found[g] = {scratch.maxima[g], (int32_t)g};
     std::nth_element(found, found + k - 1, found + groups, likelier);
     least = found[k - 1].value;
   }
   int64_t count = 0;
   for (int64_t g = 0; g < groups; g++) {
-    if (memory.maxima[g] < least) continue;
+    if (scratch.maxima[g] < least) continue;
     const int64_t end = (g + 1) * group < columns ? (g + 1) * group : columns;
     for (int64_t column = g * group; column < end; column++) {
       const float z = row.at(column);
@@ -103,8 +71,10 @@ inline int64_t find_likeliest(const Reader& row, int64_t columns, int64_t k, con
   return count;
 }
 
-// Columns [start, start + n) without those of `left_out`, which `next` walks in ascending order of columns.
-inline const float* without(const Reader& row, int64_t start, int64_t n, const Token*& next, const Token* end, float* copy) {
+// Columns [start, start + n) with the tokens from `next` to `end`, which ascend by column, excluded. `next` moves past
+// those of the block.
+inline const float* without(const Reader& row, int64_t start, int64_t n, const Token*& next, const Token* end,
+                            float* copy) {
   const float* z = row.fetch(start, n);
   if (next == end || next->column >= start + n) return z;
   memcpy(copy, z, (n + lanes - 1) / lanes * lanes * sizeof(float));
@@ -112,31 +82,20 @@ inline const float* without(const Reader& row, int64_t start, int64_t n, const T
   return copy;
 }
 
-// Sums over the columns that were not found, per block in `memory.mass`, all relative to `exponent.max`.
+// Sums over the columns that were not found, per block in `scratch.mass`, all relative to `exponent.max`.
 struct Rest {
   double sum = 0, weighted = 0;  // of 2^y and 2^y y
 };
 template <bool with_entropy>
 inline Rest sum_rest(const Reader& row, int64_t columns, const Exponent& exponent, int64_t count,
-                     const SelectionScratch& memory, float* copy) {
+                     const SelectionScratch& scratch) {
   Rest rest;
-  const Token *next = memory.found, *end = next + count;
+  const Token *next = scratch.found, *end = next + count;
   for (const auto [start, n] : for_blocks(columns)) {
-    const float* z = without(row, start, n, next, end, copy);
-    vec sums{}, sums2{}, weighted{};
-    const auto add = [&](int64_t i, vec& into) {
-      const vec y = exponent(load(z + i));
-      const vec e = exp2_nonpositive(y);
-      into += e;
-      if constexpr (with_entropy) weighted += keep(e != 0.f, e * y);
-    };
-    int64_t i = 0;
-    for (; i + 2 * lanes <= n; i += 2 * lanes) add(i, sums), add(i + lanes, sums2);
-    for (; i < n; i += lanes) add(i, sums);
-    const double mass = sum(sums + sums2);
-    memory.mass[start / block] = mass;
-    rest.sum += mass;
-    if constexpr (with_entropy) rest.weighted += sum(weighted);
+    const float* z = without(row, start, n, next, end, scratch.copy);
+    const Masses these = masses<with_entropy>(z, n, exponent, [](int64_t) {});
+    scratch.mass[start / block] = these.sum;
+    rest.sum += these.sum, rest.weighted += these.weighted;
   }
   return rest;
 }
@@ -146,23 +105,23 @@ inline Rest sum_rest(const Reader& row, int64_t columns, const Exponent& exponen
 // a position beyond the end, the likeliest column left takes it.
 class Draws {
  public:
-  Draws(const Reader& row, int64_t columns, const Exponent& exponent, const SelectionScratch& memory, float* copy)
-      : row_(row), columns_(columns), exponent_(exponent), memory_(memory), copy_(copy) {}
+  Draws(const Reader& row, int64_t columns, const Exponent& exponent, const SelectionScratch& scratch)
+      : row_(row), columns_(columns), exponent_(exponent), scratch_(scratch) {}
 
   // `found` is in two parts, heads and others, each in ascending order of columns. Tokens go to `out`.
   void operator()(int64_t heads, int64_t found, double uniform, double step, int64_t wanted, Token* out) const {
-    const Token *head = memory_.found, *const head_end = head + heads;
-    const Token *other = head_end, *const other_end = memory_.found + found;
+    const Token *head = scratch_.found, *const head_end = head + heads;
+    const Token *other = head_end, *const other_end = scratch_.found + found;
     double before = 0, position = uniform * step;
     int64_t drawn = 0;
     for (const auto [start, n] : for_blocks(columns_)) {
       if (drawn == wanted) break;
-      double mass = memory_.mass[start / block];
+      double mass = scratch_.mass[start / block];
       for (; other != other_end && other->column < start + n; other++) mass += ::exp2(exponent_(other->value));
       if (before + mass <= position) {
         while (head != head_end && head->column < start + n) head++;
       } else {
-        const float* z = without(row_, start, n, head, head_end, copy_);
+        const float* z = without(row_, start, n, head, head_end, scratch_.copy);
         double reached = before;
         for (int64_t i = 0; i < n && drawn < wanted; i += lanes) {
           float e[lanes];
@@ -194,8 +153,7 @@ class Draws {
   const Reader& row_;
   int64_t columns_;
   const Exponent& exponent_;
-  const SelectionScratch& memory_;
-  float* copy_;
+  const SelectionScratch& scratch_;
 };
 
 inline void write_tokens(const Selection& call, int64_t i, Token* tokens, int64_t count) {
@@ -214,14 +172,14 @@ inline void write_nan(const Selection& call, int64_t i) {
   call.summary[i] = __builtin_nanf("");
 }
 
-inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float scale, const SelectionScratch& memory,
-                      float* copy) {
-  Token* const found = memory.found;
-  const int64_t count = find_likeliest(row, call.logits.width, call.k, memory);
+inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float scale,
+                      const SelectionScratch& scratch) {
+  Token* const found = scratch.found;
+  const int64_t count = find_likeliest(row, call.logits.width, call.k, scratch);
   std::sort(found, found + count, earlier);
   const float top = count ? std::min_element(found, found + count, likelier)->value : -kInf;
   const Exponent exponent{scale, top};
-  const double rest = sum_rest<false>(row, call.logits.width, exponent, count, memory, copy).sum;
+  const double rest = sum_rest<false>(row, call.logits.width, exponent, count, scratch).sum;
   double total = rest;
   for (int64_t j = 0; j < count; j++) total += ::exp2(exponent(found[j].value));
   if (!(total > 0)) return write_nan(call, i);
@@ -233,16 +191,16 @@ inline void one_top_k(const Selection& call, int64_t i, const Reader& row, float
 
 // With e the masses in descending order and above[h] = the sum of all but the h largest, the heads are the first h for
 // which e[h] < above[h] / (k - h): the step. Heads keep their mass; k - h draws share the rest equally.
-inline void one_sample(const Selection& call, int64_t i, const Reader& row, float scale, const SelectionScratch& memory,
-                       float* copy) {
-  Token *const found = memory.found, *const kept = memory.kept;
-  int64_t count = find_likeliest(row, call.logits.width, call.k, memory);
+inline void one_sample(const Selection& call, int64_t i, const Reader& row, float scale,
+                       const SelectionScratch& scratch) {
+  Token *const found = scratch.found, *const kept = scratch.kept;
+  int64_t count = find_likeliest(row, call.logits.width, call.k, scratch);
   std::sort(found, found + count, earlier);
   const float top = count ? std::min_element(found, found + count, likelier)->value : -kInf;
   const Exponent exponent{scale, top};
-  const Rest rest = sum_rest<true>(row, call.logits.width, exponent, count, memory, copy);
+  const Rest rest = sum_rest<true>(row, call.logits.width, exponent, count, scratch);
   std::sort(found, found + count, likelier);
-  double* const above = memory.above;
+  double* const above = scratch.above;
   double weighted = rest.weighted;
   above[count] = rest.sum;
   for (int64_t j = count; j--;) {
@@ -264,7 +222,8 @@ inline void one_sample(const Selection& call, int64_t i, const Reader& row, floa
     std::sort(found, found + heads, earlier);
     std::sort(found + heads, found + count, earlier);
     const double step = above[heads] / (double)(call.k - heads);
-    Draws(row, call.logits.width, exponent, memory, copy)(heads, count, call.uniforms[i], step, call.k - heads, kept + heads);
+    const Draws draw(row, call.logits.width, exponent, scratch);
+    draw(heads, count, call.uniforms[i], step, call.k - heads, kept + heads);
     for (entries = call.k; entries-- > heads;) kept[entries].value = (float)(ln2 * (::log2(step) - log2_total));
     entries = call.k;
   }
@@ -273,15 +232,12 @@ inline void one_sample(const Selection& call, int64_t i, const Reader& row, floa
 }
 
 inline int select(const Selection& call) {
-  const float scale = (float)(1.4426950408889634 / call.temperature);
+  const float scale = exponent_scale(call.temperature);
   const int64_t width = call.logits.width;
-  const int most = team(call.rows, width, call.threads);
-  const SelectionMemory memory(most, width, call.k);
-  if (memory.failed()) return 1;
-  return for_rows(call.rows, width, call.threads, [&](int64_t i, const Scratch& scratch) {
-    const Reader row{row_at(call.logits, i), call.logits.dtype, scratch.student_block};
-    const SelectionScratch own = memory.of(omp_get_thread_num());
-    (call.uniforms ? one_sample : one_top_k)(call, i, row, scale, own, scratch.teacher_block);
+  const auto lay_out_scratch = [&](Arrays& arrays) { return lay_out(arrays, width, call.k); };
+  return for_rows(call.rows, width, call.threads, lay_out_scratch, [&](int64_t i, const SelectionScratch& scratch) {
+    const Reader row{row_at(call.logits, i), call.logits.dtype, scratch.buffer};
+    (call.uniforms ? one_sample : one_top_k)(call, i, row, scale, scratch);
   });
 }
 

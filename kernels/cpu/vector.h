@@ -1,7 +1,7 @@
-// A small vector layer on GNU vector extensions: arithmetic operators come from the compiler, this adds loads,
-// selects, reductions and the few elementary functions the divergences need. FASTKD_LANES floats per vector.
+// A small vector layer on GNU vector extensions, FASTKD_LANES floats per vector. The compiler brings the arithmetic
+// operators. This file adds loads, selects, reductions and the few elementary functions that the divergences need.
 //
-// a * b + c contracts to one fused multiply-add (-ffp-contract=fast). Accuracy below depends on that.
+// a * b + c contracts to one fused multiply-add (-ffp-contract=fast). The accuracy stated below depends on that.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -18,7 +18,7 @@ typedef int32_t ivec __attribute__((vector_size(4 * FASTKD_LANES)));
 constexpr float kInf = __builtin_inff();
 constexpr float kLog2e = 1.4426950408889634f;
 constexpr float kLn2 = 0.6931471805599453f;
-constexpr double ln2 = 0.69314718055994530942;
+constexpr double log2e = 1.4426950408889634, ln2 = 0.69314718055994530942;
 
 inline vec splat(float x) { return x - vec{}; }
 
@@ -32,6 +32,7 @@ inline void store(float* p, vec v) { memcpy(p, &v, sizeof v); }
 
 inline ivec bits(vec v) { return (ivec)v; }
 inline vec from_bits(ivec v) { return (vec)v; }
+
 // Whether the mask holds in any lane.
 inline bool any(ivec mask) {
 #if defined(__AVX512F__) && FASTKD_LANES == 16
@@ -44,6 +45,7 @@ inline bool any(ivec mask) {
   return found != 0;
 #endif
 }
+
 inline vec select(ivec mask, vec a, vec b) { return mask ? a : b; }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
@@ -78,8 +80,8 @@ inline vec expm1_poly(vec f) {
   return p * f + 6.931471825e-01f;
 }
 
-// y = n + f with n an integer and |f| <= 1/2, for |y| < 2^21; `scale` = 2^n for -126 <= n <= 127. Adding 1.5 * 2^23
-// leaves n in the low bits of the float, 127 more make it an exponent. A NaN survives in f.
+// y = n + f with n an integer and |f| <= 1/2, for |y| < 2^21. `scale` is 2^n for -126 <= n <= 127. Adding 1.5 * 2^23
+// leaves n in the low bits of the float, and adding 127 makes it an exponent. A NaN survives in f.
 struct Split {
   vec f, scale;
 };
@@ -89,14 +91,15 @@ inline Split split(vec y) {
   return {y - (shifted - magic), from_bits(bits(shifted) << 23)};
 }
 
-// 2^y for y <= 0 (a rounding above is harmless). Exactly 0 below 2^-125, so that p = 0 is p == 0; NaN stays NaN.
+// 2^y for y <= 0 (a rounding error above 0 is harmless). A result below 2^-125 is exactly 0, so that `p != 0` is a safe
+// test. NaN stays NaN.
 inline vec exp2_nonpositive(vec y) {
   const Split s = split(y);
   const vec power = (s.f * expm1_poly(s.f) + 1.f) * s.scale;
   return y < -125.f ? vec{} : power;
 }
 
-// 2^y for any y: 0 below 2^-125, +inf from 2^127 up.
+// 2^y for any y. A result below 2^-125 is 0, a result of 2^127 or more is +inf.
 inline vec exp2(vec y) {
   const vec power = exp2_nonpositive(y > 127.f ? splat(127.f) : y);
   return select(y >= 127.f, splat(kInf), power);
@@ -104,23 +107,23 @@ inline vec exp2(vec y) {
 
 inline vec exp(vec x) { return exp2(x * kLog2e); }
 
-// e^x and e^x - 1 for x <= 0, each with a relative error of 2e-7, down to x = -0.
+// e^x and e^x - 1 for x <= 0, each with a relative error of 2e-7, however near x is to 0.
 struct Decay {
-  vec power, less_one;
+  vec power, minus_one;
 };
 inline Decay decay(vec x) {
-  const vec y = max(x, splat(-80.f)) * kLog2e;  // e^-80 is nothing beside 1
+  const vec y = max(x, splat(-80.f)) * kLog2e;  // e^-80 vanishes beside 1
   const Split s = split(y);
   const vec change = s.scale * (s.f * expm1_poly(s.f));
   return {select(x > -80.f, change + s.scale, x == x ? vec{} : x), select(x == x, change + (s.scale - 1.f), x)};
 }
 
-inline vec expm1_nonpositive(vec x) { return decay(x).less_one; }
+inline vec expm1_nonpositive(vec x) { return decay(x).minus_one; }
 
-// log(1 + u) for -1 < u <= 0, relative error 2e-7 down to u = -0.
+// log(1 + u) for -1 < u <= 0, with a relative error of 2e-7, however near u is to 0.
 inline vec log1p_nonpositive(vec u) {
   const vec w = u + 1.f;
-  // w = 2^n m with m in [sqrt(1/2), sqrt(2)); what rounding to w lost comes back as (u - (w - 1)) / w.
+  // w = 2^n m with m in [sqrt(1/2), sqrt(2)). Rounding 1 + u to w loses a little: (u - (w - 1)) / w restores it.
   const ivec n = (bits(w) - 0x3f3504f3) >> 23;
   const vec m = from_bits(bits(w) - (n << 23));
   const vec r = m - 1.f;

@@ -1,34 +1,35 @@
-// The skeleton: one row of logits -> its loss and gradient, for every divergence.
+// The three sweeps over one row of logits, which give its loss and gradient for every divergence.
 //
-//   1. statistics   one sweep over both rows in blocks: running maxima, sums of exponentials, and the cross sums that
-//                   close the Kullback-Leibler family. Exponentials are stashed as they are computed.
-//   2. divergence   for the others only: the functor's terms and g, from the stash.
+//   1. statistics   over both rows: running maxima, sums of exponentials, and the cross sums from which the value and
+//                   gradient of the Kullback-Leibler family follow. Exponentials are stashed as they are computed.
+//   2. divergence   for all other functors: their terms and g, from the stash.
 //   3. gradient     a linear combination of the stash, while it is in the second-level cache.
 //
-// Exponents are (z - max) * log2(e)/T with max the row's largest logit so far. The difference of two logits comes first and
-// is nearly exact, so a large common offset drops out, and so does a temperature of 1e-9. The label's logit and every
-// column go through the same two operations. A block's stash is relative to the maximum at that block; one factor per
-// block rescales it. Sums run in fp32 lanes within a block and in double across blocks.
+// Exponents are (z - max) * log2(e)/T with max the row's largest logit so far. Subtracting the maximum first is nearly
+// exact, so neither a large common offset nor a temperature of 1e-9 costs accuracy. The label's logit and every column
+// go through the same two operations. A block's stash is relative to the maximum known when it was stashed; one factor
+// per block rescales it. Sums run in fp32 lanes within a block and in double across blocks.
 //
-// Cross-entropy at T = 1 rides along: e^z is a power of e^(z/T) where T is a small integer, a third exponential elsewhere.
+// The hard term (cross-entropy at T = 1) comes out of the same sweeps. Where T is an integer up to 4, e^z is a power of
+// e^(z/T). For other T it is a third exponential.
 //
-// A row may also come in tiles of columns, its logits computed anew for each of the three: then `State` is what is known
-// of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
+// A row may also come in tiles of columns, with its logits computed again for each sweep. Then `State` keeps what is
+// known of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
 #pragma once
 #include "divergences.h"
 #include "near.h"
 
 namespace FASTKD_ISA {
 
-// Sweep 1: `sums` and those of these columns. `keep_stash` false: nobody reads the exponentials again, so they stay in
-// one block's worth of memory.
+// Sweep 1: adds these columns to `sums`. If `keep_stash` is false, nobody reads the exponentials again, and every block
+// writes them to the same memory.
 template <bool with_teacher, bool forward, bool reverse, int hard>
-inline Sums statistics(const Row& row, const Settings& settings, const Scratch& scratch, bool keep_stash, Sums sums) {
+inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scratch, bool keep_stash, Sums sums) {
   constexpr bool functor = with_teacher && !forward && !reverse;
   int64_t top_start = -1;  // of the block that holds the largest logit
-  const float cs = settings.student_scale, ct = settings.teacher_scale;
-  bool mostly_near = false;  // the block before
-  for (const auto [start, n] : for_blocks(settings.columns)) {
+  const float cs = spec.student_scale, ct = spec.teacher_scale;
+  bool mostly_near = false;  // the previous block
+  for (const auto [start, n] : for_blocks(spec.columns)) {
     const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
     const float* t = with_teacher ? row.teacher.fetch(start, n) : nullptr;
@@ -41,24 +42,27 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
       const float teacher_top = block_max(t, n);
       if (teacher_top > teacher_max) teacher_max = teacher_top;
     }
-    if (student_max != sums.student_max || teacher_max != sums.teacher_max) sums.raise(student_max, teacher_max, settings);
+    if (student_max != sums.student_max || teacher_max != sums.teacher_max) sums.raise(student_max, teacher_max, spec);
     if (keep_stash) {
       scratch.student_max[b] = student_max;
       if (with_teacher) scratch.teacher_max[b] = teacher_max;
     }
 
     float *es_out = scratch.student.tail, *et_out = scratch.teacher.tail, *eh_out = scratch.hard.tail;
-    if (keep_stash) es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n), eh_out = scratch.hard.at(start, n);
+    if (keep_stash) {
+      es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n);
+      eh_out = scratch.hard.at(start, n);
+    }
     if constexpr (forward) {
       if (keep_stash) scratch.near_block[b] = false;
       if (b % 8 == 0 || mostly_near) {
-        const Nearness nearness(settings, student_max, teacher_max);
+        const Nearness nearness(spec, student_max, teacher_max);
         const bool look = nearness.apart.direct && (mostly_near || nearness.holds(load(s), load(t)));
         mostly_near = false;
         if (look) {
           const NearBlock at{s, t, es_out, et_out, eh_out, keep_stash ? scratch.near + start / lanes : nullptr, n};
           const int64_t next = start + block;
-          const int64_t near = near_statistics<reverse, hard>(at, row.student, row.teacher, next, nearness, settings, sums);
+          const int64_t near = near_statistics<reverse, hard>(at, row.student, row.teacher, next, nearness, spec, sums);
           mostly_near = 2 * lanes * near > n;
           if (keep_stash) scratch.near_block[b] = true;
           continue;
@@ -67,7 +71,7 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
     }
     vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
     for (int64_t i = 0; i < n; i += lanes) {
-      row.student.prefetch(start + block + i);  // the next block's maximum is taken before its exponentials
+      row.student.prefetch(start + block + i);  // block_max of the next block would wait for memory
       if (with_teacher) row.teacher.prefetch(start + block + i);
       const vec zs = load(s + i) - student_max;
       const vec ys = zs * cs;
@@ -106,51 +110,51 @@ inline Sums statistics(const Row& row, const Settings& settings, const Scratch& 
   return sums;
 }
 
-// What a functor works from, for the columns of a row whose normalisers are known.
+// Makes the cells of a functor, for a row whose normalisers are known.
 struct Cells {
-  const Settings& settings;
+  const RowSpec& spec;
   const Sums& sums;
   const Scratch& scratch;
   LogRatio log_ratio;
   float log_zs, log_zt;  // to base 2
 
-  Cells(const Settings& settings, const Sums& sums, const Scratch& scratch)
-      : settings(settings), sums(sums), scratch(scratch), log_ratio(settings, sums) {
+  Cells(const RowSpec& spec, const Sums& sums, const Scratch& scratch)
+      : spec(spec), sums(sums), scratch(scratch), log_ratio(spec, sums) {
     log_zs = (float)::log2(sums.student), log_zt = (float)::log2(sums.teacher);
   }
 
-  // From a block's exponentials to probabilities.
+  // The factors from a block's exponentials to probabilities.
   float to_q(int64_t b) const {
-    return (float)(rescale(scratch.student_max[b], sums.student_max, settings.student_scale) / sums.student);
+    return (float)(rescale(scratch.student_max[b], sums.student_max, spec.student_scale) / sums.student);
   }
   float to_p(int64_t b) const {
-    return (float)(rescale(scratch.teacher_max[b], sums.teacher_max, settings.teacher_scale) / sums.teacher);
+    return (float)(rescale(scratch.teacher_max[b], sums.teacher_max, spec.teacher_scale) / sums.teacher);
   }
 
   Cell operator()(vec zs, vec zt, vec p, vec q) const {
-    const vec log_q = (zs - sums.student_max) * settings.student_scale - log_zs;
-    const vec log_p = (zt - sums.teacher_max) * settings.teacher_scale - log_zt;
+    const vec log_q = (zs - sums.student_max) * spec.student_scale - log_zs;
+    const vec log_p = (zt - sums.teacher_max) * spec.teacher_scale - log_zt;
     return {p, q, log_p * kLn2, log_q * kLn2, log_ratio(zs, zt) * kLn2};
   }
 };
 
 // The student's likeliest column, in all lanes.
 inline Cell top_cell(const Cells& cells) {
-  const Settings& settings = cells.settings;
+  const RowSpec& spec = cells.spec;
   const Sums& sums = cells.sums;
   const vec s = splat(sums.top_student), t = splat(sums.top_teacher);
-  const vec es = exp2_nonpositive((s - sums.student_max) * settings.student_scale);
-  const vec et = exp2_nonpositive((t - sums.teacher_max) * settings.teacher_scale);
+  const vec es = exp2_nonpositive((s - sums.student_max) * spec.student_scale);
+  const vec et = exp2_nonpositive((t - sums.teacher_max) * spec.teacher_scale);
   return cells(s, t, et * (float)(1 / sums.teacher), es * (float)(1 / sums.student));
 }
 
-// Sweep 2 of the divergences that need the normalisers: adds to (sum of terms, sum of g) and stashes g.
+// Sweep 2: adds a functor's terms to `value` and its g to `total_g`. Stashes g in place of the teacher's exponentials.
 template <class Divergence>
-inline void divergence_sums(const Divergence& divergence, const Row& row, const Settings& settings,
+inline void divergence_sums(const Divergence& divergence, const Row& row, const RowSpec& spec,
                             const Scratch& scratch, const Sums& sums, double& value, double& total_g) {
-  const Cells cells(settings, sums, scratch);
+  const Cells cells(spec, sums, scratch);
   const Centred<Divergence> centred(divergence, top_cell(cells));
-  for (const auto [start, n] : for_blocks(settings.columns)) {
+  for (const auto [start, n] : for_blocks(spec.columns)) {
     const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
@@ -162,7 +166,7 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
       const vec zs = load(s + i), zt = load(t + i);
       const Cell cell = cells(zs, zt, load(et + i) * to_p, load(es + i) * to_q);
       const Pair pair = centred(cell);
-      // Padding and jointly masked columns: p = q = 0 contribute nothing, whatever the functor makes of them.
+      // Columns that are -inf on both sides, such as padding, count for nothing, whatever the functor returns.
       const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
       const vec g = keep(counted, pair.g);
       sum_term += keep(counted, pair.term);
@@ -174,10 +178,10 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
   }
 }
 
-// Squared error of raw logits; no softmax.
-inline double squared_error(const Row& row, const Settings& settings) {
+// The sum of squared differences of raw logits, for MSE: no softmax.
+inline double squared_error(const Row& row, const RowSpec& spec) {
   double total = 0;
-  for (const auto [start, n] : for_blocks(settings.columns)) {
+  for (const auto [start, n] : for_blocks(spec.columns)) {
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
     vec squares{};
@@ -191,46 +195,46 @@ inline double squared_error(const Row& row, const Settings& settings) {
   return total;
 }
 
-// The gradient of one row as a combination of what is in cache:
-//   gap * (q - p)  +  student * e_s  +  ratio * e_s * (y_s - y_t)  +  g * stash_t  +  raw * (z_s - z_t)  +  hard * e_hard
-// with the exponentials rescaled block by block; the label's column gets -label more. stash_t is e_t, or g where that counts.
+// The coefficients of a row's gradient:
+//   gap * (q - p) + student * e_s + ratio * e_s * (y_s - y_t) + g * stash_g + raw * (z_s - z_t) + hard * e_hard
+// minus `label` in the label's column. Exponentials are relative to the row's maxima. stash_g is what sweep 2 stashed.
 struct Combination {
   double gap = 0, student = 0, ratio = 0, g = 0, raw = 0, hard = 0, label = 0;
 };
 
+// What sweep 3 reads beside the stash: nothing, or the logits, for y_s - y_t or for z_s - z_t.
 enum Logits : int { kStashOnly = 0, kLogRatio = 1, kDifference = 2 };
 
-// `forward`: stash_t is e_t, and near columns are stashed as such.
+// Sweep 3. `with_teacher`: the teacher's stash takes part. It holds g, or e_t if `forward`, where near blocks have the
+// stash of near.h.
 template <int logits, bool with_teacher, bool forward, int hard>
-inline void gradient(const Row& row, const Settings& settings, const Scratch& scratch, const Sums& sums,
+inline void gradient(const Row& row, const RowSpec& spec, const Scratch& scratch, const Sums& sums,
                      const Combination& combination) {
-  const LogRatio log_ratio(settings, sums);
+  const LogRatio log_ratio(spec, sums);
   const bool stashed = logits != kDifference || hard != kNoHard;
-  for (const auto [start, n] : for_blocks(settings.columns)) {
+  for (const auto [start, n] : for_blocks(spec.columns)) {
     const int64_t b = start / block;
     const float* s = logits ? row.student.fetch(start, n) : nullptr;
     const float* t = logits ? row.teacher.fetch(start, n) : nullptr;
     const float at_s = stashed ? scratch.student_max[b] : sums.student_max;
-    const double moved_s = rescale(at_s, sums.student_max, settings.student_scale);
+    const double moved_s = rescale(at_s, sums.student_max, spec.student_scale);
     const float by_ratio = (float)(combination.ratio * moved_s);
     float by_s = (float)(combination.student * moved_s), by_t = (float)combination.g;
     double by_q = 0, by_p = 0;  // of e_s and e_t, for q - p
     if constexpr (forward) {
       by_q = combination.gap * moved_s / sums.student;
-      by_p = combination.gap * rescale(scratch.teacher_max[b], sums.teacher_max, settings.teacher_scale) / sums.teacher;
+      by_p = combination.gap * rescale(scratch.teacher_max[b], sums.teacher_max, spec.teacher_scale) / sums.teacher;
       by_s = (float)(combination.student * moved_s + by_q), by_t = (float)-by_p;
     }
-    const float by_h = (float)(combination.hard * rescale(at_s, sums.student_max, settings.hard_scale));
+    const float by_h = (float)(combination.hard * rescale(at_s, sums.student_max, spec.hard_scale));
     const float by_raw = (float)combination.raw;
-    const float* es_in = scratch.student.at(start, n);
-    const float* et_in = scratch.teacher.at(start, n);
-    const float* eh_in = scratch.hard.at(start, n);
-    float* out = row.grad.target(start, n);
+    float *const es_in = scratch.student.at(start, n), *const et_in = scratch.teacher.at(start, n);
+    float *const eh_in = scratch.hard.at(start, n), *const out = row.grad.target(start, n);
     if (forward && scratch.near_block[b]) {
-      const NearBlock at{s, t, const_cast<float*>(es_in), const_cast<float*>(et_in), const_cast<float*>(eh_in),
-                         scratch.near + start / lanes, n};
-      const double gap = combination.gap * near_gap(at_s, scratch.teacher_max[b], settings, sums);
-      const NearGradient by{by_s, by_t, (float)(combination.student * moved_s), (float)by_q, (float)gap, by_ratio, by_h};
+      const NearBlock at{s, t, es_in, et_in, eh_in, scratch.near + start / lanes, n};
+      const double gap = combination.gap * near_gap(at_s, scratch.teacher_max[b], spec, sums);
+      const float near_s = (float)(combination.student * moved_s);
+      const NearGradient by{by_s, by_t, near_s, (float)by_q, (float)gap, by_ratio, by_h};
       near_gradient<logits == kLogRatio, hard>(at, log_ratio, by, out);
     } else {
       for (int64_t i = 0; i < n; i += lanes) {
