@@ -250,7 +250,7 @@ class Divergence:
     `sweeps` is "closed" (`term` is a `close`; `forward` and `reverse` say which sums it uses), "normalised" (both
     softmaxes must be known before the term) or "raw" (d is the difference of logits, there is no softmax). Where
     `about_top`, b is no parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p. `vectors` is
-    that of `blocks.block_for`: what a thread computes at once must fit its registers.
+    that of `launch.block_for`: what a thread computes at once must fit its registers.
     """
 
     term: Any
