@@ -7,12 +7,12 @@ Sweeps over a row, all loads of 16 bytes where the rows' addresses allow:
 2. terms, for the other divergences: Σ term and Σ slope, now that the probabilities are known.
 3. gradient, if wanted: computed in fp32 and rounded once.
 
-So student and teacher are each loaded twice, once more if sweep 2 is needed, and once only where no gradient is wanted
-either. The gradient is stored once. What of this reaches DRAM depends on the cache: sweeps 2 and 3 begin at the last
-column, where sweep 1 ended.
+Each sweep loads student and teacher once: that is twice, or three times where sweep 2 is needed, and one time fewer
+without a gradient. The gradient is stored once. What of this reaches DRAM depends on the cache: sweeps 2 and 3 begin at
+the last column, where sweep 1 ended.
 
-Where logits are computed for one vocabulary tile at a time, a launch makes one of the sweeps over one tile, and takes
-from `state` what the launches before it learned of the row.
+Where logits are computed for one vocabulary tile at a time, a launch makes one of the sweeps over one tile. What the
+launches before it learned of the row is in `state`.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ _BLOCK = 4096
 def _scale_kernel(values, factor, count, TAIL: tl.constexpr, BLOCK: tl.constexpr):
     by = tl.load(factor).to(tl.float32)
     if by != 1:
-        # A mask that may end anywhere would make every load a single element: what is beyond whole vectors goes apart.
+        # A mask that may end anywhere would make every load a single element. So the tail has a step of its own.
         whole = count // 16 * 16
         _scale_step(values, tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK), whole, by)
         if TAIL:

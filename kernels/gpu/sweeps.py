@@ -269,7 +269,7 @@ def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
     if MODE.about_top:
         p *= numbers.b
         d -= log_near_one(numbers.b, numbers.b - 1)
-    if FINE or MODE.about_top:  # q − b·p is small where p and q are equal and their rows' sums are not
+    if FINE or MODE.about_top:  # q − b·p cancels, too, where p and q are equal and their rows' sums are not
         return probability_gap(p, q, d)
     else:
         return q - p
@@ -303,7 +303,7 @@ def point(s, t, normalisers, numbers, MODE: tl.constexpr):
 
 @triton.jit
 def with_ratio(numbers, top_d):
-    """The numbers with b = e^top_d, kept to where neither it nor its inverse is more than large."""
+    """The numbers with b = e^top_d, clamped so that neither b nor 1 / b overflows."""
     return Numbers(
         numbers.student_inverse,
         numbers.teacher_inverse,
