@@ -107,10 +107,10 @@ def test_memory_is_the_limit_on_an_h100(vocab: int) -> None:
 
 def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a starvation diet of registers the same kernel spills, and the reader says so."""
-    from fastkd.kernels.gpu import blocks, rows
+    from fastkd.kernels.gpu import launch, rows
 
-    def starved(block: blocks.Block) -> dict[str, Any]:
-        return {**blocks.launch_options(block), "maxnreg": 32}
+    def starved(block: launch.Block) -> dict[str, Any]:
+        return {**launch.launch_options(block), "maxnreg": 32}
 
     monkeypatch.setattr(rows, "launch_options", starved)
     case = static.kd("jsd")

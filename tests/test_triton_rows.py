@@ -14,7 +14,8 @@ import fastkd
 from fastkd import reference
 from fastkd.divergences import TABLE, Divergence
 from fastkd.kernels import gpu
-from fastkd.kernels.gpu.blocks import Rows, row_offset
+from fastkd.kernels.gpu.blocks import row_offset
+from fastkd.kernels.gpu.launch import Rows
 from fastkd.sparse import sparse_rows
 from tests import cases, compare
 from tests.sparse_targets import kept
@@ -59,7 +60,7 @@ def test_soft_term_alone(divergence: Divergence) -> None:
 )
 def test_edges_and_the_memory_around_them(divergence: str, dtype: torch.dtype) -> None:
     """Every tail at several misalignments. The interpreter faults on any access outside the views it was given."""
-    step = 128 * 2 * 16 // dtype.itemsize  # columns: 128 threads, 2 vectors of 16 bytes (kernels/gpu/blocks.py)
+    step = 128 * 2 * 16 // dtype.itemsize  # columns: 128 threads, 2 vectors of 16 bytes (kernels/gpu/launch.py)
     for vocab in (1, 2, 7, 8, 9, step - 1, step, step + 1, step + 13):
         for shift in (0, 3):
             sides = []

@@ -65,8 +65,8 @@ class _Buffer:
         if size != self.item:
             raise Fault(f"{kind} {size} bytes in a tensor of {self.item}-byte elements")
         if not (seen := self.visible.numpy()[elements]).all():
-            hidden = int(elements[~seen][0])
-            raise Fault(f"{kind} element {hidden} of a storage, outside every view that was passed; program {program}")
+            outside = int(elements[~seen][0])
+            raise Fault(f"{kind} element {outside} of a storage, outside every view that was passed; program {program}")
         others = (self.owner[elements] != -1) & (self.owner[elements] != program)
         racing = others | self.shared[elements] if store else others & self.written[elements]
         if racing.any():

@@ -1,6 +1,7 @@
 """The Triton backend: NVIDIA, AMD and Intel GPUs. Offers the functions of `fastkd.backend.Backend`, and `scale_`."""
 
-from fastkd.kernels.gpu.rows import kd_rows, scale_
+from fastkd.kernels.gpu.rows import kd_rows
+from fastkd.kernels.gpu.scale import scale_
 from fastkd.kernels.gpu.state import tile_state
 from fastkd.kernels.gpu.statistics import log_softmax, log_softmax_backward, row_statistics
 from fastkd.reference import sample, top_k  # torch's own selection runs on the device

@@ -1,14 +1,15 @@
 """Divergences on the GPU: for each a pair of scalar functions and a row in `DIVERGENCES`.
 
 A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope` of the
-same arguments, the derivative of the term by log q. p is the teacher's probability, q the student's, gap = q − p,
-d = log q − log p (0 where both are 0, ±inf where one is), a and b the divergence's parameters; everything fp32. Where
-`about_top`, gap and b are others: see `Divergence`. The
-student-logit gradient is `(slope − q·Σ slope) / temperature`, which a multiple of q added to every slope does not
-change: that freedom is used to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
+same arguments, the derivative of the term with respect to log q. p is the teacher's probability, q the student's,
+gap = q − p, d = log q − log p (0 where both probabilities are 0, ±inf where one is), a and b the divergence's
+parameters; everything fp32. Where `about_top`, gap and b mean something else: see `Divergence`.
+
+The student-logit gradient is `(slope − q·Σ slope) / temperature`. A multiple of q added to every slope does not change
+it. That freedom is used to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
 
 The Kullback-Leibler family has `close(forward, reverse, a, b) → (value, Σ slope)` in place of a term: both directions
-follow from sums that need no normaliser, so its logits are read once less.
+follow from sums that need no normaliser, which saves one sweep over the logits.
 """
 
 from __future__ import annotations
@@ -140,8 +141,8 @@ def skew_kl_term(p, q, gap, log_p, log_q, d, lam, ratio):
 def skew_kl_slope(p, q, gap, log_p, log_q, d, lam, ratio):
     """With w = p / m, m the mixture: (1 − λ)·q·(w_top − w), w_top − w being (1 − λ)·w_top·(q − ratio·p) / m.
 
-    Rows that are nearly equal have w near 1 throughout, and a student that is sure of what the teacher is not has a w
-    near 0 at its top: no other constant than w_top leaves digits in both.
+    In rows that are nearly equal, w is near 1 throughout. Where the student is sure of a token that the teacher is not
+    sure of, w is near 0 at the student's top. Only the constant w_top keeps the digits of both.
     """
     scale = (1 - lam) * (1 - lam) / (lam + (1 - lam) * ratio)
     return scale * gap * (q / tl.maximum(lam * p + (1 - lam) * q, 1e-37))
@@ -173,7 +174,7 @@ def tvd_slope(p, q, gap, log_p, log_q, d, a, b):
 
 # With s = α + β the α-β term is d² exp[s·log q, α·log p + β·log q, s·log p] and its slope d exp[s·log q, α·log p +
 # β·log q], where exp[…] is the divided difference of exp. The three lie 0, α·d and s·d below the first: no difference
-# of powers is divided by a parameter, and α, β or s that are 0, or nearly, are as good as any.
+# of powers is divided by a parameter, so α, β and s may be 0, or nearly 0, without loss.
 
 
 @triton.jit
@@ -200,7 +201,8 @@ def alpha_beta_term(p, q, gap, log_p, log_q, d, alpha, beta):
     span = tl.maximum(tl.maximum(x, y), z)
     outer_total = z == span
     outer_alpha = (x == span) & (z < span)
-    # From the largest to the next and on to the last, if the first of the outermost two is the largest, or else back.
+    # From the largest exponent to the next and then to the last, if the first of the outermost two is the largest;
+    # otherwise the other way round.
     first = tl.where(outer_alpha, z, x)
     second = tl.where(outer_total | outer_alpha, y, z)
     falling = tl.where(outer_total, total, tl.where(outer_alpha, alpha, beta)) * d > 0
@@ -245,12 +247,12 @@ def mse_slope(p, q, gap, log_p, log_q, d, a, b):
 
 @dataclass(frozen=True)
 class Divergence:
-    """A pair and how the skeleton must sweep for it.
+    """A pair, and which sweeps the kernels must make for it.
 
     `sweeps` is "closed" (`term` is a `close`; `forward` and `reverse` say which sums it uses), "normalised" (both
-    softmaxes must be known before the term) or "raw" (d is the difference of logits, there is no softmax). Where
-    `about_top`, b is no parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p. `vectors` is
-    that of `blocks.block_for`: what a thread computes at once must fit its registers.
+    softmaxes must be known before the term) or "raw" (d is the difference of logits; there is no softmax). Where
+    `about_top`, b is not a parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p. `vectors`
+    is an argument of `launch.block_for`: what a thread computes at once must fit into its registers.
     """
 
     term: Any

@@ -2,7 +2,7 @@
 
 fp32 `[rows, FIELDS]`, read and written by the row's program. The sums of a tile are merged into those of the tiles
 before it as the sums of a row's threads are merged: moved to common maxima. That rounds once per tile and not once per
-thread, so student_sum − teacher_sum, on which all rests between nearly equal rows, is moved and carried on its own.
+thread. So student_sum − teacher_sum, which decides everything between nearly equal rows, is moved and kept on its own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.gpu.divergences import expm1
-from fastkd.kernels.gpu.sweeps import Statistics, max_gap_of, moved, tempered_gap
+from fastkd.kernels.gpu.rest import Rest
+from fastkd.kernels.gpu.sweeps import Maxima, Statistics, max_gap_of, moved, tempered_gap
 
 
 class VocabularyTile(NamedTuple):
-    """A `backend.Tile` as the kernel takes it: columns [first, first + width)."""
+    """A `backend.Tile` as a kernel takes it: columns [first, first + width)."""
 
     state: Any
     first: int
@@ -27,7 +28,7 @@ class VocabularyTile(NamedTuple):
 
 
 class State(NamedTuple):
-    """A row's state."""
+    """A row's state beside a dense teacher."""
 
     statistics: Any
     label_logit: Any  # the student's, once its tile was met
@@ -35,11 +36,22 @@ class State(NamedTuple):
     slope_sum: Any
 
 
-_STATISTICS = len(Statistics._fields)
-LABEL_LOGIT = tl.constexpr(_STATISTICS)
-TERM_SUM = tl.constexpr(_STATISTICS + 1)
-SLOPE_SUM = tl.constexpr(_STATISTICS + 2)
-FIELDS = tl.constexpr(_STATISTICS + 3)
+# --- where each field stands ------------------------------------------------------------------------------------
+
+_STUDENT_MAX = tl.constexpr(0)
+_TEACHER_MAX = tl.constexpr(1)
+_TEACHER_THERE = tl.constexpr(2)
+_STUDENT_SUM = tl.constexpr(3)
+_TEACHER_SUM = tl.constexpr(4)
+_SUM_GAP = tl.constexpr(5)
+_HARD_SUM = tl.constexpr(6)
+_FORWARD = tl.constexpr(7)
+_REVERSE = tl.constexpr(8)
+_SQUARE = tl.constexpr(9)
+_LABEL_LOGIT = tl.constexpr(10)
+_TERM_SUM = tl.constexpr(11)
+_SLOPE_SUM = tl.constexpr(12)
+FIELDS = tl.constexpr(13)
 
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
@@ -48,15 +60,18 @@ def tile_state(rows: int, device: torch.device) -> Tensor:
 
 
 @triton.jit
-def row_state(tile, row):
-    """Pointer to a row's fields; `sparse` has its own meaning for the first few."""
-    return tile.state + row.to(tl.int64) * FIELDS
+def _fields(tile, index):
+    """Pointer to a row's fields."""
+    return tile.state + index.to(tl.int64) * FIELDS
+
+
+# --- beside a dense teacher -------------------------------------------------------------------------------------
 
 
 @triton.jit
-def load_state(tile, row, MODE: tl.constexpr):
-    """A row's state; what the first tile of a stage finds is that of no column."""
-    state = row_state(tile, row)
+def load_state(tile, index, MODE: tl.constexpr):
+    """A row's state. The first tile of a stage finds the state of a row without columns."""
+    fields = _fields(tile, index)
     measured = tile.first > 0
     summed = tile.first > 0
     if MODE.stage != "statistics":
@@ -64,63 +79,68 @@ def load_state(tile, row, MODE: tl.constexpr):
     if MODE.stage == "gradient":
         summed = True
     lowest = float("-inf")
+    maxima = Maxima(
+        tl.load(fields + _STUDENT_MAX, measured, other=lowest),
+        tl.load(fields + _TEACHER_MAX, measured, other=lowest),
+        tl.load(fields + _TEACHER_THERE, measured, other=lowest),
+    )
     statistics = Statistics(
-        tl.load(state, measured, other=lowest),
-        tl.load(state + 1, measured, other=lowest),
-        tl.load(state + 2, measured, other=lowest),
-        tl.load(state + 3, measured, other=0.0),
-        tl.load(state + 4, measured, other=0.0),
-        tl.load(state + 5, measured, other=0.0),
-        tl.load(state + 6, measured, other=0.0),
-        tl.load(state + 7, measured, other=0.0),
-        tl.load(state + 8, measured, other=0.0),
-        tl.load(state + 9, measured, other=0.0),
+        maxima,
+        tl.load(fields + _STUDENT_SUM, measured, other=0.0),
+        tl.load(fields + _TEACHER_SUM, measured, other=0.0),
+        tl.load(fields + _SUM_GAP, measured, other=0.0),
+        tl.load(fields + _HARD_SUM, measured, other=0.0),
+        tl.load(fields + _FORWARD, measured, other=0.0),
+        tl.load(fields + _REVERSE, measured, other=0.0),
+        tl.load(fields + _SQUARE, measured, other=0.0),
     )
     return State(
         statistics,
-        tl.load(state + LABEL_LOGIT, measured, other=0.0),
-        tl.load(state + TERM_SUM, summed, other=0.0),
-        tl.load(state + SLOPE_SUM, summed, other=0.0),
+        tl.load(fields + _LABEL_LOGIT, measured, other=0.0),
+        tl.load(fields + _TERM_SUM, summed, other=0.0),
+        tl.load(fields + _SLOPE_SUM, summed, other=0.0),
     )
 
 
 @triton.jit
-def store_statistics(tile, row, statistics, label_logit):
+def store_statistics(tile, index, statistics, label_logit):
     """Keep what the statistics stage learned."""
-    state = row_state(tile, row)
+    fields = _fields(tile, index)
     tl.debug_barrier()  # every thread has read what one overwrites
-    tl.store(state, statistics.student_max)
-    tl.store(state + 1, statistics.teacher_max)
-    tl.store(state + 2, statistics.teacher_there)
-    tl.store(state + 3, statistics.student_sum)
-    tl.store(state + 4, statistics.teacher_sum)
-    tl.store(state + 5, statistics.sum_gap)
-    tl.store(state + 6, statistics.hard_sum)
-    tl.store(state + 7, statistics.forward)
-    tl.store(state + 8, statistics.reverse)
-    tl.store(state + 9, statistics.square)
-    tl.store(state + LABEL_LOGIT, label_logit)
+    tl.store(fields + _STUDENT_MAX, statistics.maxima.student)
+    tl.store(fields + _TEACHER_MAX, statistics.maxima.teacher)
+    tl.store(fields + _TEACHER_THERE, statistics.maxima.teacher_there)
+    tl.store(fields + _STUDENT_SUM, statistics.student_sum)
+    tl.store(fields + _TEACHER_SUM, statistics.teacher_sum)
+    tl.store(fields + _SUM_GAP, statistics.sum_gap)
+    tl.store(fields + _HARD_SUM, statistics.hard_sum)
+    tl.store(fields + _FORWARD, statistics.forward)
+    tl.store(fields + _REVERSE, statistics.reverse)
+    tl.store(fields + _SQUARE, statistics.square)
+    tl.store(fields + _LABEL_LOGIT, label_logit)
 
 
 @triton.jit
-def store_terms(tile, row, term_sum, slope_sum):
+def store_terms(tile, index, term_sum, slope_sum):
     """Keep what the terms stage learned."""
-    state = row_state(tile, row)
+    fields = _fields(tile, index)
     tl.debug_barrier()  # every thread has read what one overwrites
-    tl.store(state + TERM_SUM, term_sum)
-    tl.store(state + SLOPE_SUM, slope_sum)
+    tl.store(fields + _TERM_SUM, term_sum)
+    tl.store(fields + _SLOPE_SUM, slope_sum)
 
 
 @triton.jit
 def _moved_sum_gap(old, new, numbers, MODE: tl.constexpr):
     """student_sum − teacher_sum of `new`, which is `old` moved to other maxima."""
     if MODE.same_temperature:
-        old_gap, old_lost = max_gap_of(old)
-        new_gap, new_lost = max_gap_of(new)
+        old_gap, old_lost = max_gap_of(old.maxima)
+        new_gap, new_lost = max_gap_of(new.maxima)
         difference = ((old_gap - new_gap) + (old_lost - new_lost)) * numbers.student_inverse
     else:
-        difference = tempered_gap(old.student_max - new.student_max, old.teacher_max - new.teacher_max, numbers, MODE)
-    student_decay = tl.exp2((old.student_max - new.student_max) * numbers.student_scale)
+        difference = tempered_gap(
+            old.maxima.student - new.maxima.student, old.maxima.teacher - new.maxima.teacher, numbers, MODE
+        )
+    student_decay = tl.exp2((old.maxima.student - new.maxima.student) * numbers.student_scale)
     # The decays' difference is the teacher's times expm1; where it is large, or the rows were −inf, nothing cancels.
     near = old.sum_gap * student_decay + new.teacher_sum * expm1(difference)
     return tl.where(tl.abs(difference) < 0.3, near, new.student_sum - new.teacher_sum)
@@ -129,21 +149,20 @@ def _moved_sum_gap(old, new, numbers, MODE: tl.constexpr):
 @triton.jit
 def merged(before, here, numbers, MODE: tl.constexpr):
     """`Statistics` of the columns of both."""
-    student_max = tl.maximum(before.student_max, here.student_max)
-    teacher_max = tl.maximum(before.teacher_max, here.teacher_max)
+    student_max = tl.maximum(before.maxima.student, here.maxima.student)
+    teacher_max = tl.maximum(before.maxima.teacher, here.maxima.teacher)
     there = tl.maximum(
-        tl.where(before.student_max == student_max, before.teacher_there, float("-inf")),
-        tl.where(here.student_max == student_max, here.teacher_there, float("-inf")),
+        tl.where(before.maxima.student == student_max, before.maxima.teacher_there, float("-inf")),
+        tl.where(here.maxima.student == student_max, here.maxima.teacher_there, float("-inf")),
     )
-    a = moved(before, student_max, teacher_max, there, numbers, MODE)
-    b = moved(here, student_max, teacher_max, there, numbers, MODE)
+    maxima = Maxima(student_max, teacher_max, there)
+    a = moved(before, maxima, numbers, MODE)
+    b = moved(here, maxima, numbers, MODE)
     sum_gap = 0.0
     if MODE.soft == "closed" or MODE.soft == "normalised":
         sum_gap = _moved_sum_gap(before, a, numbers, MODE) + _moved_sum_gap(here, b, numbers, MODE)
     return Statistics(
-        student_max,
-        teacher_max,
-        there,
+        maxima,
         a.student_sum + b.student_sum,
         a.teacher_sum + b.teacher_sum,
         sum_gap,
@@ -152,3 +171,33 @@ def merged(before, here, numbers, MODE: tl.constexpr):
         a.reverse + b.reverse,
         a.square + b.square,
     )
+
+
+# --- beside a sparse teacher ------------------------------------------------------------------------------------
+# The student's fields alone, of the columns that are not kept.
+
+
+@triton.jit
+def load_rest(tile, index, MODE: tl.constexpr):
+    """The row's `Rest` and its label's logit. The first tile of the statistics finds a rest without columns."""
+    fields = _fields(tile, index)
+    measured = tile.first > 0
+    if MODE.stage == "gradient":
+        measured = True
+    rest = Rest(
+        tl.load(fields + _STUDENT_MAX, measured, other=float("-inf")),
+        tl.load(fields + _STUDENT_SUM, measured, other=0.0),
+        tl.load(fields + _HARD_SUM, measured, other=0.0),
+    )
+    return rest, tl.load(fields + _LABEL_LOGIT, measured, other=0.0)
+
+
+@triton.jit
+def store_rest(tile, index, rest, label_logit):
+    """Keep what the statistics stage learned."""
+    fields = _fields(tile, index)
+    tl.debug_barrier()  # every thread has read what one overwrites
+    tl.store(fields + _STUDENT_MAX, rest.max)
+    tl.store(fields + _STUDENT_SUM, rest.soft_sum)
+    tl.store(fields + _HARD_SUM, rest.hard_sum)
+    tl.store(fields + _LABEL_LOGIT, label_logit)

@@ -1,8 +1,9 @@
 """Row statistics of logits, and log-softmax with its gradient.
 
 Sums of exponentials are kept relative to a running maximum and per thread, as in `sweeps`. `row_statistics` reads the
-logits once, `log_softmax` twice. `log_softmax_backward` reads the upstream gradient twice and the logits once; it is
-given the maximum and the sum of each row apart, since their log-sum-exp beside an offset of 1e4 is known to 5e-4 only.
+logits once, `log_softmax` twice. `log_softmax_backward` reads the upstream gradient twice and the logits once. It is
+given the maximum and the sum of each row as two numbers: at an offset of 1e4 their log-sum-exp, as one fp32 number, has
+an error of up to 5e-4.
 """
 
 from __future__ import annotations
@@ -12,25 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.gpu.blocks import (
-    block_for,
-    co_aligned,
-    device_of,
-    edge_columns,
-    finite,
-    first_vector,
-    lane_max,
-    lane_sum,
-    launch_options,
-    load_logits,
-    per_thread,
-    row_offset,
-    rows_of,
-    span_of,
-    steps_of,
-    vector_columns,
-)
+from fastkd.kernels.gpu.blocks import edge_columns, leading_row, load_logits, row_beside, steps_of, vector_columns
 from fastkd.kernels.gpu.divergences import LOG2E, weighted
+from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
+from fastkd.kernels.gpu.launch import block_for, co_aligned, device_of, launch_options, rows_of
 
 # --- statistics -------------------------------------------------------------------------------------------------
 
@@ -91,10 +77,8 @@ def _statistics_kernel(
     BLOCK: tl.constexpr,
 ):
     index = tl.program_id(0)
-    offset = row_offset(rows, index)
-    span = span_of(rows.pointer, offset, vocab_size, BLOCK)
-    logits = first_vector(rows.pointer, offset, span, True, BLOCK)
-    top, total, mean, first = _sweep(logits, span, scale, vocab_size, BLOCK)
+    row, span = leading_row(rows, index, vocab_size, BLOCK)
+    top, total, mean, first = _sweep(row.vectors, span, scale, vocab_size, BLOCK)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
     tl.store(entropies + index, log_total - mean / total * inverse)
@@ -102,7 +86,7 @@ def _statistics_kernel(
     if labels is not None:
         label = tl.load(labels + index)
         inside = (label >= 0) & (label < vocab_size)
-        logprob = (tl.load(rows.pointer + offset + label, inside, other=0.0).to(tl.float32) - top) * inverse - log_total
+        logprob = (tl.load(row.columns + label, inside, other=0.0).to(tl.float32) - top) * inverse - log_total
         tl.store(label_logprobs + index, tl.where(inside, logprob, float("nan")))
 
 
@@ -152,15 +136,14 @@ def _log_softmax_kernel(
     rows, out_rows, normalisers, inverse, scale, vocab_size, OUT_ALIGNED: tl.constexpr, BLOCK: tl.constexpr
 ):
     index = tl.program_id(0)
-    offset = row_offset(rows, index)
-    span = span_of(rows.pointer, offset, vocab_size, BLOCK)
-    logits = first_vector(rows.pointer, offset, span, True, BLOCK)
+    row, span = leading_row(rows, index, vocab_size, BLOCK)
+    logits = row.vectors
     top, total, _, _ = _sweep(logits, span, scale, vocab_size, BLOCK)
     log_total = tl.log(total)
     tl.store(normalisers + 2 * index, top)
     tl.store(normalisers + 2 * index + 1, log_total * LOG2E)
 
-    out = first_vector(out_rows.pointer, row_offset(out_rows, index), span, OUT_ALIGNED, BLOCK)
+    out = row_beside(out_rows, index, span, OUT_ALIGNED, BLOCK).vectors
     steps = steps_of(span, BLOCK)
     for step in range(steps):
         _write_step(out, logits, vector_columns(steps - 1 - step, span, BLOCK), top, log_total, inverse)
@@ -230,11 +213,10 @@ def _log_softmax_backward_kernel(
 ):
     index = tl.program_id(0)
     normaliser = (tl.load(normalisers + 2 * index), tl.load(normalisers + 2 * index + 1))
-    offset = row_offset(rows, index)
-    span = span_of(rows.pointer, offset, vocab_size, BLOCK)
-    logits = first_vector(rows.pointer, offset, span, True, BLOCK)
-    upstream = first_vector(upstream_rows.pointer, row_offset(upstream_rows, index), span, UPSTREAM_ALIGNED, BLOCK)
-    grad = first_vector(grad_rows.pointer, row_offset(grad_rows, index), span, GRAD_ALIGNED, BLOCK)
+    row, span = leading_row(rows, index, vocab_size, BLOCK)
+    logits = row.vectors
+    upstream = row_beside(upstream_rows, index, span, UPSTREAM_ALIGNED, BLOCK).vectors
+    grad = row_beside(grad_rows, index, span, GRAD_ALIGNED, BLOCK).vectors
 
     above = per_thread(BLOCK)
     if BLOCK.edges:

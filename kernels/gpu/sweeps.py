@@ -1,7 +1,7 @@
-"""The sweeps of `rows` over one row of student and teacher logits: device functions that know no divergence by name.
+"""The sweeps of `dense` over one row of student and teacher logits: device functions that know no divergence by name.
 
 A sweep is a loop over blocks [vectors, threads, width] and one more step for the row's edges (see `blocks`). Sums are
-kept per thread and merged once per row. `numbers` and `MODE` are `numbers.Numbers` and `rows.Mode`.
+kept per thread and merged once per row. `numbers` is a `launch.Numbers` and `MODE` a `mode.DenseMode`.
 """
 
 from __future__ import annotations
@@ -11,18 +11,10 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.blocks import (
-    edge_columns,
-    finite,
-    lane_max,
-    lane_sum,
-    load_logits,
-    per_thread,
-    steps_of,
-    vector_columns,
-)
-from fastkd.kernels.gpu.divergences import LOG2E, log_near_one, probability_gap
-from fastkd.kernels.gpu.numbers import with_ratio
+from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
+from fastkd.kernels.gpu.divergences import LOG2E, exp, log_near_one, probability_gap
+from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
+from fastkd.kernels.gpu.launch import Numbers
 
 
 class Logits(NamedTuple):
@@ -34,12 +26,18 @@ class Logits(NamedTuple):
     soft_on: Any
 
 
+class Maxima(NamedTuple):
+    """What sums of exponentials are relative to."""
+
+    student: Any
+    teacher: Any
+    teacher_there: Any  # the teacher's logit where the student's maximum is
+
+
 class Statistics(NamedTuple):
     """What sweep 1 keeps, per thread and at last per row. Logits z are relative to the maxima."""
 
-    student_max: Any
-    teacher_max: Any
-    teacher_there: Any  # the teacher's logit where the student's maximum is
+    maxima: Any
     student_sum: Any  # Σ e^(z_s/T)
     teacher_sum: Any  # Σ e^(z_t/T)
     sum_gap: Any  # student_sum − teacher_sum, to more digits; only of a row
@@ -49,7 +47,7 @@ class Statistics(NamedTuple):
     square: Any  # Σ term of a raw divergence
 
 
-class Row(NamedTuple):
+class Normalisers(NamedTuple):
     """What turns a row's logits into probabilities."""
 
     student_max: Any
@@ -66,8 +64,8 @@ class Row(NamedTuple):
 class Factors(NamedTuple):
     """What turns probabilities into the gradient.
 
-    Slopes are taken less `center`·q, to which the gradient is blind: it makes the student's likeliest token add 0 to
-    Σ slope. In a confident row that token's gradient would else be the rounding of slope − q·Σ slope.
+    `center`·q is subtracted from every slope. That does not change the gradient, but the student's likeliest token then
+    adds 0 to Σ slope. Otherwise that token's gradient in a confident row would be the rounding of slope − q·Σ slope.
     """
 
     center: Any
@@ -81,7 +79,7 @@ class Factors(NamedTuple):
 
 @triton.jit
 def hard_exp(z, tempered, MODE: tl.constexpr):
-    """e^z of the student, from e^(z/T) where T allows."""
+    """e^z of the student, from `tempered` = e^(z/T) where T allows."""
     if MODE.hard_power == 1:
         return tempered
     elif MODE.hard_power == 2:
@@ -92,7 +90,7 @@ def hard_exp(z, tempered, MODE: tl.constexpr):
 
 @triton.jit
 def tempered_gap(s, t, numbers, MODE: tl.constexpr):
-    """s/T − t/T of the student's and the teacher's numbers, in units of 1/T where the temperatures are the same."""
+    """s/T − t/T of a student's and a teacher's logit, in units of 1/T where the temperatures are the same."""
     if MODE.same_temperature:
         return s - t
     else:
@@ -100,9 +98,9 @@ def tempered_gap(s, t, numbers, MODE: tl.constexpr):
 
 
 @triton.jit
-def moved(old, student_max, teacher_max, teacher_there, numbers, MODE: tl.constexpr):
-    """The same sums relative to other maxima. What vanishes does so even where it was infinite."""
-    student_shift = old.student_max - finite(student_max)
+def moved(old, maxima, numbers, MODE: tl.constexpr):
+    """The same sums relative to other maxima. A sum that vanishes becomes 0 even where it was infinite."""
+    student_shift = old.maxima.student - finite(maxima.student)
     student_decay = tl.exp2(student_shift * numbers.student_scale)
     student_sum = old.student_sum
     teacher_sum = old.teacher_sum
@@ -112,11 +110,11 @@ def moved(old, student_max, teacher_max, teacher_there, numbers, MODE: tl.conste
     if MODE.hard:
         hard_sum *= hard_exp(student_shift, student_decay, MODE)
     if MODE.soft == "closed" or MODE.soft == "normalised":
-        teacher_decay = tl.exp2((old.teacher_max - finite(teacher_max)) * numbers.teacher_scale)
+        teacher_decay = tl.exp2((old.maxima.teacher - finite(maxima.teacher)) * numbers.teacher_scale)
         if MODE.soft == "closed":
             gap = tempered_gap(
-                finite(old.student_max) - finite(student_max),
-                finite(old.teacher_max) - finite(teacher_max),
+                finite(old.maxima.student) - finite(maxima.student),
+                finite(old.maxima.teacher) - finite(maxima.teacher),
                 numbers,
                 MODE,
             )
@@ -124,33 +122,23 @@ def moved(old, student_max, teacher_max, teacher_there, numbers, MODE: tl.conste
             reverse = tl.where(student_decay == 0, 0.0, student_decay * (reverse + student_sum * gap))
         student_sum *= student_decay
         teacher_sum *= teacher_decay
-    return Statistics(
-        student_max,
-        teacher_max,
-        teacher_there,
-        student_sum,
-        teacher_sum,
-        old.sum_gap,
-        hard_sum,
-        forward,
-        reverse,
-        old.square,
-    )
+    return Statistics(maxima, student_sum, teacher_sum, old.sum_gap, hard_sum, forward, reverse, old.square)
 
 
 @triton.jit
 def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
     """Statistics after one more step."""
     s, t = _load(logits, at, "evict_last", MODE)
-    student_max = tl.maximum(old.student_max, lane_max(s))
-    teacher_max = old.teacher_max
-    teacher_there = old.teacher_there
+    student_max = tl.maximum(old.maxima.student, lane_max(s))
+    teacher_max = old.maxima.teacher
+    teacher_there = old.maxima.teacher_there
     if MODE.soft == "closed" or MODE.soft == "normalised":
         teacher_max = tl.maximum(teacher_max, lane_max(t))
     if MODE.soft == "normalised":
         there = lane_max(tl.where(s == student_max[None, :, None], t, float("-inf")))
-        teacher_there = tl.where(student_max > old.student_max, there, tl.maximum(teacher_there, there))
-    new = moved(old, student_max, teacher_max, teacher_there, numbers, MODE)
+        teacher_there = tl.where(student_max > old.maxima.student, there, tl.maximum(teacher_there, there))
+    maxima = Maxima(student_max, teacher_max, teacher_there)
+    new = moved(old, maxima, numbers, MODE)
     student_sum = new.student_sum
     teacher_sum = new.teacher_sum
     hard_sum = new.hard_sum
@@ -174,18 +162,7 @@ def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
             reverse += lane_sum(tl.where(student_exp == 0, 0.0, student_exp * gap))
     if MODE.soft == "raw":
         square += lane_sum(TERM(0.0, 0.0, 0.0, 0.0, 0.0, raw_gap(s, t), numbers.a, numbers.b))
-    return Statistics(
-        student_max,
-        teacher_max,
-        teacher_there,
-        student_sum,
-        teacher_sum,
-        old.sum_gap,
-        hard_sum,
-        forward,
-        reverse,
-        square,
-    )
+    return Statistics(maxima, student_sum, teacher_sum, old.sum_gap, hard_sum, forward, reverse, square)
 
 
 @triton.jit
@@ -204,43 +181,33 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
     """Sweep 1, first column to last."""
     none = per_thread(BLOCK)
     lowest = none - float("inf")
-    state = Statistics(lowest, lowest, lowest, none, none, none, none, none, none, none)
+    found = Statistics(Maxima(lowest, lowest, lowest), none, none, none, none, none, none, none)
     if BLOCK.edges:
-        state = _observe(state, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE)
+        found = _observe(found, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE)
     for step in range(steps_of(logits.span, BLOCK)):
-        state = _observe(state, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE)
+        found = _observe(found, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE)
 
-    student_max, teacher_max = tl.reduce((state.student_max, state.teacher_max), 0, _maxima)
+    student_max, teacher_max = tl.reduce((found.maxima.student, found.maxima.teacher), 0, _maxima)
     there = float("-inf")
     if MODE.soft == "normalised":
-        there = tl.max(tl.where(state.student_max == student_max, state.teacher_there, there), 0)
-    state = moved(state, student_max, teacher_max, there, numbers, MODE)
+        there = tl.max(tl.where(found.maxima.student == student_max, found.maxima.teacher_there, there), 0)
+    maxima = Maxima(student_max, teacher_max, there)
+    found = moved(found, maxima, numbers, MODE)
     # Between nearly equal rows the sums' difference is what counts, and most of their rounding is in their last bits.
     student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square = tl.reduce(
         (
-            state.student_sum,
-            state.teacher_sum,
-            state.student_sum - state.teacher_sum,
-            state.hard_sum,
-            state.forward,
-            state.reverse,
-            state.square,
+            found.student_sum,
+            found.teacher_sum,
+            found.student_sum - found.teacher_sum,
+            found.hard_sum,
+            found.forward,
+            found.reverse,
+            found.square,
         ),
         0,
         _totals,
     )
-    return Statistics(
-        student_max,
-        teacher_max,
-        there,
-        student_sum,
-        teacher_sum,
-        sum_gap,
-        hard_sum,
-        forward,
-        reverse,
-        square,
-    )
+    return Statistics(maxima, student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square)
 
 
 @triton.jit
@@ -262,26 +229,29 @@ def _lost(x, y, difference):
 
 
 @triton.jit
-def max_gap_of(sums):
-    """student_max − teacher_max, and what rounding took from it."""
-    gap = sums.student_max - sums.teacher_max
-    return gap, _lost(sums.student_max, sums.teacher_max, gap)
+def max_gap_of(maxima):
+    """The student's maximum minus the teacher's, and what rounding took from it."""
+    gap = maxima.student - maxima.teacher
+    return gap, _lost(maxima.student, maxima.teacher, gap)
 
 
 @triton.jit
-def row_of(sums):
-    """`Row` from its `Statistics`."""
-    max_gap, max_gap_lost = max_gap_of(sums)
-    return Row(
-        sums.student_max,
-        sums.teacher_max,
+def normalisers_of(statistics):
+    """`Normalisers` of a row from its `Statistics`."""
+    max_gap, max_gap_lost = max_gap_of(statistics.maxima)
+    return Normalisers(
+        statistics.maxima.student,
+        statistics.maxima.teacher,
         max_gap,
         max_gap_lost,
-        tl.log(sums.student_sum),
-        tl.log(sums.teacher_sum),
-        log_near_one(sums.student_sum / sums.teacher_sum, sums.sum_gap / sums.teacher_sum),
-        1 / sums.student_sum,
-        1 / sums.teacher_sum,
+        tl.log(statistics.student_sum),
+        tl.log(statistics.teacher_sum),
+        log_near_one(
+            statistics.student_sum / statistics.teacher_sum,
+            statistics.sum_gap / statistics.teacher_sum,
+        ),
+        1 / statistics.student_sum,
+        1 / statistics.teacher_sum,
     )
 
 
@@ -299,60 +269,75 @@ def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
     if MODE.about_top:
         p *= numbers.b
         d -= log_near_one(numbers.b, numbers.b - 1)
-    if FINE or MODE.about_top:  # q − b·p is small where p and q are equal and their rows' sums are not
+    if FINE or MODE.about_top:  # q − b·p cancels, too, where p and q are equal and their rows' sums are not
         return probability_gap(p, q, d)
     else:
         return q - p
 
 
 @triton.jit
-def point(s, t, row, numbers, MODE: tl.constexpr):
+def point(s, t, normalisers, numbers, MODE: tl.constexpr):
     """What a divergence's functions take first: p, q, gap, log p, log q, d; the last three 0 where both are −inf."""
     if MODE.soft == "raw":
         return 0.0, 0.0, 0.0, 0.0, 0.0, raw_gap(s, t)
     else:
-        z = s - row.student_max
-        y = t - row.teacher_max
-        q = tl.exp2(z * numbers.student_scale) * row.student_share
-        p = tl.exp2(y * numbers.teacher_scale) * row.teacher_share
+        z = s - normalisers.student_max
+        y = t - normalisers.teacher_max
+        q = tl.exp2(z * numbers.student_scale) * normalisers.student_share
+        p = tl.exp2(y * numbers.teacher_scale) * normalisers.teacher_share
         difference = tempered_gap(z, y, numbers, MODE)
         if MODE.same_temperature:
             if MODE.fine:
                 # Between nearly equal rows z − y would be little more than the rounding of z and y.
                 difference = s - t
-                lost = _lost(s, t, difference) - row.max_gap_lost
-                difference = (difference - row.max_gap) + lost
+                lost = _lost(s, t, difference) - normalisers.max_gap_lost
+                difference = (difference - normalisers.max_gap) + lost
             difference *= numbers.student_inverse
-        d = difference - row.log_sum_gap
+        d = difference - normalisers.log_sum_gap
         nowhere = tl.maximum(s, t) == float("-inf")
         d = tl.where(nowhere, 0.0, d)
-        log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - row.student_log_sum)
-        log_p = tl.where(nowhere, 0.0, y * numbers.teacher_inverse - row.teacher_log_sum)
+        log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - normalisers.student_log_sum)
+        log_p = tl.where(nowhere, 0.0, y * numbers.teacher_inverse - normalisers.teacher_log_sum)
         return p, q, gap_of(p, q, d, numbers, MODE.fine, MODE), log_p, log_q, d
 
 
 @triton.jit
-def about_top(sums, row, numbers, MODE: tl.constexpr):
-    """The numbers of a row for a divergence that is `about_top`."""
-    gap = tempered_gap(0.0, sums.teacher_there - row.teacher_max, numbers, MODE)
-    if MODE.same_temperature:
-        gap *= numbers.student_inverse
-    return with_ratio(numbers, gap - row.log_sum_gap)
+def with_ratio(numbers, top_d):
+    """The numbers with b = e^top_d, clamped so that neither b nor 1 / b overflows."""
+    return Numbers(
+        numbers.student_inverse,
+        numbers.teacher_inverse,
+        numbers.student_scale,
+        numbers.teacher_scale,
+        numbers.soft_weight,
+        numbers.hard_weight,
+        numbers.a,
+        exp(tl.minimum(tl.maximum(top_d, -60.0), 60.0)),
+    )
 
 
 @triton.jit
-def slope_center(sums, row, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
+def about_top(maxima, normalisers, numbers, MODE: tl.constexpr):
+    """The numbers of a row for a divergence that is `about_top`."""
+    gap = tempered_gap(0.0, maxima.teacher_there - normalisers.teacher_max, numbers, MODE)
+    if MODE.same_temperature:
+        gap *= numbers.student_inverse
+    return with_ratio(numbers, gap - normalisers.log_sum_gap)
+
+
+@triton.jit
+def slope_center(maxima, normalisers, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
     """slope / q at the student's likeliest token; 0 where that is infinite, as the divergence then is."""
-    p, q, gap, log_p, log_q, d = point(sums.student_max, sums.teacher_there, row, numbers, MODE)
+    p, q, gap, log_p, log_q, d = point(maxima.student, maxima.teacher_there, normalisers, numbers, MODE)
     center = SLOPE(p, q, gap, log_p, log_q, d, numbers.a, numbers.b) / q
     return tl.where(tl.abs(center) < float("inf"), center, 0.0)
 
 
 @triton.jit
-def _terms(logits, at, row, center, numbers, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.constexpr):
+def _terms(logits, at, normalisers, center, numbers, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.constexpr):
     """Per thread, the sums of a step's terms and centered slopes."""
     s, t = _load(logits, at, "evict_last", MODE)
-    p, q, gap, log_p, log_q, d = point(s, t, row, numbers, MODE)
+    p, q, gap, log_p, log_q, d = point(s, t, normalisers, numbers, MODE)
     term = TERM(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
     slope = SLOPE(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
     return lane_sum(term), lane_sum(slope - q * center)
@@ -361,7 +346,7 @@ def _terms(logits, at, row, center, numbers, TERM: tl.constexpr, SLOPE: tl.const
 @triton.jit
 def sum_terms(
     logits,
-    row,
+    normalisers,
     center,
     numbers,
     TERM: tl.constexpr,
@@ -375,18 +360,20 @@ def sum_terms(
     steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
         at = vector_columns(steps - 1 - step, logits.span, BLOCK)
-        more, steeper = _terms(logits, at, row, center, numbers, TERM, SLOPE, MODE)
+        more, steeper = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE)
         term += more
         slope += steeper
     if BLOCK.edges:
-        last, steepest = _terms(logits, edge_columns(logits.span, BLOCK), row, center, numbers, TERM, SLOPE, MODE)
+        last, steepest = _terms(
+            logits, edge_columns(logits.span, BLOCK), normalisers, center, numbers, TERM, SLOPE, MODE
+        )
         term += last
         slope += steepest
-    return tl.reduce((term, slope), 0, _pair_of_totals)
+    return tl.reduce((term, slope), 0, pair_of_totals)
 
 
 @triton.jit
-def _pair_of_totals(a, b, c, d):
+def pair_of_totals(a, b, c, d):
     return a + c, b + d
 
 
@@ -394,11 +381,11 @@ def _pair_of_totals(a, b, c, d):
 
 
 @triton.jit
-def gradient_of(s, t, soft_on, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
+def gradient_of(s, t, soft_on, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
     """Gradient with respect to student logits, but for the label's −1."""
     gradient = 0.0
     if MODE.soft != "absent":
-        p, q, gap, log_p, log_q, d = point(s, t, row, numbers, MODE)
+        p, q, gap, log_p, log_q, d = point(s, t, normalisers, numbers, MODE)
         slope = SLOPE(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
         if MODE.soft == "normalised":
             slope -= q * factors.center
@@ -406,25 +393,27 @@ def gradient_of(s, t, soft_on, row, factors, numbers, SLOPE: tl.constexpr, MODE:
             slope -= q * factors.slope_sum
         gradient = tl.where(soft_on, slope * factors.soft, 0.0)
     if MODE.hard:
-        z = s - row.student_max
+        z = s - normalisers.student_max
         gradient += hard_exp(z, tl.exp2(z * numbers.student_scale), MODE) * factors.hard
     return gradient
 
 
 @triton.jit
-def _write_step(grad, logits, at, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
+def _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
     s, t = _load(logits, at, "evict_first", MODE)
     columns, present = at
-    gradient = gradient_of(s, t, logits.soft_on, row, factors, numbers, SLOPE, MODE)
+    gradient = gradient_of(s, t, logits.soft_on, normalisers, factors, numbers, SLOPE, MODE)
     tl.store(grad + columns, gradient, present, eviction_policy="evict_first")
 
 
 @triton.jit
-def write_gradient(grad, logits, row, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
+def write_gradient(
+    grad, logits, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr
+):
     """The last sweep, last column to first."""
     steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
         at = vector_columns(steps - 1 - step, logits.span, BLOCK)
-        _write_step(grad, logits, at, row, factors, numbers, SLOPE, MODE)
+        _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE, MODE)
     if BLOCK.edges:
-        _write_step(grad, logits, edge_columns(logits.span, BLOCK), row, factors, numbers, SLOPE, MODE)
+        _write_step(grad, logits, edge_columns(logits.span, BLOCK), normalisers, factors, numbers, SLOPE, MODE)

@@ -1,0 +1,130 @@
+"""What the host prepares for a launch: a tensor's rows, the shape of a step, the numbers of a loss, options."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from fastkd.kernels.gpu.divergences import LOG2E, Divergence
+from fastkd.rows import RowSpec, row_layout
+
+# --- rows -------------------------------------------------------------------------------------------------------
+
+
+class Rows(NamedTuple):
+    """A tensor's rows as kernels take them; strides in elements. See `fastkd.rows.RowLayout`."""
+
+    pointer: Any
+    inner: int
+    outer_stride: int
+    inner_stride: int
+
+
+def rows_of(tensor: Tensor) -> Rows:
+    layout = row_layout(tensor)
+    if layout is None:
+        raise ValueError(
+            f"rows of a tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()} do not lie at two strides"
+        )
+    return Rows(tensor, layout.inner, layout.outer_stride, layout.inner_stride)
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Block:
+    """The compile-time shape of a step. See `blocks`."""
+
+    threads: int
+    vectors: int
+    width: int
+    edges: bool  # False: every row is known to consist of whole vectors
+    aligned: bool  # a vector may start at element 0
+
+
+# A row of more than so many columns gets so many threads. Wide rows want few rows in flight, so that the next sweep
+# over a row still finds much of it in the L2 cache: 512 threads are one row per multiprocessor, or two if registers
+# allow.
+_THREADS = ((16384, 512), (4096, 256), (0, 128))
+
+
+def block_for(tensors: Sequence[Tensor], count: int, vectors: int = 2) -> Block:
+    """The block for rows of `count` columns of `tensors`, of which the first decides where vectors start.
+
+    `vectors` is how many vectors of each row a thread takes in a step.
+    """
+    width = 16 // max(tensor.element_size() for tensor in tensors)
+    threads = next(threads for above, threads in _THREADS if count > above)
+    starts = [_starts(tensor, width) for tensor in tensors]
+    whole = count % width == 0 and all(start == (0, None) for start in starts)
+    return Block(threads, vectors, width, not whole, aligned=starts[0][0] == 0)
+
+
+def co_aligned(tensor: Tensor | None, leader: Tensor, block: Block) -> bool:
+    """Whether vectors that are aligned in every row of `leader` are aligned in `tensor` too."""
+    return tensor is not None and _starts(tensor, block.width) == _starts(leader, block.width)
+
+
+def _starts(tensor: Tensor, width: int) -> tuple[int, tuple[int, int, int] | None]:
+    """Where rows begin, modulo the vector width: the first row, and what the other rows depend on, if they differ."""
+    rows = rows_of(tensor)
+    strides = (rows.outer_stride % width, rows.inner_stride % width)
+    first = tensor.data_ptr() // tensor.element_size() % width
+    return first, None if strides == (0, 0) else (rows.inner, *strides)
+
+
+# --- the numbers of a loss --------------------------------------------------------------------------------------
+
+
+class Numbers(NamedTuple):
+    """The scalars that a loss kernel computes with."""
+
+    student_inverse: float  # 1 / T
+    teacher_inverse: float
+    student_scale: float  # log2(e) / T, rounded once
+    teacher_scale: float
+    soft_weight: float  # divided by what the gradient is divided by
+    hard_weight: float
+    a: float
+    b: float  # a parameter as a is, or the ratio of a row: see `sweeps.with_ratio`
+
+
+def numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:
+    a, b = (*spec.parameters, 0.0, 0.0)[:2]
+    return Numbers(
+        student_inverse=1 / spec.temperature,
+        teacher_inverse=1 / spec.teacher_temperature,
+        student_scale=LOG2E.value / spec.temperature,
+        teacher_scale=LOG2E.value / spec.teacher_temperature,
+        soft_weight=spec.soft_weight / (spec.vocab_size if divergence.sweeps == "raw" else spec.temperature),
+        hard_weight=spec.hard_weight,
+        a=a,
+        b=b,
+    )
+
+
+# --- the launch itself ------------------------------------------------------------------------------------------
+
+
+def launch_options(block: Block) -> dict[str, Any]:
+    """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64."""
+    target = triton.runtime.driver.active.get_current_target()
+    options = {"num_warps": block.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
+    if target.backend == "cuda":
+        # Left alone, ptxas prefers spilling to fewer rows in flight.
+        options["maxnreg"] = min(255, 65536 // block.threads)
+    return options
+
+
+def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    if tensor.device.type == "cpu":
+        return nullcontext()
+    return getattr(torch, tensor.device.type).device(tensor.device)  # type: ignore[no-any-return]

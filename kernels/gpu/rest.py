@@ -1,0 +1,131 @@
+"""The student's columns that a sparse teacher does not keep, the rest: their statistics and their gradient.
+
+Tokens that are kept are excluded from the rest, read as −inf. Their ids ascend, so a step compares its columns with the
+few ids that lie among them. `numbers` is a `launch.Numbers` and `MODE` a `mode.SparseMode`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
+from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
+from fastkd.kernels.gpu.sweeps import hard_exp, pair_of_totals
+
+
+class Rest(NamedTuple):
+    """Statistics of the rest, per thread and at last per row. Sums are relative to the maximum."""
+
+    max: Any
+    soft_sum: Any  # Σ e^(z/T)
+    hard_sum: Any  # Σ e^z
+
+
+class Excluded(NamedTuple):
+    """A row's kept tokens as the sweep sees them."""
+
+    ids: Any  # pointer to the first
+    all: Any  # all of them, [K]
+    origin: Any  # the row's column that the span's first vector begins with
+
+
+class RestFactors(NamedTuple):
+    """What turns the rest's exponentials, relative to its own maximum, into the gradient."""
+
+    soft: Any
+    hard: Any
+
+
+# --- statistics -------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _below(excluded, column):
+    """How many ids lie before `column`, counted from the first vector."""
+    return tl.sum((excluded.all < column + excluded.origin).to(tl.int32), 0)
+
+
+@triton.jit
+def _moved(old, to, numbers, MODE: tl.constexpr):
+    shift = old.max - finite(to)
+    decay = tl.exp2(shift * numbers.student_scale)
+    hard_sum = old.hard_sum
+    if MODE.hard:
+        hard_sum *= hard_exp(shift, decay, MODE)
+    return Rest(to, old.soft_sum * decay, hard_sum)
+
+
+@triton.jit
+def _observe(old, student, at, excluded, start, stop, numbers, MODE: tl.constexpr):
+    """`Rest` after one more step, among whose columns are the ids from `start` to `stop`."""
+    columns, present = at
+    s = load_logits(student, columns, present, "evict_last")
+    for entry in range(start, stop):
+        s = tl.where(columns == (tl.load(excluded.ids + entry) - excluded.origin).to(tl.int32), float("-inf"), s)
+    new = _moved(old, tl.maximum(old.max, lane_max(s)), numbers, MODE)
+    z = s - finite(new.max)[None, :, None]
+    soft_exp = tl.exp2(z * numbers.student_scale)
+    hard_sum = new.hard_sum
+    if MODE.hard:
+        hard_sum += lane_sum(hard_exp(z, soft_exp, MODE))
+    return Rest(new.max, new.soft_sum + lane_sum(soft_exp), hard_sum)
+
+
+@triton.jit
+def rest_of(student, span, excluded, entries, numbers, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """Sweep 1, first column to last; `student` points to the row's first vector."""
+    none = per_thread(BLOCK)
+    rest = Rest(none - float("inf"), none, none)
+    if BLOCK.edges:
+        rest = _observe(rest, student, edge_columns(span, BLOCK), excluded, 0, entries, numbers, MODE)
+    STEP: tl.constexpr = BLOCK.vectors * BLOCK.threads * BLOCK.width
+    start = _below(excluded, 0)
+    for step in range(steps_of(span, BLOCK)):
+        stop = _below(excluded, (step + 1) * STEP)
+        rest = _observe(rest, student, vector_columns(step, span, BLOCK), excluded, start, stop, numbers, MODE)
+        start = stop
+    rest = _moved(rest, tl.max(rest.max, 0), numbers, MODE)
+    soft_sum, hard_sum = tl.reduce((rest.soft_sum, rest.hard_sum), 0, pair_of_totals)
+    return Rest(rest.max, soft_sum, hard_sum)
+
+
+@triton.jit
+def merged_rest(before, here, numbers, MODE: tl.constexpr):
+    """`Rest` of the columns of both."""
+    to = tl.maximum(before.max, here.max)
+    a = _moved(before, to, numbers, MODE)
+    b = _moved(here, to, numbers, MODE)
+    return Rest(to, a.soft_sum + b.soft_sum, a.hard_sum + b.hard_sum)
+
+
+# --- gradient ---------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def rest_gradient(z, factors, numbers, MODE: tl.constexpr):
+    """Of a column of the rest, z relative to its maximum."""
+    soft_exp = tl.exp2(z * numbers.student_scale)
+    gradient = soft_exp * factors.soft
+    if MODE.hard:
+        gradient += hard_exp(z, soft_exp, MODE) * factors.hard
+    return gradient
+
+
+@triton.jit
+def _write_step(grad, student, at, top, factors, numbers, MODE: tl.constexpr):
+    columns, present = at
+    z = load_logits(student, columns, present, "evict_first") - top
+    tl.store(grad + columns, rest_gradient(z, factors, numbers, MODE), present, eviction_policy="evict_first")
+
+
+@triton.jit
+def write_rest_gradient(grad, student, span, top, factors, numbers, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """The last sweep, last column to first, as if every column belonged to the rest."""
+    steps = steps_of(span, BLOCK)
+    for step in range(steps):
+        _write_step(grad, student, vector_columns(steps - 1 - step, span, BLOCK), top, factors, numbers, MODE)
+    if BLOCK.edges:
+        _write_step(grad, student, edge_columns(span, BLOCK), top, factors, numbers, MODE)
