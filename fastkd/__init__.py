@@ -3,18 +3,9 @@
 import importlib
 from typing import Any
 
+from fastkd import divergences
 from fastkd.backend import backends, use_backend
-from fastkd.divergences import (
-    JSD,
-    MSE,
-    TVD,
-    AlphaBeta,
-    ForwardKL,
-    ReverseKL,
-    SkewKL,
-    SkewReverseKL,
-    SymmetricKL,
-)
+from fastkd.divergences import *  # noqa: F403  the parameters of each
 from fastkd.losses import KDLoss, KDParts, kd_loss
 from fastkd.projection.models import project
 from fastkd.projection.plan import Plan, plan
@@ -24,21 +15,12 @@ from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 __version__ = "0.1.0"
 
 __all__ = [
-    "JSD",
-    "MSE",
-    "TVD",
-    "AlphaBeta",
-    "ForwardKL",
     "KDLoss",
     "KDParts",
     "Plan",
     "Projection",
-    "ReverseKL",
     "RowStatistics",
-    "SkewKL",
-    "SkewReverseKL",
     "SparseTargets",
-    "SymmetricKL",
     "backends",
     "kd_loss",
     "log_softmax",
@@ -47,6 +29,7 @@ __all__ = [
     "row_statistics",
     "use_backend",
 ]
+__all__ += divergences.__all__
 
 
 def __getattr__(name: str) -> Any:

@@ -1,9 +1,7 @@
 """The divergence table: what a distillation loss can measure between teacher p and student q.
 
 One row per divergence, a small frozen object carrying its parameters. Everything that iterates over divergences
-(`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. Adding one takes four pieces: a row here,
-an eager function in `reference.py`, a functor in `kernels/cpu/divergences.h` and a pair in
-`kernels/gpu/divergences.py`.
+(`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. ARCHITECTURE.md says what adding one takes.
 
 `resolve` turns limits into the divergence they equal (`JSD(beta=0)` is forward KL), so that no kernel divides by zero.
 """
@@ -18,7 +16,6 @@ from fastkd import arguments
 __all__ = [
     "JSD",
     "MSE",
-    "TABLE",
     "TVD",
     "AlphaBeta",
     "Divergence",
@@ -26,8 +23,8 @@ __all__ = [
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
+    "SquaredHellinger",
     "SymmetricKL",
-    "resolve",
 ]
 
 
@@ -161,6 +158,17 @@ class TVD(Divergence):
 
 
 @dataclass(frozen=True)
+class SquaredHellinger(Divergence):
+    """½ Σ (√p − √q)² = 1 − Σ √(pq), in [0, 1]: the square of Hellinger's distance (Hellinger 1909).
+
+    A quarter of `AlphaBeta(alpha=0.5, beta=0.5)`.
+    """
+
+    name: ClassVar[str] = "squared_hellinger"
+    bounded: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
 class AlphaBeta(Divergence):
     """−1/(αβ) Σ [p^α q^β − α/(α+β) p^(α+β) − β/(α+β) q^(α+β)] (Cichocki et al. 2010; ABKD, Wang et al. 2025).
 
@@ -187,7 +195,19 @@ class MSE(Divergence):
 
 
 TABLE: dict[str, type[Divergence]] = {
-    row.name: row for row in (ForwardKL, ReverseKL, JSD, SkewKL, SkewReverseKL, SymmetricKL, TVD, AlphaBeta, MSE)
+    row.name: row
+    for row in (
+        ForwardKL,
+        ReverseKL,
+        JSD,
+        SkewKL,
+        SkewReverseKL,
+        SymmetricKL,
+        TVD,
+        SquaredHellinger,
+        AlphaBeta,
+        MSE,
+    )
 }
 
 

@@ -76,6 +76,12 @@ def tvd(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
     return (p - q).abs() / 2, q * torch.sign(q - p) / 2
 
 
+def squared_hellinger(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
+    root_q = (log_q / 2).exp()
+    distance = root_q - (log_p / 2).exp()
+    return distance.square() / 2, root_q * distance / 2
+
+
 def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
     """Terms d²·exp[s log q, α log p + β log q, s log p], where exp[…] is the divided difference of exp and s = α + β.
 
@@ -123,7 +129,17 @@ def _spread(distance: Tensor, middle: float, most: float) -> Tensor:
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Sequence[float]], Pair]] = {
     function.__name__: function
-    for function in (forward_kl, reverse_kl, symmetric_kl, jsd, skew_kl, skew_reverse_kl, tvd, alpha_beta)
+    for function in (
+        forward_kl,
+        reverse_kl,
+        symmetric_kl,
+        jsd,
+        skew_kl,
+        skew_reverse_kl,
+        tvd,
+        squared_hellinger,
+        alpha_beta,
+    )
 }
 
 

@@ -26,6 +26,7 @@ PARAMETERS = {
     "forward_kl": (fastkd.ForwardKL, ()), "reverse_kl": (fastkd.ReverseKL, ()), "jsd": (fastkd.JSD, (0.5,)),
     "skew_kl": (fastkd.SkewKL, (0.1,)), "skew_reverse_kl": (fastkd.SkewReverseKL, (0.1,)),
     "symmetric_kl": (fastkd.SymmetricKL, (0.5,)), "tvd": (fastkd.TVD, ()),
+    "squared_hellinger": (fastkd.SquaredHellinger, ()),
     "alpha_beta": (fastkd.AlphaBeta, (0.2, 0.7)), "mse": (fastkd.MSE, ()),
 }  # fmt: skip
 

@@ -105,6 +105,11 @@ def tvd(log_p: Tensor, log_q: Tensor, parameters: Sequence[float], unit: Tensor)
     return (p - q).abs() / 2, p + q, torch.where(undecided, q * 5e6 / unit, q)
 
 
+def squared_hellinger(log_p: Tensor, log_q: Tensor, parameters: Sequence[float], unit: Tensor) -> Terms:
+    p, q, root = log_p.exp(), log_q.exp(), ((log_p + log_q) / 2).exp()
+    return (p + q) / 2 - root, p + q, q + root
+
+
 def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float], unit: Tensor) -> Terms:
     alpha, beta = parameters
     total = alpha + beta
@@ -133,7 +138,8 @@ def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float], unit: 
 
 
 DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Sequence[float], Tensor], Terms]] = {
-    row.__name__: row for row in (forward_kl, reverse_kl, symmetric_kl, jsd, skew_kl, skew_reverse_kl, tvd, alpha_beta)
+    row.__name__: row
+    for row in (forward_kl, reverse_kl, symmetric_kl, jsd, skew_kl, skew_reverse_kl, tvd, squared_hellinger, alpha_beta)
 }
 
 

@@ -19,7 +19,7 @@ NARROW = (torch.float32, torch.bfloat16, torch.float16)
 OBJECTS: dict[str, Any] = {
     "forward_kl": fastkd.ForwardKL, "reverse_kl": fastkd.ReverseKL, "jsd": fastkd.JSD, "skew_kl": fastkd.SkewKL,
     "skew_reverse_kl": fastkd.SkewReverseKL, "symmetric_kl": fastkd.SymmetricKL, "tvd": fastkd.TVD,
-    "alpha_beta": fastkd.AlphaBeta, "mse": fastkd.MSE,
+    "squared_hellinger": fastkd.SquaredHellinger, "alpha_beta": fastkd.AlphaBeta, "mse": fastkd.MSE,
 }  # fmt: skip
 #: Parameters behind a bare name.
 USUAL = {"jsd": (0.5,), "skew_kl": (0.1,), "skew_reverse_kl": (0.1,), "symmetric_kl": (0.5,), "alpha_beta": (0.2, 0.7)}

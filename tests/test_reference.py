@@ -46,6 +46,8 @@ def textbook(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor
             return weight * kl(log_p, log_q) + (1 - weight) * kl(log_q, log_p)
         case fastkd.TVD():
             return 0.5 * (p - q).abs().sum(-1)
+        case fastkd.SquaredHellinger():
+            return 1 - (p * q).sqrt().sum(-1)
         case fastkd.AlphaBeta(alpha=a, beta=b):
             if a == 0 and b == 0:
                 return 0.5 * (log_p - log_q).square().sum(-1)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd import chunks, heads
 from fastkd.kernels import gpu
+from fastkd.projection import loop, sides
 from tests import cases, compare
 from tests.projections import FEW, TILES, H, from_projections, judge, operands, truth_and_eager
 from tests.triton_interpreter import interpreted
@@ -34,10 +34,10 @@ def like_a_gpu(
         exact = a.float() @ b.float()
         out.copy_(out + exact if accumulate else exact)
 
-    monkeypatch.setattr(heads, "operand_dtype", lambda projection, autocast: operand)
-    monkeypatch.setattr(heads, "_product", product)
-    monkeypatch.setattr(chunks, "select", lambda tensor: gpu)
-    monkeypatch.setattr(chunks, "_live_rows", lambda call: slice(0, call.student.shape[:-1].numel()))
+    monkeypatch.setattr(sides, "operand_dtype", lambda projection, autocast: operand)
+    monkeypatch.setattr(sides, "_product", product)
+    monkeypatch.setattr(loop, "select", lambda tensor: gpu)
+    monkeypatch.setattr(loop, "_live_rows", lambda call: slice(0, call.student.shape[:-1].numel()))
     with interpreted():
         yield operand
 
@@ -104,9 +104,9 @@ def test_nothing_waits_for_the_device(like_a_gpu: torch.dtype, monkeypatch: pyte
     def refuse(*_: object) -> None:
         raise AssertionError("a value was read from a tensor")
 
-    run = chunks._Loop.run
+    run = loop._Loop.run
 
-    def guarded(self: chunks._Loop, rows: slice) -> None:
+    def guarded(self: loop._Loop, rows: slice) -> None:
         with monkeypatch.context() as patch:
             # The kernel's interpreter reads tensors; the loop around it must not.
             patch.setattr(self, "backend", _Silent())
@@ -114,7 +114,7 @@ def test_nothing_waits_for_the_device(like_a_gpu: torch.dtype, monkeypatch: pyte
                 patch.setattr(Tensor, name, refuse)
             run(self, rows)
 
-    monkeypatch.setattr(chunks._Loop, "run", guarded)
+    monkeypatch.setattr(loop._Loop, "run", guarded)
     fastkd.kd_loss(student, teacher, cases.labels(N, V), memory_budget=FEW)
     assert hidden.shape[-1] == H
 

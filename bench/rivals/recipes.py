@@ -86,6 +86,10 @@ def _tvd(log_p: Tensor, log_q: Tensor) -> Tensor:
     return 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1).mean()
 
 
+def _squared_hellinger(log_p: Tensor, log_q: Tensor) -> Tensor:
+    return 1 - (0.5 * (log_p + log_q)).exp().sum(-1).mean()
+
+
 def _alpha_beta(log_p: Tensor, log_q: Tensor, alpha: float, beta: float) -> Tensor:
     total = alpha + beta
     terms = (
@@ -105,6 +109,7 @@ RECIPES: dict[str, Callable[..., Tensor]] = {
     "skew_reverse_kl": _skew_reverse_kl,
     "symmetric_kl": _symmetric_kl,
     "tvd": _tvd,
+    "squared_hellinger": _squared_hellinger,
     "alpha_beta": _alpha_beta,
 }
 

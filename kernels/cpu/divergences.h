@@ -144,6 +144,26 @@ struct TVD {
   }
 };
 
+struct SquaredHellinger {
+  float top_d = 0;  // d in the student's likeliest column
+  explicit SquaredHellinger(const double*) {}
+
+  // dterm/dlog q = q (1 - e^(-d/2)) / 2. This is q (e^(-top_d/2) - e^(-d/2)) / 2, another by a multiple of q: it is 0 in the
+  // likeliest column, and the larger power times 1 minus the smaller one's share does not cancel.
+  Ratio operator()(const Cell& c) const {
+    const vec larger = max(c.p, c.q), root = expm1_nonpositive(-0.5f * abs(c.d));
+    const vec power = exp(-0.5f * min(c.d, splat(top_d))), less = expm1_nonpositive(-0.5f * abs(c.d - top_d));
+    return {keep(larger != 0.f, 0.5f * larger * root * root),
+            select(c.d > top_d, splat(-0.5f), splat(0.5f)) * power * less};
+  }
+};
+
+inline SquaredHellinger centred_at(const SquaredHellinger& divergence, const Cell& top) {
+  SquaredHellinger result = divergence;
+  result.top_d = top.d[0] < 1e30f ? top.d[0] : 1e30f;  // infinite where the teacher has no such token
+  return result;
+}
+
 // With s = alpha + beta the term is d^2 exp[s log q, alpha log p + beta log q, s log p] and its derivative
 // d exp[s log q, alpha log p + beta log q], where exp[...] is the divided difference of exp at these points. They lie
 // 0, alpha d and s d below the first. Nothing is divided by a parameter, so alpha, beta or s may be 0, or nearly 0.
@@ -244,7 +264,8 @@ struct MSE {
 // fastkd/divergences.py is looked up here.
 #define FASTKD_DIVERGENCES(X)                                                                \
   X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(symmetric_kl, SymmetricKL) X(jsd, JSD) \
-  X(skew_kl, SkewKL) X(skew_reverse_kl, SkewReverseKL) X(tvd, TVD) X(alpha_beta, AlphaBeta) X(mse, MSE)
+  X(skew_kl, SkewKL) X(skew_reverse_kl, SkewReverseKL) X(tvd, TVD)                           \
+  X(squared_hellinger, SquaredHellinger) X(alpha_beta, AlphaBeta) X(mse, MSE)
 
 // A type passed as a value, to a generic lambda.
 template <class Divergence>

@@ -172,6 +172,17 @@ def tvd_slope(p, q, gap, log_p, log_q, d, a, b):
     return 0.5 * tl.where(d > 0, q, tl.where(d < 0, -q, 0.0))
 
 
+@triton.jit
+def squared_hellinger_term(p, q, gap, log_p, log_q, d, a, b):
+    root = expm1(-0.5 * tl.abs(d))
+    return 0.5 * weighted(tl.maximum(p, q), root * root)
+
+
+@triton.jit
+def squared_hellinger_slope(p, q, gap, log_p, log_q, d, a, b):
+    return weighted(q, -0.5 * expm1(-0.5 * d))
+
+
 # With s = α + β the α-β term is d² exp[s·log q, α·log p + β·log q, s·log p] and its slope d exp[s·log q, α·log p +
 # β·log q], where exp[…] is the divided difference of exp. The three lie 0, α·d and s·d below the first: no difference
 # of powers is divided by a parameter, so α, β and s may be 0, or nearly 0, without loss.
@@ -272,6 +283,7 @@ DIVERGENCES = {
     "skew_kl": Divergence(skew_kl_term, skew_kl_slope, about_top=True, vectors=1),
     "skew_reverse_kl": Divergence(skew_reverse_kl_term, skew_reverse_kl_slope),
     "tvd": Divergence(tvd_term, tvd_slope),
+    "squared_hellinger": Divergence(squared_hellinger_term, squared_hellinger_slope),
     "alpha_beta": Divergence(alpha_beta_term, alpha_beta_slope, vectors=1),
     "mse": Divergence(mse_term, mse_slope, "raw"),
 }
