@@ -16,10 +16,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 import transformers
 
-import fastkd
 from fastkd.training import checks, loading, report
 from fastkd.training.adapters import merged
 from fastkd.training.data import Windows, collate
@@ -27,6 +25,7 @@ from fastkd.training.evaluation import flops
 from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
 from fastkd.training.judge import CE_ONLY, STUDENT, Contender, verdict
 from fastkd.training.lessons import lessons
+from fastkd.training.machine import machine, versions
 from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, Options
 from fastkd.training.plain import visible
 from fastkd.training.run import CHECKPOINTS, Run, claimed
@@ -168,12 +167,14 @@ def _record(
             name: {
                 "steps": one.steps,
                 "tokens": one.tokens,
+                "seconds": one.seconds,
                 "tokens_per_second": one.tokens / one.seconds,
                 "history": one.history,
             }
             for name, one in fitted.items()
         },
         "device": str(setup.materials.device),
+        "machine": machine(setup.materials.device),
         "options": {name: asdict(group) for name, group in setup.options._asdict().items()},
-        "versions": {module.__name__: module.__version__ for module in (fastkd, torch, transformers)},
+        "versions": versions(),
     }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fastkd.training import loading, report
 from fastkd.training.judge import CE_ONLY, STUDENT, verdict
+from fastkd.training.machine import machine, versions
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
 from fastkd.training.plain import visible
 from fastkd.training.run import CONFIG_FILE, note_files, results
@@ -21,6 +23,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
 
     `baseline` is a model to compare with; by default the one that a run with ce_baseline left. Raises InputError.
     """
+    started = time.perf_counter()
     directory = Path(student)
     if not (directory / "config.json").is_file():
         has = f"an unfinished run: see its {CONFIG_FILE}" if (directory / CONFIG_FILE).is_file() else "no config.json"
@@ -37,7 +40,14 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
         other = loading.load_student(replace(models, student=baseline), None, setup.materials.device)
         contenders.append(setup.judge.judge(CE_ONLY, other))
     lines = verdict(contenders)
-    record = {"models": {one.name: one.record() for one in contenders}, "verdict": lines}
+    record = {
+        "models": {one.name: one.record() for one in contenders},
+        "verdict": lines,
+        "device": str(setup.materials.device),
+        "machine": machine(setup.materials.device),
+        "versions": versions(),
+        "seconds": {"total": time.perf_counter() - started},
+    }
     if not (directory / "eval").exists():
         (directory / "eval").mkdir()
         note_files(directory, ["eval"])

@@ -1,0 +1,47 @@
+"""What a run was made on and with: the processor, the device and the versions, for its record."""
+
+from __future__ import annotations
+
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+import fastkd
+
+__all__ = ["machine", "versions"]
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """The machine, without its name: `system`, `processor`, `cores` this process may use, `threads` of torch, `device`.
+
+    `device` is the name of the accelerator, or "cpu".
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Package → version, and Python's."""
+    return {"python": platform.python_version()} | {
+        module.__name__: module.__version__ for module in (fastkd, torch, transformers)
+    }
+
+
+def _processor() -> str:
+    """The processor's name as Linux tells it; elsewhere what Python knows of it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, platform.processor() or platform.machine())
