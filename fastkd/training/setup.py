@@ -13,8 +13,8 @@ import transformers
 
 from fastkd.training import caching, checks, loading
 from fastkd.training.adapters import check_adapters
+from fastkd.training.arguments import arguments, distillation_loss
 from fastkd.training.data import Corpus, load_corpus
-from fastkd.training.fit import arguments, distillation_loss
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
 from fastkd.training.plain import visible

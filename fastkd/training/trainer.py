@@ -10,24 +10,22 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import signal
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, Trainer
 
 import fastkd
 from fastkd.sources import Teacher
 from fastkd.training.options import Schedule
 
-__all__ = ["Course", "KDTrainer", "StopOnInterrupt"]
+__all__ = ["Course", "KDTrainer"]
 
 
 @dataclass(frozen=True)
@@ -95,12 +93,12 @@ class KDTrainer(Trainer):
         eval_collator: Callable[[Any], Any] | None = None,
         temperature: Course | None = None,
         soft_weight: Course | None = None,
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
         kd = fastkd.KDLoss() if kd is None else copy.deepcopy(kd)
         if kd.reduction != "mean":
             raise ValueError(f"KDTrainer needs a loss with reduction='mean', got {kd.reduction!r}")
-        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **settings).arguments
+        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **kwargs).arguments
         _check_arguments(given)
         given.pop("self")
         super().__init__(**{**given, "compute_metrics": _mean_hard_loss})
@@ -213,10 +211,10 @@ class KDTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **settings: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         self._since = time.perf_counter()
-        return super().train(*args, **settings)
+        return super().train(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As Trainer's, with `eval_collator`; an incomplete last batch is dropped in training alone."""
@@ -227,17 +225,17 @@ class KDTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last, self.data_collator = training
 
-    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's: `eval_hard`, the mean hard loss, also as `eval_loss`; and `eval_perplexity`."""
-        return self._unclocked(super().evaluate, *args, **settings)  # type: ignore[no-any-return]
+        return self._unclocked(super().evaluate, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def _save_checkpoint(self, *args: Any, **settings: Any) -> None:
-        self._unclocked(super()._save_checkpoint, *args, **settings)
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        self._unclocked(super()._save_checkpoint, *args, **kwargs)
 
-    def _unclocked(self, work: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    def _unclocked(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
-            return work(*args, **settings)
+            return work(*args, **kwargs)
         finally:
             self._paused += time.perf_counter() - started
 
@@ -273,37 +271,3 @@ def _check_router(config: Any) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "output_router_logits", False):
         raise ValueError(_ROUTER)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._before: Any = None
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Take over the signal."""
-        try:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not in the main thread, where alone signals can be handled
-            self._before = None
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Give it back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Save and stop, if asked to."""
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\ninterrupted: a checkpoint follows the step under way; press Ctrl-C again to end at once", flush=True)
