@@ -77,11 +77,11 @@ class Progress:
 
     def _print(self) -> None:
         now = time.perf_counter()
-        self._line = self._done, now
-        rate = (self._done - self._initial) / (now - self._started)
+        self._line, taken = (self._done, now), now - self._started
         parts = [f"{self._done:,} of {self._total:,} {self._unit}s ({self._done / max(self._total, 1):.0%})"]
         parts += [f"{name}={value}" for name, value in self._values.items()]
-        parts.append(f"{now - self._started:,.0f} s")
-        if rate > 0:
-            parts.append(f"{(self._total - self._done) / rate:,.0f} s left")
+        parts.append(f"{taken:,.0f} s")
+        if self._done > self._initial:
+            left = (self._total - self._done) * taken / (self._done - self._initial)
+            parts.append(f"{left:,.0f} s left")
         print(f"{self._name}: {', '.join(parts)}", file=sys.stderr, flush=True)
