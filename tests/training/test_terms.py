@@ -3,14 +3,9 @@
 from __future__ import annotations
 
 import copy
-import datetime
-import os
-import time
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 import transformers
 from torch import nn
 
@@ -19,6 +14,7 @@ from fastkd.training.terms import Term
 from fastkd.training.trainer import KDTrainer
 from tests import compare
 from tests.training.test_trainer import VOCAB, logged, model, teacher, trainer, weights
+from tests.training.two_processes import on_two
 
 WIDE, WIDE_TEACHER = 16, 24
 
@@ -206,31 +202,17 @@ def test_an_optimizer_that_is_given_must_have_the_parameters(tmp_path):
     assert not torch.equal(weights(term), before)
 
 
-def on_two(rank: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-    os.environ.update(MASTER_PORT="29578", ACCELERATE_USE_CPU="true")
-    limit = datetime.timedelta(seconds=60)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2, timeout=limit)
-    torch.set_num_threads(1)
+def both(rank: int, folder: str) -> None:
     term = LastHidden("hidden", 2.0)
     with torch.no_grad():
         term.projector.weight.add_(rank)  # the first process' counts
     found = trainer(folder, model(0), teacher=teacher(), per_device_train_batch_size=8, terms=[term], max_grad_norm=0.5)
     found.train()
     torch.save((weights(found.model), weights(term), logged(found, "hidden")), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
-    processes = mp.spawn(on_two, (str(tmp_path),), nprocs=2, join=False)
-    try:
-        deadline = time.monotonic() + 120
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes did not end"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    on_two(both, tmp_path)
     term = LastHidden("hidden", 2.0)
     alone = trainer(
         tmp_path, model(0), teacher=teacher(), per_device_train_batch_size=16, terms=[term], max_grad_norm=0.5

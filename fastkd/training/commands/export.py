@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+import transformers
 
 from fastkd import training
 from fastkd.training.configuration import Parser
@@ -51,10 +51,11 @@ def export(student: str, to: str, output: str) -> None:
     training.places.check_writable(output, "--output")
     try:
         config, tokenizer = (
-            auto.from_pretrained(student, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer)
+            auto.from_pretrained(student, trust_remote_code=False)
+            for auto in (transformers.AutoConfig, transformers.AutoTokenizer)
         )
         quantized = {"quantization_config": _four_bits(config), "device_map": "cpu"} if to == "int4" else {}
-        model = AutoModelForCausalLM.from_pretrained(
+        model = transformers.AutoModelForCausalLM.from_pretrained(
             student, dtype=torch.float32, trust_remote_code=False, **quantized
         ).eval()
     except (OSError, ValueError, RuntimeError) as error:
@@ -83,7 +84,7 @@ def _four_bits(config: Any) -> Any:
         raise InputError(f"int4 needs torchao, which cannot be used: {error}; pip install 'fastkd[int4]'") from error
     if config.model_type == "gpt2":
         raise InputError("torchao quantises nn.Linear, and a GPT-2 is made of Conv1D: use --to gguf")
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
+    return transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
 
 
 @contextmanager
