@@ -1,4 +1,7 @@
-"""The command `fastkd`. Try `fastkd --help` and `fastkd distill --help`: they load no models."""
+"""The command `fastkd`. Try `fastkd --help` and `fastkd distill --help`: they load no models.
+
+A command is a module of `fastkd.training.commands`, imported when it is asked for, and a row of `_COMMANDS`.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,21 @@ import importlib
 import io
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import fastkd
 from fastkd.training.options import InputError
 from fastkd.training.plain import visible
 
+#: Name → what it does.
+_COMMANDS = {
+    "distill": "train a small model on a teacher's predictions, and report what it learnt",
+    "cache": "run a teacher once and keep what it says",
+    "eval": "judge a student beside its teacher",
+    "sweep": "train students over a grid of weights and temperatures, and rank them",
+    "export": "write a student as Hugging Face model, in 4 bits or as GGUF",
+    "inspect-teacher": "show what a teacher expects next",
+}
 _EXTRAS = ("transformers", "accelerate", "yaml", "matplotlib", "tqdm", "datasets", "numpy", "safetensors")
 
 
@@ -27,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="fastkd",
         description="Knowledge distillation of language models.",
-        epilog="commands:\n" + "\n".join(f"  {name:<16} {help}" for name, (help, _) in _COMMANDS.items()),
+        epilog="commands:\n" + "\n".join(f"  {name:<16} {help}" for name, help in _COMMANDS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"fastkd {fastkd.__version__}")
@@ -35,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see fastkd COMMAND --help")
     asked = parser.parse_args(arguments)
     try:
-        _COMMANDS[asked.command][1](asked.arguments)
+        _run(asked.command, asked.arguments)
     except InputError as error:
         print(visible(f"fastkd: error: {error}"), file=sys.stderr)
         return 2
@@ -52,26 +64,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _training(name: str) -> Callable[[Sequence[str]], None]:
-    """A command of fastkd.training, imported when it is called: it needs transformers."""
-
-    def run(arguments: Sequence[str]) -> None:
-        importlib.import_module("fastkd.training.lock").check_one_process()
-        commands = importlib.import_module("fastkd.training.commands")
-        getattr(commands, name)(arguments)
-
-    return run
-
-
-#: Name → what it does, and the function of its arguments.
-_COMMANDS: dict[str, tuple[str, Callable[[Sequence[str]], None]]] = {
-    "distill": ("train a small model on a teacher's predictions, and report what it learnt", _training("distill")),
-    "cache": ("run a teacher once and keep what it says", _training("cache")),
-    "eval": ("judge a student beside its teacher", _training("evaluate")),
-    "sweep": ("train students over a grid of weights and temperatures, and rank them", _training("sweep")),
-    "export": ("write a student as Hugging Face model, in 4 bits or as GGUF", _training("export")),
-    "inspect-teacher": ("show what a teacher expects next", _training("inspect_teacher")),
-}
+def _run(command: str, arguments: Sequence[str]) -> None:
+    importlib.import_module("fastkd.training.lock").check_one_process()
+    importlib.import_module(f"fastkd.training.commands.{command.replace('-', '_')}").run(arguments)
 
 
 if __name__ == "__main__":

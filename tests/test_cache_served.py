@@ -12,7 +12,8 @@ import torch
 import fastkd
 from fastkd.cache import CacheError, write
 from fastkd.divergences import TABLE
-from fastkd.training.command_options import CacheOptions, SweepOptions
+from fastkd.training.commands.cache import CacheOptions
+from fastkd.training.commands.sweep import SweepOptions
 from fastkd.training.options import DistillationOptions, InputError
 from tests import cached, compare
 

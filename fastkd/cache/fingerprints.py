@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["fingerprint", "tokenizer_fingerprint"]
+__all__ = ["fingerprint", "state_fingerprint", "tokenizer_fingerprint"]
 
 _SAMPLED = 256  # values of a tensor
 _STRIDE = 2654435761  # a prime near 2³² ÷ golden ratio, whose multiples spread over any number of values
@@ -25,8 +25,13 @@ def fingerprint(model: nn.Module) -> str:
     on whether weights were loaded as float32 or bfloat16. It does depend on quantisation, and on float16 where
     weights were not saved in it. Offloaded weights count by their shapes. Takes 30 ms for 14 GB in memory.
     """
+    return state_fingerprint(model.state_dict())
+
+
+def state_fingerprint(state: Mapping[str, Any]) -> str:
+    """Of some of a model's weights, by name: what `fingerprint` says of a model that has them alone."""
     digest = hashlib.blake2b(digest_size=16)
-    for tensor in model.state_dict().values():
+    for tensor in state.values():
         if isinstance(tensor, Tensor):
             for part in _plain(tensor):
                 digest.update(f"{tuple(part.shape)}:".encode())

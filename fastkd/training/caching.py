@@ -1,11 +1,4 @@
-"""Run a teacher over text and keep what it says in a cache.
-
-    fastkd cache write                                                  # packaged teacher and reviews
-    fastkd cache write --teacher gpt2 --data reviews.txt --output gpt2  # your own
-    fastkd cache info gpt2
-
-The windows of tokens are those that `fastkd distill` trains on with the same options of the data, and the same seed.
-"""
+"""The cache that a run trains from: what it must agree with, and how it is written."""
 
 from __future__ import annotations
 
@@ -17,22 +10,19 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import fastkd.cache
-from fastkd.cache import Cache, CacheError, Progress
+from fastkd.cache import Cache, CacheError
+from fastkd.cache import Progress as Written
 from fastkd.cache.asked import check_same, packing
 from fastkd.cache.disk import disk
 from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
 from fastkd.cache.reader import check_weights
 from fastkd.cache.writer import begun
-from fastkd.training import checks, loading
-from fastkd.training.command_options import CacheOptions
-from fastkd.training.data import all_windows, load_corpus
-from fastkd.training.options import DataOptions, InputError, ModelOptions, Options
-from fastkd.training.places import check_writable
+from fastkd.training.options import InputError, Options
+from fastkd.training.progress import Progress
 
-__all__ = ["DTYPES", "check_cache", "check_teacher", "open_cache", "verify", "write", "write_cache"]
+__all__ = ["DTYPES", "check_cache", "check_teacher", "input_error", "write"]
 
 #: cache_precision → what a dense cache stores; None asks for nothing.
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, None: None}
@@ -43,51 +33,22 @@ Result = TypeVar("Result")
 _SHARD_TOKENS = 1 << 14
 
 
-def write_cache(options: CacheOptions, models: ModelOptions, data: DataOptions) -> Cache:
-    """`fastkd cache write`: write the cache, or go on with one that was stopped.
+def write(teacher: Any, windows: Tensor, directory: str, *, batch_size: int, **options: Any) -> Cache:
+    """`fastkd.cache.write` of windows [n, tokens], with its progress shown. Raises InputError for a CacheError."""
+    if options["format"] == "dense":
+        options["temperature"] = 1.0  # it serves any
+    elif options.get("shard_tokens") is None:
+        options["shard_tokens"] = _SHARD_TOKENS
+    started = time.perf_counter()
+    with Progress("cache", windows.numel(), "token") as shown:
 
-    Raises InputError, before the teacher runs, where the options cannot be met. Interrupted, it leaves a cache that
-    the same call completes.
-    """
-    check_writable(options.output, "output")
-    device = loading.device_of(models)
-    config, tokenizer = loading.teacher_config(models.teacher), loading.load_tokenizer(models.teacher)
-    checks.check_tokenizers(tokenizer, tokenizer)
-    checks.common_vocabulary(config, config, tokenizer)
-    checks.check_context(data.max_length, teacher=config)
-    if options.documents == "all":
-        windows = all_windows(data, tokenizer)
-    else:
-        windows = load_corpus(data, tokenizer, 1, options.seed).train
-    print(f"data: {len(windows):,} windows of {data.max_length} tokens ({options.documents} documents)")
-    teacher = loading.load_teacher(models, device)
-    return write(
-        teacher,
-        windows,
-        options.output,
-        batch_size=options.batch_size,
-        format=options.cache_format,
-        temperature=options.temperature,
-        k=options.cache_tokens,
-        packed=False if options.plain else None,
-        seed=options.seed,
-        shard_tokens=options.shard_tokens,
-        tokenizer=tokenizer,
-        teacher_name=models.teacher,
-    )
+        def show(written: Written) -> None:
+            shown.skip(written.tokens - written.computed)
+            speed = written.computed / (time.perf_counter() - started)
+            shown.update(written.tokens, {"tokens/s": f"{speed:.0f}", "bytes/token": str(written.bytes_per_token)})
 
-
-def write(teacher: Any, windows: Tensor, directory: str, *, batch_size: int, **settings: Any) -> Cache:
-    """`fastkd.cache.write` of windows [n, tokens], with a progress bar. Raises InputError for a CacheError."""
-    if settings["format"] == "dense":
-        settings["temperature"] = 1.0  # it serves any
-    elif settings.get("shard_tokens") is None:
-        settings["shard_tokens"] = _SHARD_TOKENS
-    with tqdm(total=windows.numel(), desc="cache", unit="token", unit_scale=True, dynamic_ncols=True) as bar:
         try:
-            return fastkd.cache.write(
-                teacher, _batches(windows, batch_size), directory, progress=_Shown(bar), **settings
-            )
+            return fastkd.cache.write(teacher, _batches(windows, batch_size), directory, progress=show, **options)
         except (CacheError, ValueError, TypeError) as error:
             raise InputError(str(error)) from error
 
@@ -100,7 +61,7 @@ def check_cache(options: Options, tokenizer: Any) -> None:
     """
     wanted = options.distillation
     if wanted.cache_dir and wanted.needs_teacher:
-        _input_error(_check_directory, options, tokenizer)
+        input_error(_check_directory, options, tokenizer)
 
 
 def _check_directory(options: Options, tokenizer: Any) -> None:
@@ -130,22 +91,13 @@ def check_teacher(options: Options, teacher: Any) -> None:
     """The cache of a run, where there is one, is of this teacher's weights. Raises InputError."""
     wanted = options.distillation
     if wanted.cache_dir and wanted.needs_teacher:
-        found = _input_error(begun, Path(wanted.cache_dir))
+        found = input_error(begun, Path(wanted.cache_dir))
         if found is not None:
-            _input_error(check_weights, Path(wanted.cache_dir), found, fingerprint(teacher))
+            input_error(check_weights, Path(wanted.cache_dir), found, fingerprint(teacher))
 
 
-def open_cache(directory: str) -> Cache:
-    """`fastkd.cache.open`. Raises InputError for a CacheError."""
-    return _input_error(fastkd.cache.open, directory)
-
-
-def verify(cache: Cache) -> None:
-    """`Cache.verify`. Raises InputError for a CacheError."""
-    _input_error(cache.verify)
-
-
-def _input_error(function: Callable[..., Result], *arguments: Any) -> Result:
+def input_error(function: Callable[..., Result], *arguments: Any) -> Result:
+    """`function(*arguments)`. Raises InputError for its CacheError."""
     try:
         return function(*arguments)
     except CacheError as error:
@@ -155,17 +107,3 @@ def _input_error(function: Callable[..., Result], *arguments: Any) -> Result:
 def _batches(windows: Tensor, size: int) -> Iterator[dict[str, Tensor]]:
     for ids in windows.split(size):
         yield {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-
-
-class _Shown:
-    """Progress on a bar, whose rate and time left are those of the tokens that had to be computed."""
-
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
-        self._started = time.perf_counter()
-
-    def __call__(self, progress: Progress) -> None:
-        self._bar.initial = progress.tokens - progress.computed  # tqdm leaves these out of its rate
-        self._bar.n = progress.tokens
-        speed = progress.computed / (time.perf_counter() - self._started)
-        self._bar.set_postfix({"tokens/s": f"{speed:.0f}", "bytes/token": progress.bytes_per_token})

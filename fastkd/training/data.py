@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from fastkd.training.options import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions, InputError
+from fastkd.training.progress import watched
 
 __all__ = ["Corpus", "Windows", "all_windows", "collate", "load_corpus", "read_documents", "split", "token_windows"]
 
@@ -210,6 +211,8 @@ def _dataset(data: str, text_column: str) -> Iterator[str]:
         raise InputError(
             f"{data!r} is no file, and datasets, which might know it, is missing: pip install 'fastkd[train]'. {ways}"
         ) from error
+    if not watched():
+        datasets.disable_progress_bars()
     try:
         found = datasets.load_dataset(name, config or None, split="train")
     except Exception as error:  # the library raises what its file systems and its scripts raise

@@ -1,35 +1,52 @@
-"""What a student learns from: the teacher itself, or a cache of its predictions, which is written first."""
+"""What a student is taught from: the labels, its teacher itself, or a cache of the teacher, which is written first."""
 
 from __future__ import annotations
 
 import gc
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from torch.utils.data import Dataset
 
 from fastkd.cache import CacheError, Collator
 from fastkd.cache.writer import begun
 from fastkd.training.caching import DTYPES, write
-from fastkd.training.data import Windows, collate
-from fastkd.training.fit import Lessons
+from fastkd.training.data import Corpus, Windows, collate
 from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
 
-__all__ = ["lessons"]
+__all__ = ["Lessons", "labels_alone", "lessons_of"]
 
 
-def lessons(setup: Setup) -> Lessons:
+@dataclass(frozen=True)
+class Lessons:
+    """Examples, and how batches are made of them; a live teacher, or none."""
+
+    train: Dataset[Any]
+    collator: Any
+    teacher: Any = None
+
+
+def labels_alone(corpus: Corpus) -> Lessons:
+    """Lessons without any teacher."""
+    return Lessons(Windows(corpus.train), collate)
+
+
+def lessons_of(setup: Setup) -> Lessons:
     """Lessons of `setup`'s teacher. Where they come from a cache, the teacher is freed.
 
     Raises InputError for a cache that is of other settings, of another tokenizer, or damaged.
     """
-    options, train = setup.options.distillation, setup.materials.corpus.train
+    options, corpus = setup.options.distillation, setup.materials.corpus
     if not options.needs_teacher:
-        return Lessons(Windows(train), collate)
+        return labels_alone(corpus)
     if not options.cache_dir:
-        return Lessons(Windows(train), collate, setup.teacher)
+        return Lessons(Windows(corpus.train), collate, setup.teacher)
     vocab_size, tokenizer = setup.judge.vocab_size, setup.materials.tokenizer
     cache = write(
         setup.teacher,
-        train,
+        corpus.train,
         options.cache_dir,
         batch_size=setup.options.evaluation.eval_batch_size,
         format=options.cache_format,
@@ -48,7 +65,7 @@ def lessons(setup: Setup) -> Lessons:
     print(f"cache: {cache.sequences:,} windows in {cache.directory}, {cache.bytes / 2**20:,.1f} MiB")
     setup.teacher = None
     gc.collect()
-    return Lessons(Windows(train), Collator(cache))
+    return Lessons(Windows(corpus.train), Collator(cache))
 
 
 def _seed_of_samples(directory: str, seed: int) -> int | None:

@@ -52,10 +52,10 @@ def load_teacher(options: ModelOptions, device: torch.device) -> Any:
     dtype = options.teacher_dtype
     if dtype == "auto" and device.type == "cpu":
         dtype = "float32"
-    settings: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
+    kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if options.teacher_quantization != "none":
-        settings |= {"quantization_config": _quantization(options.teacher_quantization), "device_map": "auto"}
-    teacher = _load(AutoModelForCausalLM, options.teacher, **settings)
+        kwargs |= {"quantization_config": _quantization(options.teacher_quantization), "device_map": "auto"}
+    teacher = _load(AutoModelForCausalLM, options.teacher, **kwargs)
     if options.teacher_quantization == "none":
         teacher = teacher.to(device)
     return teacher.eval().requires_grad_(False)
@@ -73,8 +73,8 @@ def student_config(options: ModelOptions, vocab_size: int, tokenizer: Any) -> An
         return _gpt2(_SMALL, vocab_size, tokenizer)
     try:
         if path.is_file():
-            settings = _special_tokens(tokenizer) | {"vocab_size": vocab_size}
-            return AutoConfig.for_model(**(settings | json.loads(path.read_text(encoding="utf-8"))))
+            values = _special_tokens(tokenizer) | {"vocab_size": vocab_size}
+            return AutoConfig.for_model(**(values | json.loads(path.read_text(encoding="utf-8"))))
         return AutoConfig.from_pretrained(options.student, trust_remote_code=False)
     except (OSError, ValueError, TypeError) as error:
         raise InputError(
@@ -144,7 +144,7 @@ def _quantization(kind: str) -> Any:
     )
 
 
-def _load(auto_class: Any, name: str, what: str = "teacher", **settings: Any) -> Any:
+def _load(auto_class: Any, name: str, what: str = "teacher", **kwargs: Any) -> Any:
     """`auto_class.from_pretrained` of a directory, a .gguf file, a Hub name, or the packaged teacher.
 
     trust_remote_code is False wherever models are loaded: left out, transformers asks the terminal whether to run a
@@ -155,9 +155,9 @@ def _load(auto_class: Any, name: str, what: str = "teacher", **settings: Any) ->
         path = _packaged_teacher()
     source = name
     if path.suffix == ".gguf":
-        source, settings["gguf_file"] = str(path.parent), path.name
+        source, kwargs["gguf_file"] = str(path.parent), path.name
     try:
-        return auto_class.from_pretrained(source, trust_remote_code=False, **settings)
+        return auto_class.from_pretrained(source, trust_remote_code=False, **kwargs)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(
             f"cannot load the {what} {name!r}: {error}\nWays that work: a directory with a model and its tokenizer as "

@@ -12,14 +12,21 @@ import transformers
 
 import fastkd
 
-__all__ = ["machine", "versions"]
+__all__ = ["made_on"]
 
 
-def machine(device: torch.device) -> dict[str, Any]:
-    """The machine, without its name: `system`, `processor`, `cores` this process may use, `threads` of torch, `device`.
+def made_on(device: torch.device) -> dict[str, Any]:
+    """What metrics.json says: `device`; `machine`, whose `device` is the accelerator's name; `versions` of packages."""
+    packages = {module.__name__: module.__version__ for module in (fastkd, torch, transformers)}
+    return {
+        "device": str(device),
+        "machine": _machine(device),
+        "versions": {"python": platform.python_version(), **packages},
+    }
 
-    `device` is the name of the accelerator, or "cpu".
-    """
+
+def _machine(device: torch.device) -> dict[str, Any]:
+    """Cores are those that this process may use; threads are torch's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
         "system": f"{platform.system()} {platform.machine()}",
@@ -27,13 +34,6 @@ def machine(device: torch.device) -> dict[str, Any]:
         "cores": cores,
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
-    }
-
-
-def versions() -> dict[str, str]:
-    """Package → version, and Python's."""
-    return {"python": platform.python_version()} | {
-        module.__name__: module.__version__ for module in (fastkd, torch, transformers)
     }
 
 

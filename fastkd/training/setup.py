@@ -11,17 +11,16 @@ from typing import Any, NamedTuple
 import torch
 import transformers
 
+from fastkd.cache.fingerprints import fingerprint, state_fingerprint
 from fastkd.training import caching, checks, loading
 from fastkd.training.adapters import check_adapters
+from fastkd.training.arguments import arguments, distillation_loss
 from fastkd.training.data import Corpus, load_corpus
-from fastkd.training.fit import arguments, distillation_loss
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, Options
 from fastkd.training.plain import visible
 
 __all__ = ["Materials", "Setup", "gather", "with_teacher"]
-
-_SAMPLED = 4096  # values of a tensor that go into its fingerprint
 
 
 class Materials(NamedTuple):
@@ -34,7 +33,7 @@ class Materials(NamedTuple):
     def fingerprints(self) -> dict[str, str]:
         """Of the windows of each kind: what text, tokenizer and split have made."""
         named = {f"{name}_text": windows for name, windows in vars(self.corpus).items() if windows is not None}
-        return {name: _fingerprint({"windows": windows}) for name, windows in named.items()}
+        return {name: _digest(f"{list(ids.shape)}".encode() + ids.numpy().tobytes()) for name, ids in named.items()}
 
 
 @dataclass
@@ -64,9 +63,8 @@ class Setup:
         made = json.dumps([config, shapes], sort_keys=True, default=str)
         if self.options.models.lora_rank:
             frozen = {name: weight for name, weight in student.state_dict().items() if "lora_" not in name}
-            made += _fingerprint(frozen)
-        found = hashlib.blake2b(made.encode(), digest_size=16).hexdigest()
-        return {"teacher": _fingerprint(self.teacher.state_dict()), "student": found}
+            made += state_fingerprint(frozen)
+        return {"teacher": fingerprint(self.teacher), "student": _digest(made.encode())}
 
 
 def gather(options: Options) -> Materials:
@@ -105,16 +103,8 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     return Setup(options, materials, vocab_size, config, teacher, judge)
 
 
-def _fingerprint(tensors: dict[str, Any]) -> str:
-    """Of names, shapes and values; of a large floating-point tensor, of some values that are evenly spread over it."""
-    digest = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {list(tensor.shape)}".encode())
-        values = tensor.detach().flatten()
-        if values.is_floating_point():
-            values = values[:: max(1, len(values) // _SAMPLED)].float()  # equal on devices that prefer other dtypes
-        digest.update(values.cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
 def _training_device(options: Options) -> torch.device:

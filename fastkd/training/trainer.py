@@ -10,24 +10,27 @@ from __future__ import annotations
 import copy
 import inspect
 import math
-import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from types import FrameType
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
+import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
-from transformers import EvalPrediction, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import EvalPrediction, Trainer
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 import fastkd
 from fastkd.sources import Teacher
 from fastkd.training.options import Schedule
+from fastkd.training.terms import Batch, Term, Terms
 
-__all__ = ["Course", "KDTrainer", "StopOnInterrupt"]
+__all__ = ["Course", "KDTrainer"]
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,7 @@ class Course:
         return self.start + (self.end - self.start) * progress
 
 
+_TERMS_FILE = "terms.pt"  # in a checkpoint, where terms have parameters or buffers
 _NO_LOGITS = "no logits are formed; evaluation gives eval_hard and eval_perplexity, for more override prediction_step"
 #: What Trainer takes and a loss without logits cannot: (name, values that ask for nothing, what to do).
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -57,6 +61,7 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
     ("batch_eval_metrics", (False,), _NO_LOGITS),
     ("eval_do_concat_batches", (True,), _NO_LOGITS),
     ("label_smoothing_factor", (0,), "the teacher's predictions take its place; override distillation_loss to add it"),
+    ("loss_type", ("nll", "chunked_nll"), "of TRL's SFTTrainer; the distillation loss takes its place"),
     ("label_names", (None, ["labels"]), "labels are found under 'labels'"),
     ("torch_compile", (False,), "compile the student's body instead: model.base_model.compile()"),
 )
@@ -72,6 +77,8 @@ class KDTrainer(Trainer):
             batches bring the teacher's predictions under `"teacher"`, a `fastkd.SparseTargets` or logits
             `[batch, tokens, ...]`, as `fastkd.cache.Collator` makes them, or `kd.soft_weight` is 0.
         eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
+        terms: what the loss has beside `kd`, each a `fastkd.training.terms.Term`. Their parameters are trained, clipped
+            and kept in checkpoints with the student's; their optimizer state too.
         temperature, soft_weight: how these change, where they do. The hard weight changes against the soft one, so
             that their sum stays.
 
@@ -79,8 +86,11 @@ class KDTrainer(Trainer):
     to be learnt, and in the first position of each row.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
-    `ratio` = hard ÷ soft; and `tokens_per_second` of all devices, without the time of evaluations and checkpoints.
-    They are read from the device when they are logged, not at every step.
+    `ratio` = hard ÷ soft, and the value of each term, unweighted, under its name. `tokens_per_second` is of all
+    devices, without the time of evaluations and checkpoints. Losses are read from the device when they are logged, not
+    at every step.
+
+    TRL's data preparation comes with `class K(KDTrainer, SFTTrainer): pass`, which takes SFTTrainer's arguments too.
 
     Raises ValueError where the teacher is trainable, in training mode, or needed and not given, for several GPUs in one
     process, for a student with `output_router_logits`, whose router loss would be dropped, and for arguments of Trainer
@@ -93,16 +103,16 @@ class KDTrainer(Trainer):
         kd: fastkd.KDLoss | None = None,
         teacher: nn.Module | None = None,
         eval_collator: Callable[[Any], Any] | None = None,
+        terms: Sequence[Term] = (),
         temperature: Course | None = None,
         soft_weight: Course | None = None,
-        **settings: Any,
+        **kwargs: Any,
     ) -> None:
         kd = fastkd.KDLoss() if kd is None else copy.deepcopy(kd)
         if kd.reduction != "mean":
             raise ValueError(f"KDTrainer needs a loss with reduction='mean', got {kd.reduction!r}")
-        given = inspect.signature(Trainer.__init__).bind_partial(self, *args, **settings).arguments
+        given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments  # perhaps of TRL's trainer
         _check_arguments(given)
-        given.pop("self")
         super().__init__(**{**given, "compute_metrics": _mean_hard_loss})
         _check_router(getattr(self.model, "config", None))
         if self.args.n_gpu > 1:  # Trainer would split batches with DataParallel, beside which a Projection is whole
@@ -114,6 +124,9 @@ class KDTrainer(Trainer):
             raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
         kd.shift = kd.return_parts = True
         self.kd, self.teacher, self.eval_collator = kd, teacher, eval_collator or self.data_collator
+        self.terms = Terms(terms, self.model).to(self.args.device)
+        self._check_trained_terms()
+        self._stepped = True  # no gradients of terms are to be kept
         self._courses = {"temperature": temperature, "soft_weight": soft_weight}
         self._total_weight = kd.soft_weight + kd.hard_weight
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
@@ -124,14 +137,18 @@ class KDTrainer(Trainer):
     def distillation_loss(
         self, model: nn.Module, inputs: dict[str, Any], teacher: Teacher | None, labels: Tensor, num_items: Any
     ) -> fastkd.KDParts:
-        """The loss of one batch, in its parts. Override this to add terms, such as on hidden states.
+        """The loss of one batch, in its parts, the terms added to `loss`. An addend is a Term; override this for more.
 
         `inputs` are the model's. `num_items` is the number of tokens of the optimizer step, to divide by.
         """
         if isinstance(model, FSDPModule):
             model.unshard()  # the output head, which stays whole until its gradient is reduced
-        parts: fastkd.KDParts = self.kd(fastkd.project(model, **inputs), teacher, labels, num_items=num_items)
-        return parts
+        student = fastkd.project(model, **inputs)
+        parts: fastkd.KDParts = self.kd(student, teacher, labels, num_items=num_items)
+        if not len(self.terms):
+            return parts
+        added = self.terms(Batch(student, teacher, labels, inputs, num_items))
+        return parts._replace(loss=parts.loss + added)
 
     def soft_targets(self, inputs: dict[str, Any]) -> Teacher | None:
         """The teacher's predictions of one batch; takes those it brings out of `inputs`."""
@@ -162,8 +179,13 @@ class KDTrainer(Trainer):
         inputs = dict(inputs)
         if inputs.get("output_router_logits"):
             raise ValueError(_ROUTER)
-        labels = inputs.pop("labels")
+        labels, calls = inputs.pop("labels"), self.terms.calls
         parts = self.distillation_loss(model, inputs, self.soft_targets(inputs), labels, num_items_in_batch)
+        if len(self.terms) and self.terms.calls == calls:
+            raise ValueError(
+                f"{type(self).__name__}.distillation_loss does not call KDTrainer's, so the terms "
+                f"{self.terms.names} take no part: call super().distillation_loss, or self.terms"
+            )
         both = torch.stack((parts.soft, parts.hard))
         if self._parts is None:
             self._parts, self._steps_logged = torch.zeros_like(both), self.state.global_step
@@ -202,6 +224,8 @@ class KDTrainer(Trainer):
             soft, hard = self.accelerator.reduce(self._parts, "sum").tolist()
             steps, now = self.state.global_step - self._steps_logged, time.perf_counter()
             logs |= {"hard": hard / steps, "soft": soft / steps, "ratio": hard / soft if soft else math.inf}
+            for name, value in self.terms.take_sums().items():
+                logs[name] = self.accelerator.reduce(value, "sum").item() / steps
             logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}
             tokens = self._tokens * self.accelerator.num_processes
             logs["tokens_per_second"] = tokens / (now - self._since - self._paused)
@@ -213,10 +237,13 @@ class KDTrainer(Trainer):
                 )
         super().log(logs, start_time)
 
-    def train(self, *args: Any, **settings: Any) -> Any:
+    def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         self._since = time.perf_counter()
-        return super().train(*args, **settings)
+        if self.accelerator.num_processes > 1:
+            for weight in self.terms.parameters():
+                dist.broadcast(weight.data, 0)  # the same everywhere, as DDP makes the student
+        return super().train(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As Trainer's, with `eval_collator`; an incomplete last batch is dropped in training alone."""
@@ -227,17 +254,94 @@ class KDTrainer(Trainer):
         finally:
             self.args.dataloader_drop_last, self.data_collator = training
 
-    def evaluate(self, *args: Any, **settings: Any) -> dict[str, float]:
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """As Trainer's: `eval_hard`, the mean hard loss, also as `eval_loss`; and `eval_perplexity`."""
-        return self._unclocked(super().evaluate, *args, **settings)  # type: ignore[no-any-return]
+        return self._unclocked(super().evaluate, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def _save_checkpoint(self, *args: Any, **settings: Any) -> None:
-        self._unclocked(super()._save_checkpoint, *args, **settings)
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer's, of the parameters of the terms too. ValueError where an optimizer that was given lacks them."""
+        new = self.optimizer is None
+        super().create_optimizer(*args, **kwargs)
+        optimizer = self.optimizer
+        assert optimizer is not None
+        held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
+        trained = [(name, weight) for name, weight in self.terms.named_parameters() if weight.requires_grad]
+        missing = [(name, weight) for name, weight in trained if id(weight) not in held]
+        if missing and not new:
+            raise ValueError(f"the optimizer lacks {len(missing)} parameters of terms: add those of each term to it")
+        decayed = self.get_decay_parameter_names(self.terms)
+        for decays, decay in ((True, self.args.weight_decay), (False, 0.0)):
+            group = [weight for name, weight in missing if (name in decayed) == decays]
+            if group:
+                optimizer.add_param_group({"params": group, "weight_decay": decay})
+        return optimizer
 
-    def _unclocked(self, work: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    def _check_trained_terms(self) -> None:
+        """Raise ValueError where parameters of terms could not be trained as the student's are."""
+        if not self.terms.trained:
+            return
+        assert isinstance(self.model, nn.Module)
+        sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
+        optim = str(getattr(self.args.optim, "value", self.args.optim))
+        if sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError("terms with parameters cannot be trained beside a sharded student: use DDP")
+        if "lomo" in optim or "layerwise" in optim:
+            raise ValueError(f"terms with parameters cannot be trained by {optim!r}, which steps the student by layers")
+        if self.args.max_grad_norm and not hasattr(Trainer, "_clip_grad_norm"):
+            raise ValueError(
+                f"the Trainer of transformers {transformers.__version__} would clip no gradients of terms: update it, "
+                "or set max_grad_norm=0"
+            )
+
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's, which zeroes and averages gradients of the model alone: those of the terms are done here."""
+        if self._stepped:
+            self.terms.zero_grad()
+        loss: Tensor = super().training_step(*args, **kwargs)
+        self._stepped = self.accelerator.sync_gradients  # the optimizer steps next
+        if self._stepped and self.accelerator.num_processes > 1:
+            for weight in self.terms.trained:
+                found = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                weight.grad = self.accelerator.reduce(found, "mean")
+        return loss
+
+    def _clip_grad_norm(self, model: nn.Module) -> Any:
+        return super()._clip_grad_norm(self._with_terms(model))  # type: ignore[no-untyped-call]
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        both = self._with_terms(model)
+        return super()._get_grad_norm(both, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
+
+    def _with_terms(self, model: nn.Module) -> nn.Module:
+        """What is asked for its parameters."""
+        return nn.ModuleList([model, self.terms]) if self.terms.trained else model
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._unclocked(super()._save_checkpoint, model, trial)
+        kept = self.terms.kept()
+        if kept and self.args.should_save:
+            directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            torch.save(kept, directory / _TERMS_FILE)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        self._load_terms(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        best = str(self.state.best_model_checkpoint)
+        if (Path(best) / _TERMS_FILE).is_file():  # Trainer warns where the checkpoint is gone
+            self._load_terms(best)
+
+    def _load_terms(self, checkpoint: str) -> None:
+        file = Path(checkpoint) / _TERMS_FILE
+        kept = torch.load(file, map_location=self.args.device, weights_only=True) if file.is_file() else {}
+        self.terms.restore(kept, str(checkpoint))
+
+    def _unclocked(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
         try:
-            return work(*args, **settings)
+            return work(*args, **kwargs)
         finally:
             self._paused += time.perf_counter() - started
 
@@ -273,37 +377,3 @@ def _check_router(config: Any) -> None:
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     if getattr(text, "output_router_logits", False):
         raise ValueError(_ROUTER)
-
-
-class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once."""
-
-    def __init__(self) -> None:
-        self.interrupted = False
-        self._before: Any = None
-
-    def on_train_begin(self, *_: Any, **__: Any) -> None:
-        """Take over the signal."""
-        try:
-            self._before = signal.signal(signal.SIGINT, self._note)
-        except ValueError:  # not in the main thread, where alone signals can be handled
-            self._before = None
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Give it back."""
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
-
-    def on_step_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> TrainerControl:
-        """Save and stop, if asked to."""
-        if self.interrupted:
-            control.should_save = control.should_training_stop = True
-        return control
-
-    def _note(self, _signal: int, _frame: FrameType | None) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\ninterrupted: a checkpoint follows the step under way; press Ctrl-C again to end at once", flush=True)

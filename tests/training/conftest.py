@@ -109,6 +109,6 @@ def changed(options: Options, **values: Any) -> Options:
 
 def run(options: Options, **values: Any) -> dict[str, Any]:
     """`fastkd distill` with some options changed; what metrics.json says."""
-    from fastkd.training.distill import distill
+    from fastkd.training.commands.distill import distill
 
     return distill(changed(options, **values))

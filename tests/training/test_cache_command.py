@@ -17,7 +17,7 @@ import transformers
 
 import fastkd
 from fastkd.cli import main
-from fastkd.training.command_options import CacheOptions
+from fastkd.training.commands.cache import CacheOptions
 from fastkd.training.options import DataOptions, InputError, ModelOptions
 from tests.training.conftest import CONTEXT, run
 
@@ -124,7 +124,7 @@ def test_bad_options_write_nothing(flags, tmp_path, capsys, changes, message):
 
 
 def test_what_the_cache_refuses(inputs, tmp_path):
-    from fastkd.training.caching import write_cache
+    from fastkd.training.commands.cache import write_cache
 
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "notes").write_text("mine")
@@ -216,6 +216,7 @@ def test_help(capsys, words):
 def test_missing_package_says_what_to_install(monkeypatch, capsys):
     for name in [name for name in sys.modules if name.startswith(("fastkd.cache", "fastkd.training.caching"))]:
         monkeypatch.delitem(sys.modules, name)
+    monkeypatch.delattr("fastkd.training.caching", raising=False)
     monkeypatch.delattr(fastkd, "cache", raising=False)
     monkeypatch.setitem(sys.modules, "safetensors", None)
     assert main(["cache", "info", "somewhere"]) == 2

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from fastkd.cli import main
-from fastkd.training.command_options import SweepOptions
+from fastkd.training.commands.sweep import SweepOptions
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, DistillationOptions, InputError
 
@@ -251,7 +251,7 @@ def test_help_loads_no_models():
 def test_missing_transformers_says_what_to_install(monkeypatch, capsys):
     for name in ("transformers", "transformers.hf_argparser"):
         monkeypatch.setitem(sys.modules, name, None)
-    for name in ("commands", "configuration"):
+    for name in ("commands.distill", "configuration"):
         monkeypatch.delitem(sys.modules, f"fastkd.training.{name}", raising=False)
     assert main(["distill"]) == 2
     assert "pip install 'fastkd[train]'" in capsys.readouterr().err

@@ -162,7 +162,8 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
 @pytest.mark.parametrize("stage", ["lessons", "ce-only", "results"])
 def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
     """While the cache is written, after the student is trained, or while results are written: resumed, it is whole."""
-    from fastkd.training import distill as module
+    from fastkd.training import lessons, report
+    from fastkd.training.commands import distill as module
 
     settings = {"ce_baseline": True, "cache_dir": str(tmp_path / "out" / "cache"), "max_steps": 12, "eval_steps": 5}
     expected = run(options, **{**settings, "cache_dir": str(tmp_path / "cache")}, output=str(tmp_path / "whole"))
@@ -170,11 +171,11 @@ def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    write = module.lessons
+    write = lessons.lessons_of
     stages = {
-        "lessons": (module, "lessons", lambda setup: (write(setup), interrupt())),
+        "lessons": (lessons, "lessons_of", lambda setup: (write(setup), interrupt())),
         "ce-only": (module, "_as_long", interrupt),
-        "results": (module.report, "write", interrupt),
+        "results": (report, "write", interrupt),
     }
     with monkeypatch.context() as patched:
         patched.setattr(*stages[stage])

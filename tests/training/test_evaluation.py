@@ -11,8 +11,8 @@ import pytest
 import torch
 import transformers
 
+from fastkd.training.commands.inspect_teacher import temperature_table
 from fastkd.training.evaluation import BINS, diagnosis, flops, measure, predict, retention, unigram_loss
-from fastkd.training.inspect_teacher import temperature_table
 
 VOCAB, LENGTH = 311, 16  # several chunks of rows
 

@@ -28,16 +28,15 @@ def config(options, tmp_path):
 @pytest.mark.parametrize(
     "place",
     [
-        "distill.gather",
-        "distill.with_teacher",
-        "distill.check_better",
+        "setup.gather",
+        "setup.with_teacher",
+        "checks.check_better",
         "trainer.KDTrainer.train",
         "trainer.KDTrainer.evaluate",
     ],
 )
 def test_before_the_first_step(config, tmp_path, monkeypatch, capsys, place):
     """Nothing is left that could be resumed, and the same command starts again."""
-    place = place.replace("distill.check_better", "checks.check_better")
     monkeypatch.setattr(f"fastkd.training.{place}", interrupt)
     assert main(["distill", config, "--epochs", "1"]) == 130
     told = capsys.readouterr().err
@@ -75,7 +74,7 @@ def test_in_a_cache_write(config, tmp_path, monkeypatch, capsys, inside):
 
 @pytest.mark.parametrize("command", [["eval", "somewhere"], ["inspect-teacher"], ["cache", "write"]])
 def test_in_any_command(monkeypatch, capsys, command):
-    function = {"eval": "evaluate", "inspect-teacher": "inspect_teacher", "cache": "cache"}[command[0]]
+    function = {"eval": "eval.run", "inspect-teacher": "inspect_teacher.run", "cache": "cache.run"}[command[0]]
     monkeypatch.setattr(f"fastkd.training.commands.{function}", interrupt)
     assert main(command) == 130
     assert capsys.readouterr().err == f"fastkd: interrupted: start again with fastkd {' '.join(command)}\n"
@@ -83,7 +82,7 @@ def test_in_any_command(monkeypatch, capsys, command):
 
 def test_a_sweep_keeps_finished_cells_and_is_resumed(config, tmp_path, monkeypatch, capsys):
     """Ctrl-C in the third of five cells; the table is that of a sweep that was not interrupted."""
-    from fastkd.training import sweep as module
+    from fastkd.training import fit as module
 
     def command(output):
         return [

@@ -19,7 +19,9 @@ from tests.training.conftest import changed, run
 def test_eval_reads_the_configuration_of_the_run_wherever_its_flags_stand(flags_first, options, tmp_path, monkeypatch):
     (tmp_path / "config.yaml").write_text(dump([changed(options, temperature=3.5).distillation]))
     seen = []
-    monkeypatch.setattr("fastkd.training.evaluate.evaluate", lambda model, found, baseline: seen.append((model, found)))
+    monkeypatch.setattr(
+        "fastkd.training.commands.eval.evaluate", lambda model, found, baseline: seen.append((model, found))
+    )
     flags, model = ["--eval-windows", "7"], [str(tmp_path)]
     assert main(["eval", *(flags + model if flags_first else model + flags)]) == 0
     ((judged, found),) = seen

@@ -41,7 +41,7 @@ def test_a_run_is_resumed_and_judged_from_any_directory(options, inputs, tmp_pat
     )
     monkeypatch.setattr("fastkd.training.report._image", lambda *_: "")
     with monkeypatch.context() as patched:
-        patched.setattr("fastkd.training.distill.report.write", _interrupted)
+        patched.setattr("fastkd.training.report.write", _interrupted)
         with pytest.raises(KeyboardInterrupt, match="--resume"):
             run(relative)
     monkeypatch.chdir(tmp_path / "elsewhere")

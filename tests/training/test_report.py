@@ -115,13 +115,13 @@ def test_a_report_that_fails_costs_no_student(options, tmp_path, monkeypatch, ca
 
 
 def test_judging_that_fails_after_training_costs_no_student(options, tmp_path, monkeypatch):
-    from fastkd.training import distill
+    from fastkd.training import judge
 
     def fail(*_):
         raise RuntimeError("no verdict")
 
     with monkeypatch.context() as patched:
-        patched.setattr(distill, "verdict", fail)
+        patched.setattr(judge, "verdict", fail)
         with pytest.raises(RuntimeError, match="no verdict"):
             run(options, max_steps=2)
     transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")

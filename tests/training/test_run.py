@@ -91,7 +91,7 @@ FAILURES = {
     "adapters of no layer": (lambda *_: {"lora_rank": 2, "lora_targets": ["nonsense"]}, InputError, None),
     "loss that is no number": (lambda *_: {"learning_rate": 1e30, "eval_steps": 50}, FloatingPointError, None),
     "results that cannot be written": (lambda *_: {}, OSError, ("report.write", no_report)),
-    "ctrl-c before the first step": (lambda *_: {}, KeyboardInterrupt, ("lessons", ctrl_c)),
+    "ctrl-c before the first step": (lambda *_: {}, KeyboardInterrupt, ("lessons.lessons_of", ctrl_c)),
 }
 
 
@@ -101,7 +101,7 @@ def test_a_run_that_fails_leaves_the_earlier_one(options, inputs, tmp_path, monk
     if "adapters" in failure:
         pytest.importorskip("peft")
     if patch:
-        monkeypatch.setattr(f"fastkd.training.distill.{patch[0]}", patch[1])
+        monkeypatch.setattr(f"fastkd.training.{patch[0]}", patch[1])
     with pytest.raises(error):
         run(options, overwrite=True, **settings(inputs, tmp_path))
     assert content(tmp_path / "out") == earlier
@@ -145,7 +145,7 @@ def test_the_same_command_with_a_cache_in_its_output_runs_again_and_again(option
 
 
 def test_an_interrupted_replacement_is_resumed_beside(options, tmp_path, monkeypatch, earlier, capsys):
-    from fastkd.training import distill as module
+    from fastkd.training.commands import distill as module
 
     out = tmp_path / "out"
     with monkeypatch.context() as patched:
@@ -294,7 +294,7 @@ def test_an_output_that_holds_an_input_is_not_replaced(options, inputs, tmp_path
 
 
 def test_an_output_that_fills_meanwhile_is_not_emptied(options, tmp_path, monkeypatch):
-    from fastkd.training import distill as module
+    from fastkd.training import setup as module
 
     out, gather = tmp_path / "out", module.gather
 
@@ -312,7 +312,7 @@ def test_an_output_that_fills_meanwhile_is_not_emptied(options, tmp_path, monkey
 
 def test_of_two_processes_one_is_refused_at_once(options, tmp_path):
     """The first is still reading its text."""
-    from fastkd.training import distill as module
+    from fastkd.training import setup as module
 
     told, tell = os.pipe()
     wait, go = os.pipe()
@@ -370,7 +370,7 @@ def test_one_of_several_processes_is_refused_before_any_work(tmp_path, monkeypat
 
 def test_a_directory_that_cannot_be_written_is_found_before_any_work(options, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("fastkd.training.distill.gather", lambda _: pytest.fail("text was read"))
+    monkeypatch.setattr("fastkd.training.setup.gather", lambda _: pytest.fail("text was read"))
     with pytest.raises(InputError, match=r"cannot write to .*file"):
         run(options, output=str(tmp_path / "file" / "deep" / "out"))
     with pytest.raises(InputError, match="is a file"):

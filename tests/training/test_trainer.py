@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import copy
-import datetime
 import math
-import os
-import time
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
-import torch.multiprocessing as mp
 import transformers
 
 import fastkd
 import fastkd.cache
 from fastkd.training.data import Windows, collate
 from fastkd.training.trainer import Course, KDTrainer
+from tests.training.two_processes import on_two
 
 LENGTH, VOCAB = 12, 60
 
@@ -290,17 +286,7 @@ def test_the_loss_has_a_default(tmp_path):
 TOKENS = 60  # labels of the first eight rows
 
 
-def on_two(rank: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="localhost")
-    os.environ.update(MASTER_PORT="29577", ACCELERATE_USE_CPU="true")
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=60),
-    )
-    torch.set_num_threads(1)
+def both(rank: int, folder: str) -> None:
     student = model(0)
     found = trainer(folder, student, teacher=teacher(), per_device_train_batch_size=8, eval_dataset=Ragged(windows(7)))
     found.train()
@@ -317,20 +303,11 @@ def on_two(rank: int, folder: str) -> None:
     if rank == 0:
         lines = {name: logged(found, name) for name in ("loss", "soft", "hard")}
         torch.save((weights(student), lines, measured["eval_hard"], gradients), f"{folder}/found.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def test_two_processes_are_one(tmp_path):
     """Replicated (DDP) for three steps and a validation, and the gradients of a sharded student (FSDP2)."""
-    processes = mp.spawn(on_two, (str(tmp_path),), nprocs=2, join=False)
-    try:
-        deadline = time.monotonic() + 120
-        while not processes.join(timeout=1):
-            assert time.monotonic() < deadline, "the processes did not end"
-    finally:
-        for process in processes.processes:
-            process.kill()
+    on_two(both, tmp_path)
     found, lines, hard, gradients = torch.load(tmp_path / "found.pt")
     alone = model(0)
     one = trainer(tmp_path, alone, teacher=teacher(), per_device_train_batch_size=16, eval_dataset=Ragged(windows(7)))

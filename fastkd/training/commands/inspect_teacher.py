@@ -1,24 +1,64 @@
-"""What a teacher says of the next token: the likeliest ones, how sure it is, and what temperature does to that."""
+"""`fastkd inspect-teacher`: the likeliest next tokens, how sure a teacher is, and what temperature does to that."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.training import loading, plots
-from fastkd.training.command_options import InspectOptions
-from fastkd.training.options import InputError, ModelOptions
-from fastkd.training.places import check_writable
+from fastkd import training
+from fastkd.training.configuration import Parser, dump
+from fastkd.training.options import InputError, ModelOptions, at_least, expand_home, option
 from fastkd.training.plain import visible
-from fastkd.training.report import table
-from fastkd.training.samples import next_token
 
-__all__ = ["Prediction", "inspect_teacher", "temperature_table"]
+__all__ = ["InspectOptions", "Prediction", "inspect_teacher", "run", "temperature_table"]
+
+_DESCRIPTION = """\
+Show what a teacher expects next: its likeliest tokens, its entropy, and what temperatures make of it.
+
+examples:
+  fastkd inspect-teacher
+  fastkd inspect-teacher --teacher gpt2 --prompts "The film was great" --temperatures 1 2 4 --plot teacher.png
+"""
+
+
+@dataclass(frozen=True)
+class InspectOptions:
+    """What `fastkd inspect-teacher` looks at."""
+
+    _argument_group_name: ClassVar[str] = "inspection"
+
+    prompts: list[str] = option(
+        ["This movie was one of the best", "I would not recommend this film to anyone"],
+        "texts whose last token is to be predicted from the others",
+    )
+    top_k: int = option(10, "tokens to show of each prediction")
+    temperatures: list[float] = option([0.5, 1.0, 2.0, 5.0, 10.0], "temperatures to compare")
+    plot: str = option("", "a .png file to draw the last prompt's distributions at these temperatures into")
+
+    def __post_init__(self) -> None:
+        expand_home(self, "plot")
+        at_least(self, top_k=1)
+        for temperature in self.temperatures:
+            if not temperature > 0:
+                raise InputError(f"temperatures has {temperature}; they must be above 0")
+        if self.plot and not self.plot.endswith(".png"):
+            raise InputError(f"plot is {self.plot!r}; name a .png file")
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`fastkd inspect-teacher`."""
+    inspection, models, extra = Parser("inspect-teacher", _DESCRIPTION, (InspectOptions, ModelOptions)).parse(arguments)
+    if extra.print_config:
+        print(dump((inspection, models)), end="")
+        return
+    inspect_teacher(models, inspection)
 
 
 class Prediction(NamedTuple):
@@ -35,9 +75,10 @@ class Prediction(NamedTuple):
 def inspect_teacher(models: ModelOptions, options: InspectOptions) -> list[Prediction]:
     """Print a table per prompt, and one of temperatures; draw the last prompt's if asked to. Raises InputError."""
     if options.plot:
-        check_writable(options.plot, "plot")
-    tokenizer = loading.load_tokenizer(models.teacher)
-    teacher = loading.load_teacher(models, loading.device_of(models))
+        training.places.check_writable(options.plot, "plot")
+    table = training.report.table
+    tokenizer = training.loading.load_tokenizer(models.teacher)
+    teacher = training.loading.load_teacher(models, training.loading.device_of(models))
     found = [_prediction(teacher, tokenizer, prompt, options.top_k) for prompt in options.prompts]
     for one in found:
         bits = one.entropy / math.log(2)
@@ -46,13 +87,19 @@ def inspect_teacher(models: ModelOptions, options: InspectOptions) -> list[Predi
             f"  the text goes on with {one.target!r}, which has probability {one.target_probability:.4f}\n"
             f"  entropy {one.entropy:.3f} nats, {bits:.3f} bits: so much more does the teacher say than the label alone"
         )
-        print(_indented(table([["token", "probability"], *([repr(name), f"{p:.4f}"] for name, p in one.likeliest)])))
+        print(
+            _indented(
+                training.report.table(
+                    [["token", "probability"], *([repr(name), f"{p:.4f}"] for name, p in one.likeliest)]
+                )
+            )
+        )
         print(_indented(table(temperature_table(one.logits, options.temperatures))))
     if options.plot:
         last = found[-1]
         ids = last.logits.topk(min(options.top_k, len(last.logits))).indices
         curves = {t: (last.logits / t).softmax(-1)[ids].tolist() for t in sorted(options.temperatures)}
-        figure = plots.temperatures(curves, [name for name, _ in last.likeliest], f"after “{last.context}”")
+        figure = training.plots.temperatures(curves, [name for name, _ in last.likeliest], f"after “{last.context}”")
         try:
             Path(options.plot).parent.mkdir(parents=True, exist_ok=True)
             figure.savefig(options.plot, dpi=110)
@@ -80,7 +127,7 @@ def _prediction(teacher: Any, tokenizer: Any, prompt: str, top_k: int) -> Predic
     if len(ids) < 2:
         raise InputError(f"the prompt {prompt!r} has {len(ids)} tokens; 2 are needed, one of them to be predicted")
     context = tokenizer.decode(ids[:-1])
-    logits = next_token(teacher, tokenizer, [context])[0]
+    logits = training.samples.next_token(teacher, tokenizer, [context])[0]
     probabilities = logits.softmax(-1)
     largest = probabilities.topk(min(top_k, len(logits)))
     names = [tokenizer.decode([token]) for token in largest.indices.tolist()]

@@ -1,8 +1,4 @@
-"""Distil a causal language model into a smaller one, and show what came of it. Read it top to bottom.
-
-    fastkd distill                                                     # packaged teacher and reviews, on 2 cores
-    fastkd distill --teacher gpt2 --data reviews.txt --epochs 5        # your own
-    fastkd distill config.yaml --temperature 3                         # options from a file
+"""`fastkd distill`: distil a causal language model into a smaller one, and show what came of it. Read it top to bottom.
 
 The order: check all that can be checked without work; get the teacher and see what it makes of held-out text; write
 its predictions into a cache, if there is to be one; train; train without a teacher, to compare; judge; report.
@@ -12,28 +8,50 @@ from __future__ import annotations
 
 import shlex
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import transformers
 
-from fastkd.training import checks, loading, report
-from fastkd.training.adapters import merged
-from fastkd.training.data import Windows, collate
-from fastkd.training.evaluation import flops
-from fastkd.training.fit import Fitted, Lessons, distillation_loss, fit
-from fastkd.training.judge import CE_ONLY, STUDENT, Contender, differences, verdict
-from fastkd.training.lessons import lessons
-from fastkd.training.machine import machine, versions
-from fastkd.training.options import TRAINED_TEACHER, DistillationOptions, Options
+from fastkd import training
+from fastkd.training.configuration import Parser, dump
+from fastkd.training.options import GROUPS, TRAINED_TEACHER, DistillationOptions, Options
 from fastkd.training.plain import visible
-from fastkd.training.run import CHECKPOINTS, Run, claimed
-from fastkd.training.setup import Materials, Setup, gather, with_teacher
 
-__all__ = ["LABELS_ALONE", "distill"]
+if TYPE_CHECKING:
+    from fastkd.training.fit import Fitted
+    from fastkd.training.judge import Contender
+    from fastkd.training.lessons import Lessons
+    from fastkd.training.run import Run
+    from fastkd.training.setup import Materials, Setup
+
+__all__ = ["LABELS_ALONE", "distill", "run"]
+
+_DESCRIPTION = """\
+Train a small causal language model on a frozen teacher's predictions and the labels.
+
+With no options, the packaged SmolLM2-135M teaches a GPT-2 of 16 M parameters on the packaged IMDB reviews. The run's
+directory gets the student in Hugging Face format, metrics.json, results.csv, samples.md, report.html and config.yaml.
+
+examples:
+  fastkd distill
+  fastkd distill --teacher gpt2-medium --data reviews.jsonl --size full --epochs 5 --output runs/reviews
+  fastkd distill config.yaml --temperature 3 --cache-dir cache
+  fastkd distill runs/reviews/config.yaml --resume
+"""
 
 LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`fastkd distill`."""
+    *groups, extra = Parser("distill", _DESCRIPTION, GROUPS).parse(arguments)
+    if extra.print_config:
+        print(dump(groups), end="")
+        return
+    distill(Options(*groups), extra.config)
 
 
 def distill(options: Options, config: str | None = None) -> dict[str, Any]:
@@ -43,57 +61,61 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
     written, where the options cannot be met; after Ctrl-C KeyboardInterrupt, whose text says what resumes the run. A
     report that cannot be made is no failure of the run, which has its student: a warning names what is missing.
     """
-    started = time.perf_counter()
-    with claimed(options, config=config) as run:
-        materials = gather(options)
+    started, judge = time.perf_counter(), training.judge
+    with training.run.claimed(options, config=config) as run:
+        materials = training.setup.gather(options)
         output = run.begin(**materials.fingerprints())
         taught = options
         if options.models.teacher == TRAINED_TEACHER:
             _train_teacher(options, materials, run)
             taught, options = (_taught_by(options, folder / "teacher") for folder in (output, run.output))
-        setup = with_teacher(taught, materials)
+        setup = training.setup.with_teacher(taught, materials)
         setup.options = options  # they name a trained teacher by the place where it ends up
         student = setup.student()
         run.pin(**setup.fingerprints(student))
         before = setup.judge.judge("student before", student)
         if options.distillation.needs_teacher:
-            checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
+            training.checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
         _introduce(setup, before)
 
         clock = time.perf_counter()
-        given = lessons(setup)
+        given = training.lessons.lessons_of(setup)
         seconds = {"cache": time.perf_counter() - clock}
-        work, some = output / CHECKPOINTS, materials.corpus.validation[:4]
-        fitted = {STUDENT: _fit(setup, student, given, options, work / "student")}
-        students = {STUDENT: merged(student, some, work / "student")}
+        work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
+        fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
+        students = {judge.STUDENT: training.adapters.merged(student, some, work / "student")}
         if options.evaluation.ce_baseline:
             alone = setup.student()
-            without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[STUDENT]))
-            given = Lessons(Windows(materials.corpus.train), collate)
-            fitted[CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
-            students[CE_ONLY] = merged(alone, some, work / "ce-only")
+            without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[judge.STUDENT]))
+            given = training.lessons.labels_alone(materials.corpus)
+            fitted[judge.CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
+            students[judge.CE_ONLY] = training.adapters.merged(alone, some, work / "ce-only")
 
         with run.results() as staging:  # first of all: nothing that follows costs a student
             for name, model in students.items():
-                folder = staging if name == STUDENT else staging / "ce-only"
+                folder = staging if name == judge.STUDENT else staging / "ce-only"
                 model.save_pretrained(folder)
                 materials.tokenizer.save_pretrained(folder)
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
-        cost = _flops(setup, fitted[STUDENT])
-        lines = [*verdict(contenders, before), _cost_line(cost)]
+        cost = _flops(setup, fitted[judge.STUDENT])
+        lines = [*judge.verdict(contenders, before), _cost_line(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
-        record["differences"] = differences(contenders, options.training.seed)
+        record["differences"] = judge.differences(contenders, options.training.seed)
         record["seconds"] = seconds | {"total": time.perf_counter() - started}
         with run.results() as staging:
             title = f"{options.models.teacher} → {options.models.student}: {run.output.name}"
-            failed = report.write(staging, title, contenders, fitted, lines, options, materials.tokenizer, record)
-    report.print_results(contenders, lines, options.evaluation.metrics)
+            failed = training.report.write(
+                staging, title, contenders, fitted, lines, options, materials.tokenizer, record
+            )
+    training.report.print_results(contenders, lines, options.evaluation.metrics)
     print(
         visible(f"saved to {run.output} after {time.perf_counter() - started:.0f} s; see {run.output / 'report.html'}")
     )
     again = shlex.join(["fastkd", "eval", str(run.output)])
-    report.warn(failed, f"the student is saved all the same; {again} writes a report into {run.output / 'eval'}")
+    training.report.warn(
+        failed, f"the student is saved all the same; {again} writes a report into {run.output / 'eval'}"
+    )
     return record
 
 
@@ -116,12 +138,20 @@ def _train_teacher(options: Options, materials: Materials, run: Run) -> None:
     if (run.directory / "teacher" / "config.json").exists():
         return
     transformers.set_seed(options.training.seed)
-    teacher = loading.teacher_to_train(materials.tokenizer).to(materials.device)
+    teacher = training.loading.teacher_to_train(materials.tokenizer).to(materials.device)
     print(f"teacher: {teacher.num_parameters():,} parameters, trained on the labels first")
-    given = Lessons(Windows(materials.corpus.train), collate)
+    given = training.lessons.labels_alone(materials.corpus)
     alone = options._replace(distillation=LABELS_ALONE)
-    checkpoints = run.directory / CHECKPOINTS / "teacher"
-    fit(teacher, materials.tokenizer, materials.corpus, given, distillation_loss(LABELS_ALONE), alone, checkpoints)
+    checkpoints = run.directory / training.run.CHECKPOINTS / "teacher"
+    training.fit.fit(
+        teacher,
+        materials.tokenizer,
+        materials.corpus,
+        given,
+        training.arguments.distillation_loss(LABELS_ALONE),
+        alone,
+        checkpoints,
+    )
     with run.results() as staging:
         teacher.save_pretrained(staging / "teacher")
         materials.tokenizer.save_pretrained(staging / "teacher")
@@ -132,16 +162,19 @@ def _taught_by(options: Options, teacher: Path) -> Options:
 
 
 def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory: Path) -> Fitted:
-    kd = distillation_loss(options.distillation, setup.counted)
-    return fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
+    kd = training.arguments.distillation_loss(options.distillation, setup.counted)
+    return training.fit.fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
 
 
 def _flops(setup: Setup, student: Fitted) -> dict[str, float]:
     """Of the teacher's forwards, once per window where there is a cache, and of the student's training."""
     options, teacher = setup.options.distillation, setup.judge.teacher.parameters
     read = setup.materials.corpus.train.numel() if options.cache_dir else student.tokens
-    trained = flops(student.tokens, 0, student.parameters)
-    return {"teacher": flops(0, teacher, 0, read) if options.needs_teacher else 0.0, "student": trained}
+    trained = training.evaluation.flops(student.tokens, 0, student.parameters)
+    return {
+        "teacher": training.evaluation.flops(0, teacher, 0, read) if options.needs_teacher else 0.0,
+        "student": trained,
+    }
 
 
 def _cost_line(cost: dict[str, float]) -> str:
@@ -158,7 +191,11 @@ def _as_long(options: Options, fitted: Fitted) -> Any:
 
 
 def _record(
-    setup: Setup, before: Contender, contenders: list[Contender], fitted: dict[str, Fitted], lines: list[str]
+    setup: Setup,
+    before: Contender,
+    contenders: list[Contender],
+    fitted: dict[str, Fitted],
+    lines: list[str],
 ) -> dict[str, Any]:
     """What metrics.json says."""
     return {
@@ -174,8 +211,6 @@ def _record(
             }
             for name, one in fitted.items()
         },
-        "device": str(setup.materials.device),
-        "machine": machine(setup.materials.device),
+        **training.machine.made_on(setup.materials.device),
         "options": {name: asdict(group) for name, group in setup.options._asdict().items()},
-        "versions": versions(),
     }

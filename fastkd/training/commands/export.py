@@ -5,18 +5,39 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TorchAoConfig
+import transformers
 
-from fastkd.training.options import InputError
-from fastkd.training.places import check_writable
+from fastkd import training
+from fastkd.training.configuration import Parser
+from fastkd.training.options import InputError, at_home
 
-__all__ = ["export"]
+__all__ = ["export", "run"]
+
+_DESCRIPTION = """\
+Write a student in the format of where it will run.
+
+hf: as save_pretrained writes it. int4: likewise, linear layers in 4 bits (torchao; not for GPT-2s).
+gguf: one file in fp32 that llama.cpp runs and transformers loads, of a GPT-2 or a Llama.
+
+examples:
+  fastkd export runs/demo --to gguf --output demo-gguf
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`fastkd export`."""
+    parser = Parser("export", _DESCRIPTION, (), config=False)
+    parser.add("student", metavar="STUDENT", help="directory of a finished run, or of any model with its tokenizer")
+    parser.add("--to", choices=("hf", "int4", "gguf"), required=True, help="the format")
+    parser.add("--output", metavar="DIRECTORY", required=True, help="a new directory")
+    (asked,) = parser.parse(arguments)
+    export(at_home(asked.student, "STUDENT"), asked.to, at_home(asked.output, "--output"))
 
 
 def export(student: str, to: str, output: str) -> None:
@@ -27,21 +48,22 @@ def export(student: str, to: str, output: str) -> None:
     """
     if Path(output).exists():
         raise InputError(f"{output} exists: name a new directory with --output")
-    check_writable(output, "--output")
+    training.places.check_writable(output, "--output")
     try:
         config, tokenizer = (
-            auto.from_pretrained(student, trust_remote_code=False) for auto in (AutoConfig, AutoTokenizer)
+            auto.from_pretrained(student, trust_remote_code=False)
+            for auto in (transformers.AutoConfig, transformers.AutoTokenizer)
         )
-        settings = {"quantization_config": _four_bits(config), "device_map": "cpu"} if to == "int4" else {}
-        model = AutoModelForCausalLM.from_pretrained(
-            student, dtype=torch.float32, trust_remote_code=False, **settings
+        quantized = {"quantization_config": _four_bits(config), "device_map": "cpu"} if to == "int4" else {}
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            student, dtype=torch.float32, trust_remote_code=False, **quantized
         ).eval()
     except (OSError, ValueError, RuntimeError) as error:
         raise error if isinstance(error, InputError) else InputError(f"cannot load {student!r}: {error}") from error
     with _new_directory(Path(output)) as directory:
         if to == "gguf":
             try:
-                from fastkd.training.gguf_file import write_gguf
+                from fastkd.training.commands.gguf_file import write_gguf
             except ModuleNotFoundError as error:
                 raise InputError("gguf is not installed: pip install 'fastkd[demo]'") from error
             write_gguf(model, tokenizer, directory / "model.gguf")
@@ -62,7 +84,7 @@ def _four_bits(config: Any) -> Any:
         raise InputError(f"int4 needs torchao, which cannot be used: {error}; pip install 'fastkd[int4]'") from error
     if config.model_type == "gpt2":
         raise InputError("torchao quantises nn.Linear, and a GPT-2 is made of Conv1D: use --to gguf")
-    return TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
+    return transformers.TorchAoConfig(IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32)))  # type: ignore[attr-defined]
 
 
 @contextmanager

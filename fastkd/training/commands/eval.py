@@ -1,0 +1,83 @@
+"""`fastkd eval`: a saved student beside its teacher and, where there is one, the student without a teacher."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from fastkd import training
+from fastkd.training.configuration import Parser
+from fastkd.training.options import GROUPS, TRAINED_TEACHER, InputError, Options, at_home
+from fastkd.training.plain import visible
+
+__all__ = ["evaluate", "run"]
+
+_DESCRIPTION = """\
+Judge a student beside its teacher, on held-out and on other text, and write a report into its folder 'eval'.
+
+Options begin as the run's config.yaml has them, so that the text is split as it was; those of the training have no
+effect but for the seed.
+
+examples:
+  fastkd eval runs/demo
+  fastkd eval runs/demo --out-of-domain news.txt --eval-windows 500
+  fastkd eval ./my-student --teacher gpt2-large --data reviews.jsonl --baseline ./my-other-student
+"""
+
+
+def run(arguments: Sequence[str]) -> None:
+    """`fastkd eval`."""
+    parser = Parser("eval", _DESCRIPTION, GROUPS, config=False)
+    parser.add("model", metavar="STUDENT", help="directory of a finished run, or of any model with its tokenizer")
+    parser.add("--baseline", metavar="DIRECTORY", help="a model to compare with; a run's ce-only, if it has one")
+    config = Path(parser.named(arguments).model).expanduser() / "config.yaml"
+    *groups, extra = parser.parse(arguments, str(config) if config.is_file() else None)
+    baseline = extra.baseline and at_home(extra.baseline, "--baseline")
+    evaluate(at_home(extra.model, "STUDENT"), Options(*groups), baseline)
+
+
+def evaluate(student: str, options: Options, baseline: str | None = None) -> dict[str, Any]:
+    """Judge the model in the directory `student`, print the table and write the report into its folder `eval`.
+
+    `baseline` is a model to compare with; by default the one that a run with ce_baseline left. Raises InputError.
+    """
+    started = time.perf_counter()
+    directory, judge = Path(student), training.judge
+    if not (directory / "config.json").is_file():
+        unfinished = directory / training.run.CONFIG_FILE
+        has = f"an unfinished run: see its {unfinished.name}" if unfinished.is_file() else "no config.json"
+        raise InputError(f"{student} holds no model ({has}); name the directory of a finished run or of a model")
+    models = replace(options.models, student=student, from_scratch=False, lora_rank=0, lora_targets=[])
+    if models.teacher == TRAINED_TEACHER:
+        models = replace(models, teacher=str(directory / "teacher"))
+    options = options._replace(models=models, distillation=replace(options.distillation, cache_dir=""))  # none is read
+    if baseline is None and (directory / "ce-only" / "config.json").is_file():
+        baseline = str(directory / "ce-only")
+    setup = training.setup.with_teacher(options, training.setup.gather(options))
+    contenders = [setup.judge.teacher, setup.judge.judge(judge.STUDENT, setup.student())]
+    if baseline is not None:
+        other = training.loading.load_student(replace(models, student=baseline), None, setup.materials.device)
+        contenders.append(setup.judge.judge(judge.CE_ONLY, other))
+    lines = judge.verdict(contenders)
+    record = {
+        "models": {one.name: one.record() for one in contenders},
+        "verdict": lines,
+        "differences": judge.differences(contenders, options.training.seed),
+        **training.machine.made_on(setup.materials.device),
+        "seconds": {"total": time.perf_counter() - started},
+    }
+    if not (directory / "eval").exists():
+        (directory / "eval").mkdir()
+        training.run.note_files(directory, ["eval"])
+    with training.run.results(directory / "eval") as staging:
+        title = f"{options.models.teacher} and {student}"
+        failed = training.report.write(
+            staging, title, contenders, {}, lines, options, setup.materials.tokenizer, record
+        )
+    training.report.print_results(contenders, lines, options.evaluation.metrics)
+    print(visible(f"saved to {directory / 'eval'}"))
+    training.report.warn(failed, "the rest is there; the same command makes it again")
+    return record
