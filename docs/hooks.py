@@ -1,0 +1,47 @@
+"""Text of the site that lies elsewhere in the repository: the architecture and the benchmark reports.
+
+mkdocs calls these functions by their names (`hooks` in mkdocs.yml).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results"
+
+
+def on_config(config: Any) -> Any:
+    """List the reports under Benchmarks."""
+    (evidence,) = (section["Evidence"] for section in config.nav if "Evidence" in section)
+    evidence += [{f"Report: {name}": f"benchmarks/{name}/report.md"} for name in _machines()]
+    evidence.append({"Machine code": "benchmarks/static.md"})
+    return config
+
+
+def on_files(files: Files, config: Any) -> Files:
+    """Add what is not in `docs/`: pages, and the plots that the reports show."""
+    pages = {"benchmarks/static.md": RESULTS / "static.md"}
+    for name in _machines():
+        for path in (RESULTS / name / "report.md", *(RESULTS / name).glob("*.png")):
+            pages[f"benchmarks/{name}/{path.name}"] = path
+    for place, path in pages.items():
+        files.append(File.generated(config, place, abs_src_path=str(path)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Put in the architecture, whose links start from the root of the repository, and the list of reports."""
+    if page.file.src_uri == "architecture.md":
+        _title, text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n", 1)
+        text = text.replace("](bench/results/", "](benchmarks/").replace("](docs/", "](")
+        return markdown.replace("<!-- include ARCHITECTURE.md -->", text)
+    links = (f"- [{name}](benchmarks/{name}/report.md)" for name in _machines())
+    return markdown.replace("<!-- reports -->", "\n".join(links))
+
+
+def _machines() -> list[str]:
+    return sorted(path.parent.name for path in RESULTS.glob("*/report.md"))
