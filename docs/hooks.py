@@ -24,7 +24,7 @@ def on_config(config: Any) -> Any:
 
 def on_files(files: Files, config: Any) -> Files:
     """Add what is not in `docs/`: pages, and the plots that the reports show."""
-    pages = {"benchmarks/static.md": RESULTS / "static.md"}
+    pages = {"benchmarks/static.md": ROOT / "tools/machine_code/static.md"}
     for name in _machines():
         for path in (RESULTS / name / "report.md", *(RESULTS / name).glob("*.png")):
             pages[f"benchmarks/{name}/{path.name}"] = path
@@ -37,7 +37,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Put in the architecture, whose links start from the root of the repository, and the list of reports."""
     if page.file.src_uri == "architecture.md":
         _title, text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n", 1)
-        text = text.replace("](bench/results/", "](benchmarks/").replace("](docs/", "](")
+        text = text.replace("](tools/machine_code/", "](benchmarks/").replace("](docs/", "](")
         return markdown.replace("<!-- include ARCHITECTURE.md -->", text)
     links = (f"- [{name}](benchmarks/{name}/report.md)" for name in _machines())
     return markdown.replace("<!-- reports -->", "\n".join(links))
