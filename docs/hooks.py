@@ -1,4 +1,4 @@
-"""Text of the site that lies elsewhere in the repository: the architecture and the benchmark reports.
+"""Text of the site that is elsewhere in the repository: the architecture, the benchmark reports, the divergences.
 
 mkdocs calls these functions by their names (`hooks` in mkdocs.yml).
 """
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from mkdocs.structure.files import File, Files
+
+from fastkd.divergences import __all__ as DIVERGENCES
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results"
@@ -39,8 +41,15 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         _title, text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n", 1)
         text = text.replace("](tools/machine_code/", "](benchmarks/").replace("](docs/", "](")
         return markdown.replace("<!-- include ARCHITECTURE.md -->", text)
+    if page.file.src_uri == "reference/divergences.md":
+        return markdown.replace("<!-- divergences -->", divergences())
     links = (f"- [{name}](benchmarks/{name}/report.md)" for name in _machines())
     return markdown.replace("<!-- reports -->", "\n".join(links))
+
+
+def divergences() -> str:
+    """What mkdocstrings is asked for: every divergence, and what they have in common."""
+    return "\n\n".join(f"::: fastkd.{name}" for name in sorted(DIVERGENCES))
 
 
 def _machines() -> list[str]:

@@ -80,7 +80,7 @@ def whole(options, tmp_path, kept):
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr("fastkd.training.report._image", lambda *_: "", raising=False)
+    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
 
 
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_weights(options, tmp_path):

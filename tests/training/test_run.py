@@ -25,7 +25,7 @@ from tests.training.killed import in_child
 @pytest.fixture(autouse=True)
 def _no_figures(monkeypatch):
     """They take most of the time."""
-    monkeypatch.setattr("fastkd.training.report._image", lambda *_: "", raising=False)
+    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
 
 
 @pytest.fixture
