@@ -1,18 +1,22 @@
-// One functor per divergence: from the probabilities of a vector of columns to the divergence's term and its derivative
-// g = dterm/dlog q. The sweeps do the rest. The definitions are those of fastkd/reference.py.
+// One functor per divergence. A divergence is a sum over columns of a term, which depends on the column's own p
+// (teacher) and q (student) alone. The functor takes a vector of columns and returns the terms and their derivatives
+// g = dterm/dlog q. The sweeps sum the terms and turn g into the gradient by the logits, (g - q * (sum of g)) / T. The
+// definitions are those of fastkd/reference.py.
 //
 // To add a divergence, add two things to this file. No other header changes.
-//   - A functor; TVD is the simplest. Its constructor takes the divergence's parameters, in the order of the fields in
-//     fastkd/divergences.py, at most two. Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
-//   - Its name in FASTKD_DIVERGENCES below. The library is refused when it is loaded if a name of fastkd/divergences.py
-//     is missing there. (Leave `normalised` true there: where rows come in tiles, it asks for the functor's sweep.)
+//   - A functor; JSD shows all that it needs. Its constructor takes the divergence's parameters, in the order of the
+//     fields in fastkd/divergences.py, at most two. `canonical` there has replaced limits that equal another
+//     divergence. Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
+//   - Its name in FASTKD_DIVERGENCES below. A library that lacks a name of fastkd/divergences.py is refused when it is
+//     loaded. (Leave `normalised` true in that table: where rows come in tiles, it asks for the functor's sweep.)
 // Then rebuild: pip install --editable .
 //
 // What a functor must get right, and tests judge against float64:
 //   - Rows that nearly agree, as they do late in training. Work from `d = log q - log p`. It comes from the difference
 //     of the logits and keeps its relative precision, while log_q - log_p and q - p cancel.
-//   - Columns with a logit of -inf on one side. There p = 0 or q = 0, and d is infinite. Give each product with such a
-//     factor its limit, by `keep`. Columns that are -inf on both sides are left out by the sweeps.
+//   - Columns with p = 0 or q = 0. Beside a logit of -inf, d is infinite; a probability that underflowed is 0 beside a
+//     finite logarithm. Give each product with a zero its limit, by `keep`, since 0 times infinity is NaN. Columns that
+//     are -inf on both sides are left out by the sweeps.
 //   - A NaN in a logit must reach the term.
 //   - g may differ from the derivative by any multiple of q, because the gradient g - q * (sum of g) stays the same. If
 //     the derivative is near a multiple of q where p is near q, subtract that multiple: what remains does not cancel.
@@ -27,12 +31,13 @@ struct Cell {
   vec p, q, log_p, log_q, d;
 };
 
+// What a functor returns.
 struct Pair {
   vec term, g;
 };
 
-// What a functor returns instead if ratio = g / q is bounded, or nearly so: subtracting a multiple of q from g is then
-// exact (see Centred).
+// What it returns instead if ratio = g / q is bounded, or nearly so. Centred then subtracts from the ratio, before the
+// product with q is rounded.
 struct Ratio {
   vec term, ratio;
 };

@@ -11,7 +11,7 @@ struct Exponent {
   vec operator()(vec z) const { return (z - max) * scale; }
 };
 
-// Of a block.
+// Sums over the columns of a block.
 struct Masses {
   float sum, weighted;  // of 2^y, and of 2^y y for the entropy
 };
