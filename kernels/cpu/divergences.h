@@ -190,8 +190,8 @@ struct AlphaBeta {
     for (int k = 7; k >= 0; k--) inner = factorials[k] - u * inner, series = inner - v * series;
     const vec far = (first - second) * of(rising.last.inverse, falling.last.inverse);
     const vec all_three = select(v < 0.5f, size * size * series, far);
-    const vec upper = of(rising.upper, falling.upper), lower = of(rising.lower, falling.lower);
-    const vec two = weighted(upper, first) + weighted(lower, second);
+    const vec two =
+        weighted(of(rising.upper, falling.upper), first) + weighted(of(rising.lower, falling.lower), second);
     const vec g = weighted(largest, two);
     return {weighted(largest, all_three), select(up, g, -g)};
   }
