@@ -109,9 +109,9 @@ struct Reader {
 
   // Columns [start, start + n) as fp32, readable up to a whole number of vectors.
   const float* fetch(int64_t start, int64_t n) const {
-    const int64_t begin = first + start, end = begin + n;
-    int64_t next = excluded_count ? lower_bound(excluded, excluded_count, begin) : 0;
-    const bool excludes = next < excluded_count && excluded[next] < end;
+    int64_t next = excluded_count ? lower_bound(excluded, excluded_count, first + start) : 0;
+    const auto here = [&] { return next < excluded_count && excluded[next] < first + start + n; };
+    const bool excludes = here();
     if (dtype == kFloat32) {
       const float* from = reinterpret_cast<const float*>(row) + start;
       if (n % lanes == 0 && !excludes) return from;
@@ -122,7 +122,7 @@ struct Reader {
       else for (int64_t i = 0; i < n; i++) buffer[i] = widen_bf16(from[i]);
     }
     for (int64_t i = n; i % lanes; i++) buffer[i] = -kInf;
-    for (; next < excluded_count && excluded[next] < end; next++) buffer[excluded[next] - begin] = -kInf;
+    for (; here(); next++) buffer[excluded[next] - first - start] = -kInf;
     return buffer;
   }
 };

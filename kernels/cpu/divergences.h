@@ -1,12 +1,12 @@
-// One functor per divergence. A divergence is a sum over columns of a term, which depends on the column's own p (teacher)
-// and q (student) alone. The functor takes a vector of columns and returns the terms and their derivatives
+// One functor per divergence. A divergence is a sum over columns of a term, which depends on the column's own p
+// (teacher) and q (student) alone. The functor takes a vector of columns and returns the terms and their derivatives
 // g = dterm/dlog q. The sweeps sum the terms and turn g into the gradient by the logits, (g - q * (sum of g)) / T. The
 // definitions are those of fastkd/reference.py.
 //
 // To add a divergence, add two things to this file. No other header changes.
 //   - A functor; JSD shows all that it needs. Its constructor takes the divergence's parameters, in the order of the
-//     fields in fastkd/divergences.py, at most two. `canonical` there has replaced limits that equal another divergence.
-//     Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
+//     fields in fastkd/divergences.py, at most two. `canonical` there has replaced limits that equal another
+//     divergence. Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
 //   - Its name in FASTKD_DIVERGENCES below. A library that lacks a name of fastkd/divergences.py is refused when it is
 //     loaded. (Leave `normalised` true in that table: where rows come in tiles, it asks for the functor's sweep.)
 // Then rebuild: pip install --editable .
@@ -210,8 +210,8 @@ struct AlphaBeta {
     for (int k = 7; k >= 0; k--) inner = factorials[k] - u * inner, series = inner - v * series;
     const vec far = (first - second) * of(rising.last.inverse, falling.last.inverse);
     const vec all_three = select(v < 0.5f, size * size * series, far);
-    const vec upper = of(rising.upper, falling.upper), lower = of(rising.lower, falling.lower);
-    const vec two = weighted(upper, first) + weighted(lower, second);
+    const vec two =
+        weighted(of(rising.upper, falling.upper), first) + weighted(of(rising.lower, falling.lower), second);
     const vec g = weighted(largest, two);
     return {weighted(largest, all_three), select(up, g, -g)};
   }

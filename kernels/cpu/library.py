@@ -285,7 +285,7 @@ def tile_state(rows: int, device: torch.device) -> Tensor:
 
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
-    """What the threads stash: see ThreadMemory in kernels/cpu. Arguments as in `backend.scratch_bytes`."""
+    """What the threads stash: see `lay_out` in kernels/cpu/row.h. Arguments as in `backend.scratch_bytes`."""
     teacher_rows = whole_teacher * (1 if divergence.name == "forward_kl" else 2)
     rows = divergence.tempered * teacher_rows + own_exponential
     if not gradient and (not divergence.normalised or not whole_teacher):
