@@ -66,7 +66,7 @@ def course(fitted: Mapping[str, Fitted], name: str, title: str) -> Figure:
     for model, one in fitted.items():
         if logged(one, name):
             _line(axes, one.losses, name, model, _COLOURS[model])
-    axes.set(xlabel="step", ylabel=title, ylim=(0, 1.08 * axes.dataLim.ymax))
+    axes.set(xlabel="step", ylabel=title, ylim=(0, 1.08 * axes.dataLim.ymax or 1))
     return _with_legend_above(figure, axes)
 
 

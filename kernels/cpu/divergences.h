@@ -153,8 +153,8 @@ struct SquaredHellinger {
   float top_d = 0;  // d in the student's likeliest column
   explicit SquaredHellinger(const double*) {}
 
-  // dterm/dlog q = q (1 - e^(-d/2)) / 2. This is q (e^(-top_d/2) - e^(-d/2)) / 2, another by a multiple of q: it is 0 in the
-  // likeliest column, and the larger power times 1 minus the smaller one's share does not cancel.
+  // dterm/dlog q = q (1 - e^(-d/2)) / 2. What is returned, q (e^(-top_d/2) - e^(-d/2)) / 2, differs from it by a
+  // multiple of q and is 0 in the likeliest column. It is the larger power times 1 minus a ratio: nothing cancels.
   Ratio operator()(const Cell& c) const {
     const vec larger = max(c.p, c.q), root = expm1_nonpositive(-0.5f * abs(c.d));
     const vec power = exp(-0.5f * min(c.d, splat(top_d))), less = expm1_nonpositive(-0.5f * abs(c.d - top_d));
