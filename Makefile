@@ -5,18 +5,22 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint sanitize triton-versions bench bench-quick bench-check bench-accept clean
+.PHONY: demo test lint docs sanitize triton-versions bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
 
-test: $(VENV)/test lint sanitize triton-versions
+test: $(VENV)/test lint docs sanitize triton-versions
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+# The site, from docs/ into build/site; a broken link or reference is an error. The variable silences an advertisement.
+docs: $(VENV)/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The kernels' tests on a library that stops the process at an access out of bounds or at undefined behaviour. Python and
 # torch know nothing of it: the sanitizer's runtime must be there before both, and with it the C++ library it watches.
@@ -78,6 +82,10 @@ INSTALLED := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 
 $(VENV)/test: $(VENV)/torch $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[test,demo]"
+	touch $@
+
+$(VENV)/docs: $(VENV)/torch $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 
 $(VENV)/bench: $(VENV)/torch $(INSTALLED)
