@@ -18,9 +18,9 @@ lint: $(VENV)/test
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 
-# The site, in build/site. A broken link or a name that does not exist is an error.
+# The site, from docs/ into build/site; a broken link or reference is an error. The variable silences a notice of the theme.
 docs: $(VENV)/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The kernels' tests on a library that stops the process at an access out of bounds or at undefined behaviour. Python and
 # torch know nothing of it: the sanitizer's runtime must be there before both, and with it the C++ library it watches.
@@ -85,7 +85,7 @@ $(VENV)/test: $(VENV)/torch $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[test,demo]"
 	touch $@
 
-$(VENV)/docs: $(VENV)/test
+$(VENV)/docs: $(VENV)/torch $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[docs]"
 	touch $@
 

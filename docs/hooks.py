@@ -5,6 +5,7 @@ mkdocs calls these functions by their names (`hooks` in mkdocs.yml).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +37,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Put in the architecture, whose links start from the root of the repository, and the list of reports."""
+    """Put in the architecture, whose links start at the repository's root, and the list of reports; mend reports."""
     if page.file.src_uri == "architecture.md":
         _title, text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8").split("\n", 1)
         text = text.replace("](tools/machine_code/", "](benchmarks/").replace("](docs/", "](")
         return markdown.replace("<!-- include ARCHITECTURE.md -->", text)
     if page.file.src_uri == "reference/divergences.md":
         return markdown.replace("<!-- divergences -->", divergences())
+    if page.file.src_uri.startswith("benchmarks/"):
+        # GitHub begins a list below a line of text; here it needs a blank one.
+        return re.sub(r"^(?![-|#\s])(.+)\n(?=- )", r"\1\n\n", markdown, flags=re.MULTILINE)
     links = (f"- [{name}](benchmarks/{name}/report.md)" for name in _machines())
     return markdown.replace("<!-- reports -->", "\n".join(links))
 

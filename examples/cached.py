@@ -14,7 +14,7 @@ import torch
 
 import fastkd
 
-STEPS, BATCH, TEMPERATURE = 40, 8, 2.0
+EPOCHS, BATCH, TEMPERATURE = 10, 8, 2.0
 
 
 def main(directory: str) -> list[float]:
@@ -30,16 +30,16 @@ def main(directory: str) -> list[float]:
     examples = [{"input_ids": window} for window in windows]
     loader = torch.utils.data.DataLoader(examples, BATCH, shuffle=True, collate_fn=fastkd.cache.Collator(cache))
     optimizer = torch.optim.AdamW(student.parameters(), lr=1e-2)
-    losses: list[float] = []
-    while len(losses) < STEPS:
+    losses = []
+    for epoch in range(EPOCHS):
         for batch in loader:
             inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+            optimizer.zero_grad()
             loss = kd(fastkd.project(student, **inputs), batch["teacher"], batch["labels"])
             loss.backward()
             optimizer.step()
-            optimizer.zero_grad()
             losses.append(loss.item())
-        print(f"step {len(losses)}: loss {loss:.3f}")
+        print(f"epoch {epoch}: loss {losses[-1]:.3f}")
     return losses
 
 
