@@ -1,4 +1,4 @@
-"""Gradients that a caller may ask for and does not get: only the student has one, in reverse mode."""
+"""Gradients that a caller may ask for and does not get. Only the student has a gradient, in reverse mode."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check(student: Source, teacher: Teacher | None, weights: Tensor | None, num_
 
 
 def refuse_forward_mode(*inputs: Teacher | float | None) -> None:
-    """Raise NotImplementedError where one carries a tangent: the result would have none, which reads as 0."""
+    """Raise NotImplementedError where a tensor carries a tangent: the result would have none, which reads as 0."""
     if torch.compiler.is_compiling():
         return
     for value in inputs:

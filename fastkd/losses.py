@@ -2,8 +2,8 @@
 
     loss = soft_weight · T² · D(teacher ‖ student at temperature T) + hard_weight · cross_entropy(student, labels)
 
-Everything that varies per token (mask, weights, divisor) is folded into one scale per row and term before a kernel
-runs; see `_row_scales`. The kernels then serve every reduction, mask and shift without knowing of them.
+Mask, weights and divisor are multiplied into one scale per row and term before a kernel runs; see `_row_scales`. So the
+kernels need no code for reductions, masks and shifts.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Reduction = Literal["mean", "sum", "none", "batchmean"]
 class KDParts(NamedTuple):
     """`loss` is what to differentiate; `soft` (T² included) and `hard` are its unweighted terms, detached.
 
-    loss = soft_weight · soft + hard_weight · hard. A term whose inputs are absent is 0.
+    loss = soft_weight · soft + hard_weight · hard. A term without its inputs is 0.
     """
 
     loss: Tensor
@@ -47,19 +47,19 @@ class KDLoss(nn.Module):
         temperature: T of the soft term, for student and teacher (Hinton et al. 2015), in [1e-30, 1e6].
         soft_weight, hard_weight: weights of the divergence and of the cross-entropy. A term of weight 0 costs nothing
             (unless `return_parts` asks for its value).
-        alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` the
-            opposite; published recipes mean both by α, so one without the other is an error.
+        alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` means
+            α·hard + (1−α)·soft. Published recipes use both, so alpha without alpha_on is an error.
         divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters: `fastkd.JSD(beta=.1)`.
         teacher_temperature: the teacher's T where it differs from the student's.
-        scale_t2: multiply the soft term, value and gradient, by T² (the student's), which keeps its gradient's size
-            independent of T. Has no effect on `mse`, which knows no temperature.
+        scale_t2: multiply the soft term, value and gradient, by T² (the student's T), so that the size of its gradient
+            does not depend on T. No effect on `mse`, which has no temperature.
         ignore_index: label of the positions to leave out.
         reduction: `"mean"` over unmasked tokens (Σ mask·weights; `num_items` replaces it), `"sum"`, `"batchmean"`
             (sum ÷ first dimension) or `"none"` (one loss per token, 0 where masked).
         shift: score logits `[..., :-1, :]` against labels `[..., 1:]`, as causal language models need; `weights` move
             with the labels. No logits are copied. With `"none"` the result has the shape of `labels[..., 1:]`.
-        mask_soft: whether `ignore_index` masks the soft term too. False counts every position there, with a divisor
-            of its own.
+        mask_soft: whether `ignore_index` masks the soft term too. False: every position counts in the soft term, which
+            then has its own divisor.
         vocab_size: count only the first `vocab_size` columns (vocabularies padded to different widths); the others
             have probability 0 and gradient 0.
         memory_budget: bytes of working memory for the logits of a `Projection`, beside the gradients; None for a
@@ -123,9 +123,8 @@ class KDLoss(nn.Module):
         Args:
             student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
                 `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
-            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it. Gets
-                no gradient: one that requires it is warned of once. May be None where the soft term is not wanted
-                (`soft_weight=0`).
+            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it. It
+                gets no gradient; a warning says so once, if it requires one. May be None where `soft_weight=0`.
             labels: token ids `[...]`. May be None where `hard_weight=0`; positions equal to `ignore_index` are masked.
             weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor. Get no
                 gradient: ValueError if they require it.
@@ -190,7 +189,7 @@ class KDLoss(nn.Module):
         if idle is not None and any(wants):
             if not weighted.on_logits and not torch.compiler.is_compiling():
                 check_budget(weighted, Wants(*wants))
-            # A term of weight 0, whose value return_parts asks for: in the gradient, 0 times its NaN would be NaN.
+            # return_parts asks for the value of a term of weight 0. In the gradient, 0 times a NaN of it would be NaN.
             with torch.no_grad():
                 _, *values = self._run(idle)  # first, since in place the logits are about to go
             loss, *others = self._run(weighted)

@@ -110,7 +110,7 @@ def _weighted_rows(call: Call, soft: Tensor, hard: Tensor) -> Tensor:
 
 
 def _in_range(call: Call) -> tuple[Call, Tensor]:
-    """The call with gradients that many times as large, a power of two; absent where no gradient is rounded to fp16.
+    """The call with gradients times a power of two, and this factor; None where no gradient is rounded to fp16.
 
     fp16 ends at 6e-8, and a mean over many tokens puts the gradients of logits below it. Loss scaling is no help: it
     comes with the upstream gradient, after the rounding. At its other end, 65504, large weights do the same. The factor
@@ -234,9 +234,9 @@ def _refuse_double_backward() -> None:
 def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
     """The gradient saved in the forward pass, divided by the factor that kept it in range, times the upstream scalar.
 
-    A tensor of its own whenever the graph is kept: scaling the saved one would make a second backward silently wrong,
-    handing it out would let that backward change it. If the graph is about to be freed nobody else can see it, and no
-    second tensor of its size is allocated.
+    While the graph is kept, the result is a new tensor: scaling the saved one would make a second backward silently
+    wrong, and so would handing it out, since the caller may change it. If the graph is about to be freed, the saved
+    tensor itself is scaled, and no second tensor of its size is allocated.
     """
     traced = type(upstream) is not Tensor
     if factor.numel() > 0:

@@ -85,14 +85,14 @@ def squared_hellinger(log_p: Tensor, log_q: Tensor, parameters: Sequence[float])
 def alpha_beta(log_p: Tensor, log_q: Tensor, parameters: Sequence[float]) -> Pair:
     """Terms d²·exp[s log q, α log p + β log q, s log p], where exp[…] is the divided difference of exp and s = α + β.
 
-    That is Cichocki's formula with its divisions by α, β and s carried out: where one is 0, or nearly, nothing cancels.
+    This is Cichocki's formula without its divisions by α, β and s: nothing cancels where one of them is nearly 0.
     """
     alpha, beta = parameters
     ratio = torch.where(log_p == log_q, 0.0, log_q - log_p)  # 0, not NaN, where both are −inf
     distance, rising = ratio.abs(), ratio > 0
     term, slope = torch.empty_like(ratio), torch.empty_like(ratio)
     for side, sign in ((rising, 1), (~rising, -1)):
-        # Each exponent as what it is less than the first, in units of |d|, and as multiples of log p and log q.
+        # Each exponent as its distance below the first, in units of |d|, and as multiples of log p and log q.
         exponents = [(0.0, 0.0, alpha + beta), (sign * alpha, alpha, beta), (sign * (alpha + beta), alpha + beta, 0.0)]
         larger = min(exponents[:2])[1:]
         (least, *largest), (middle, *_), (most, *_) = sorted(exponents)

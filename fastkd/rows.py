@@ -65,8 +65,8 @@ class Tile:
     """Columns [first, first + width) of every row, where rows come in parts, computed again in each stage.
 
     Three stages, each over the tiles from first = 0 upwards: `"statistics"`; `"terms"`, for the divergences that need
-    the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage learns of a
-    row is in `state`, which a backend makes (`tile_state`) and nobody else reads.
+    the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage
+    finds out about a row is in `state`, which the backend makes (`tile_state`) and alone reads.
     """
 
     stage: Stage

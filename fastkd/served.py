@@ -28,8 +28,8 @@ SERVES: dict[str, Served] = {
         _TEMPERED, True, "holds log-probabilities, which are its teacher's logits up to a constant per row"
     ),
     "ghost": Served(_TEMPERED, False, "holds the probabilities of some tokens, and no logits"),
-    "renormalize": Served(("forward_kl",), False, "says nothing of the tokens it left out"),
-    "sampled": Served(("forward_kl",), False, "says nothing of the tokens it left out"),
+    "renormalize": Served(("forward_kl",), False, "does not have the tokens that it left out"),
+    "sampled": Served(("forward_kl",), False, "does not have the tokens that it left out"),
 }
 #: What a cache of each format is read as.
 FORMATS = {"sampled": "sampled", "topk": "ghost", "dense": "dense"}

@@ -41,7 +41,7 @@ class Projection:
 
     Args:
         hidden: hidden states `[..., H]`, fp32 / bf16 / fp16 (float64 on the reference backend).
-        weight: output head `[V, H]`, as in `nn.Linear(H, V).weight`; of another dtype than `hidden` if you like.
+        weight: output head `[V, H]`, as in `nn.Linear(H, V).weight`; its dtype may differ from that of `hidden`.
         bias: `[V]` or None.
         softcap: bound of the logits' absolute value (Gemma 2, Gemma Team 2024), or None.
         logit_scale: factor of the logits (Cohere's Command models).
@@ -248,8 +248,8 @@ class SparseTargets:
 class LogProbabilities(Tensor):
     """Log-probabilities `[..., V]` in the place of a teacher's logits, as a dense cache keeps them.
 
-    A tensor like any other. Losses with a softmax take it as logits, since a constant per row is nothing to them; one
-    that compares raw logits refuses it. `tensor.as_subclass(LogProbabilities)` makes one.
+    A tensor like any other. Losses with a softmax take it as logits: adding a constant to a row does not change them. A
+    loss on raw logits refuses it. `tensor.as_subclass(LogProbabilities)` makes one.
     """
 
 

@@ -17,7 +17,8 @@ __all__ = ["sparse_rows"]
 
 #: By how much probabilities may miss a sum of 1 before they are refused: a cache rounds each of them.
 _SLACK = 0.05
-#: Less than this left of 1 is the rounding of fp32 logarithms; a student without a rest would make it an infinite loss.
+#: A rest smaller than this is only the rounding of fp32 logarithms; beside a student without a rest it would make the
+#: loss infinite.
 _NOTHING = 1e-6
 
 

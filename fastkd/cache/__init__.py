@@ -1,4 +1,4 @@
-"""The teacher run once: what it said of every token, in a few bytes, found again by the content of a sequence.
+"""The teacher runs once: its predictions for every token, in a few bytes, found by the content of a sequence.
 
     cache = fastkd.cache.write(teacher, batches, "cache/", temperature=2.0, tokenizer=tokenizer)
 
@@ -21,12 +21,12 @@ per sequence:
 | dense           | 100,514         | logits [.., vocab_size] | log-probabilities 0.05 % (float16), 0.4 % (bfloat16)   |
 
 `sampled` is the one to begin with: a random k tokens whose weights make the loss and its gradient unbiased estimates of
-dense forward KL (`fastkd.backend.Backend.sample`), with noise that averages out over tokens. `topk` keeps the likeliest
-k and how much is left: biased, which does not average out but is small where the student is close to the teacher; it
-allows other divergences. `dense` is for small vocabularies and for checking.
+dense forward KL (`fastkd.backend.Backend.sample`); its noise averages out over tokens. `topk` keeps the likeliest k and
+the mass of all others. It is biased: the bias does not average out, but is small where the student is close to the
+teacher. It allows other divergences. `dense` is for small vocabularies and for checking.
 
-A cache is of one teacher's weights (`fingerprint`): a write is not continued, and a check not passed, by a teacher that
-was trained further. The first row that a process takes of a shard has the shard's checksum compared, 0.65 s per GB.
+A cache belongs to one teacher's weights (`fingerprint`). A teacher that was trained further cannot continue a write
+or pass a check. The first row that a process takes of a shard has the shard's checksum compared, 0.65 s per GB.
 
 Needs numpy and safetensors: `pip install 'fastkd[train]'`.
 """

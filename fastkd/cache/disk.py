@@ -1,4 +1,4 @@
-"""Files of a cache: whole or not there, written by one process at a time, and every failure a CacheError."""
+"""Files of a cache. A file is whole or absent, one process writes at a time, and every failure is a CacheError."""
 
 from __future__ import annotations
 
@@ -46,10 +46,10 @@ def own_names(name: str) -> bool:
 
 @contextlib.contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Keep other writers out, and take away what a killed one left half-written.
+    """Keep other writers out, and delete what an interrupted one left half-written.
 
-    The lock is the system's own, which ends with the process. Where the file system has none, it is a file, which a
-    killed process leaves: the CacheError of the next writer says which file to delete.
+    The lock is the system's own, and ends with the process. On a file system without locks it is a file, which an
+    interrupted process leaves behind: the CacheError of the next writer says which file to delete.
     """
     with contextlib.ExitStack() as held:
         with disk(f"cannot lock {directory}", "check that the directory is there and may be written to"):

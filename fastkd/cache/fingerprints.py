@@ -1,4 +1,4 @@
-"""What tells one teacher and one tokenizer from another, whatever they are called and wherever they lie."""
+"""Fingerprints of a teacher's weights and of a tokenizer, which do not depend on names and paths."""
 
 from __future__ import annotations
 

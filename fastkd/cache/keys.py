@@ -1,8 +1,8 @@
-"""What a sequence is found by: all of it that reaches the teacher, and none of its padding.
+"""The key of a sequence: everything of it that reaches the teacher, without padding.
 
-That is its token ids and the *columns* beside them, such as the pixels of an image. Two sequences of the same ids and
-other columns are two sequences. Not part of it: `attention_mask`, which says what is padding; `labels`; and position
-ids that merely count the tokens, as models do without them.
+These are its token ids and its *columns*, such as the pixels of an image. Sequences with the same ids and different
+columns are different. Not part of the key: `attention_mask`, which says what is padding; `labels`; and position ids
+that only count the tokens, as models do without them.
 """
 
 from __future__ import annotations

@@ -35,10 +35,10 @@ def open(directory: str | Path) -> Cache:
 
 
 class Cache:
-    """What a teacher said of some sequences. `fastkd.cache.open` and `fastkd.cache.write` make one.
+    """A teacher's predictions for some sequences. `fastkd.cache.open` and `fastkd.cache.write` make one.
 
-    Rows are found by what of their sequence reached the teacher, never by position: order, subsets and workers do not
-    matter. A sequence is given as its token ids, or as a mapping of `input_ids` and whatever else of `columns` it has.
+    Rows are found by what of their sequence reached the teacher, never by position: order, subsets and workers have no
+    effect. A sequence is given as its token ids, or as a mapping of `input_ids` and whatever else of `columns` it has.
     Shards are memory maps; pickled, as for a worker process, it is its directory, and opened again there. The first
     row that a process takes of a shard has the whole shard read and its checksum compared: a damaged one is a
     CacheError.

@@ -79,7 +79,7 @@ def write(
             sequence is what is not padding, with its part of all else that reaches the teacher but `labels`. Row i of
             it is the teacher's distribution after token i, as in the model's own logits. A model gets its padding at
             the end, wherever it was.
-        directory: made where there is none. Of several that write to it at a time, all but one are refused.
+        directory: made where there is none. Only one process may write to it at a time; others get a CacheError.
         format: `"sampled"`, `"topk"` or `"dense"`; see `fastkd.cache`.
         temperature: of the softmax, that of the loss the cache is for. A dense cache is at 1 and serves any.
         k: tokens kept of a row. None: as the directory's cache has it; of a new one 12 (sampled), 64 (topk).

@@ -1,9 +1,9 @@
 """The output projection of a Hugging Face causal language model, taken from its own forward.
 
-The model is run whole, with a hook on its output head. The hook keeps the hidden states the head is given, so that
-whatever the architecture does before its head is in them, and answers with probe values for one position in place of
-`[tokens, vocab]` logits. What the model's forward returns for the probe says what it does to logits: nothing, a
-factor, a softcap, or something a `Projection` cannot hold. Names in configs do not say it: Granite divides logits by
+The whole model runs, with a hook on its output head. The hook keeps the hidden states that the head gets, so they
+include whatever the architecture does before its head. In place of `[tokens, vocab]` logits the hook returns probe
+values for one position. What the model's forward makes of the probe shows what it does to logits: nothing, a factor, a
+softcap, or something that a `Projection` cannot hold. Names in configs do not say it: Granite divides logits by
 `config.logits_scaling`, HyperCLOVA X multiplies by it, MiniCPM3 divides hidden states by it, and MPT ignores its
 `config.logit_scale`. Forward hooks of the head get the probe too, so that what they do is measured with the rest.
 

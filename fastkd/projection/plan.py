@@ -22,8 +22,8 @@ __all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan", 
 
 #: Working memory of a loss that is given no budget.
 _DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 1 << 30}
-#: With fewer tokens' whole rows than this, tiles with recomputation are faster, since every chunk of tokens reads the
-#: head and reads and writes its gradient. The two cross near here on 2 CPU cores; on GPUs it is a guess.
+#: If fewer tokens than this fit with their whole rows, tiles with recomputation are faster, since every chunk of tokens
+#: reads the head and reads and writes its gradient. Measured on 2 CPU cores; on GPUs it is a guess.
 _LEAST_CHUNK = {"cpu": 64, "cuda": 256}
 #: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
 _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16

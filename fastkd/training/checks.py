@@ -1,4 +1,4 @@
-"""What would waste an hour if it were wrong, found before training. Checks raise InputError, quoting both sides."""
+"""Checks before training of what would waste an hour if it were wrong. Checks raise InputError, quoting both sides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Train one model, with a teacher or on the labels alone, and come back with the best of it and its history."""
+"""Train one model, with a teacher or on the labels alone; return its best checkpoint and its history."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text that others wrote, made harmless where it is shown: a terminal, Markdown, a figure. Standard library only."""
+"""Makes text from outside harmless for where it is shown: a terminal, Markdown, a figure. Standard library only."""
 
 from __future__ import annotations
 

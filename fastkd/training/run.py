@@ -63,7 +63,7 @@ def claimed(
                 raise KeyboardInterrupt(run.hint(str(error) or "interrupted")) from None
             cache = options.distillation.cache_dir
             if os.path.isdir(cache):
-                raise KeyboardInterrupt(f"interrupted: the same command goes on with the cache {cache}") from None
+                raise KeyboardInterrupt(f"interrupted: the same command resumes the cache {cache}") from None
             raise
         except InputError:
             run.leave(interrupted=False)
@@ -102,7 +102,7 @@ class Run:
             self._check_replaceable(config)
         elif self._occupants():
             raise InputError(
-                f"the output directory {self.output} is not empty: name another, or pass --overwrite or, to go on with "
+                f"the output directory {self.output} is not empty: name another, or pass --overwrite or, to resume "
                 "an interrupted run, --resume"
             )
 
@@ -138,7 +138,7 @@ class Run:
             if in_the_way:
                 raise InputError(
                     f"{self.directory} has files that are not the run's under the names of its results: "
-                    f"{', '.join(in_the_way)}. Move them away, and go on with {self._resume_command}"
+                    f"{', '.join(in_the_way)}. Move them away, and resume with {self._resume_command}"
                 )
             note_files(self.directory, names)
 
@@ -162,7 +162,7 @@ class Run:
     def hint(self, interrupted: str) -> str:
         """What to tell after an interrupt."""
         until = "" if self.directory == self.output else f". Until it is finished, {self.output} stays as it is"
-        return f"{interrupted}: go on with {self._resume_command}{until}"
+        return f"{interrupted}: resume with {self._resume_command}{until}"
 
     @property
     def _resume_command(self) -> str:

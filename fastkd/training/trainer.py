@@ -1,4 +1,4 @@
-"""`KDTrainer`: transformers' Trainer with the distillation loss of fastkd in the place of the model's own.
+"""`KDTrainer`: transformers' Trainer with fastkd's distillation loss in place of the model's own loss.
 
     trainer = KDTrainer(student, arguments, kd=fastkd.KDLoss(shift=True), teacher=teacher, train_dataset=...)
 
@@ -79,11 +79,11 @@ class KDTrainer(Trainer):
         eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
         terms: what the loss has beside `kd`, each a `fastkd.training.terms.Term`. Their parameters are trained, clipped
             and kept in checkpoints with the student's; their optimizer state too.
-        temperature, soft_weight: how these change, where they do. The hard weight changes against the soft one, so
-            that their sum stays.
+        temperature, soft_weight: how they change over the training, if they do. The hard weight changes too, so that
+            the sum of both weights stays the same.
 
-    Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`, with −100 where a label is not
-    to be learnt, and in the first position of each row.
+    Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`. A label is −100 where it must not
+    be learnt, and in the first position of each row.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
     `ratio` = hard ÷ soft, and the value of each term, unweighted, under its name. `tokens_per_second` is of all
@@ -219,7 +219,7 @@ class KDTrainer(Trainer):
         return None, -torch.where(counted, found, 0.0).sum(1), counted.sum(1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the parts of the loss. Raises FloatingPointError where it is no number any more."""
+        """Add the parts of the loss. Raises FloatingPointError where the loss is infinite or NaN."""
         if "loss" in logs and self._parts is not None:
             soft, hard = self.accelerator.reduce(self._parts, "sum").tolist()
             steps, now = self.state.global_step - self._steps_logged, time.perf_counter()

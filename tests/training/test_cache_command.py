@@ -97,7 +97,7 @@ def test_interrupted_command_goes_on(flags, tmp_path):
     child.send_signal(signal.SIGINT)
     _, shown = child.communicate(timeout=300)
     assert child.returncode == 130, shown
-    assert f"the same command goes on with {tmp_path / 'cache'}" in shown
+    assert f"the same command resumes {tmp_path / 'cache'}" in shown
     assert main(["cache", "info", str(tmp_path / "cache")]) == 0
     assert main(arguments(flags, batch_size=1)) == 0
 

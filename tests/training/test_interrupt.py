@@ -67,7 +67,7 @@ def test_in_a_cache_write(config, tmp_path, monkeypatch, capsys, inside):
         assert resume in told
         command = resume.split()[1:]
     else:
-        assert f"the same command goes on with the cache {cache}" in told
+        assert f"the same command resumes the cache {cache}" in told
     assert main(command) == 0
     assert (tmp_path / "out" / "metrics.json").exists()
 
@@ -113,7 +113,7 @@ def test_a_sweep_keeps_finished_cells_and_is_resumed(config, tmp_path, monkeypat
     assert main(command("out")) == 130
     told = capsys.readouterr().err
     resume = f"fastkd sweep {tmp_path / 'out' / 'config.yaml'} --resume"
-    assert f"interrupted: go on with {resume}" in told
+    assert f"interrupted: resume with {resume}" in told
     assert main([*command("out"), "--resume", "--learning-rate", "0.5"]) == 2
     assert "started with other options" in capsys.readouterr().err
     assert main(["distill", config, "--resume"]) == 2

@@ -106,7 +106,7 @@ def test_killed_anywhere_and_resumed_it_ends_with_the_same_weights(options, tmp_
 def test_ctrl_c_and_resume_is_bit_for_bit(options, tmp_path, monkeypatch, step, whole):
     with monkeypatch.context() as patched:
         interrupt_after(patched, step)
-        with pytest.raises(KeyboardInterrupt, match=r"saved: go on with fastkd distill .*config\.yaml --resume"):
+        with pytest.raises(KeyboardInterrupt, match=r"saved: resume with fastkd distill .*config\.yaml --resume"):
             run(options)
     assert main(["distill", str(tmp_path / "out" / "config.yaml"), "--resume"]) == 0
     assert outcome(tmp_path / "out") == whole

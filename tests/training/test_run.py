@@ -106,7 +106,7 @@ def test_a_run_that_fails_leaves_the_earlier_one(options, inputs, tmp_path, monk
         run(options, overwrite=True, **settings(inputs, tmp_path))
     assert content(tmp_path / "out") == earlier
     if error is OSError:
-        assert f"go on with fastkd distill {tmp_path / 'out.new' / 'config.yaml'} --resume" in capsys.readouterr().err
+        assert f"resume with fastkd distill {tmp_path / 'out.new' / 'config.yaml'} --resume" in capsys.readouterr().err
     left = {path.name for path in tmp_path.iterdir()} - {"out", "teacher"}
     # What was trained is not thrown away either, though its report failed.
     assert left == ({"out.new"} if error is OSError else set())

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["CacheOptions", "run", "write_cache"]
 
 _DESCRIPTION = """\
-Run a frozen teacher once over text and keep little of what it says of each token: a cache to train from.
+Run a frozen teacher once over text and keep a few bytes of its prediction for each token: a cache to train from.
 
 write resumes a write that was stopped. info says what is in a cache. verify compares its checksums.
 
@@ -98,7 +98,7 @@ def _write(arguments: Sequence[str]) -> None:
     try:
         cache = write_cache(kept, models, data)
     except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"interrupted: the same command goes on with {kept.output}") from None
+        raise KeyboardInterrupt(f"interrupted: the same command resumes {kept.output}") from None
     _show(cache)
 
 
