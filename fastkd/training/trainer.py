@@ -195,6 +195,20 @@ class KDTrainer(Trainer):
             return parts.loss * self.accelerator.num_processes  # gradients will be averaged over processes
         return parts.loss
 
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
+        """Trainer's count of the labels of an optimizer step. Nothing predicts the first one of a sequence.
+
+        Whether Trainer itself leaves it out depends on its version and on the model.
+        """
+        predicted = [
+            {**batch, "labels": torch.nn.functional.pad(batch["labels"][..., 1:], (1, 0), value=-100)}
+            if isinstance(batch.get("labels"), Tensor)
+            else batch
+            for batch in batch_samples
+        ]
+        count: Tensor | int | None = super()._get_num_items_in_batch(predicted, device)
+        return count
+
     def _follow_courses(self) -> None:
         progress = self.state.global_step / max(self.state.max_steps, 1)
         for name, course in self._courses.items():

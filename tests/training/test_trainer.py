@@ -118,6 +118,32 @@ def test_accumulation_is_exact(tmp_path):
         assert logged(whole, name) == pytest.approx(logged(parts, name), rel=1e-5)
 
 
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_first_label_is_not_counted(tmp_path, accumulated):
+    """Labels that are the token ids, as most collators make them: the loss is the mean over what is predicted."""
+    ids = windows(8)
+    data = [{"input_ids": row, "labels": row} for row in ids]
+    config = transformers.GPT2Config(vocab_size=VOCAB, n_positions=LENGTH, n_embd=24, n_layer=1, n_head=2)
+    torch.manual_seed(0)
+    student = transformers.GPT2LMHeadModel(config).eval()  # Trainer knows Llama's loss to shift labels, not this one's
+    student.train = lambda mode=True: student  # without dropout
+    kd = fastkd.KDLoss(2.0, shift=True)
+    with torch.no_grad():
+        expected = kd(student(ids).logits, teacher()(ids).logits, ids).item()
+    options = {"per_device_train_batch_size": 8 // accumulated, "gradient_accumulation_steps": accumulated}
+    running = trainer(
+        tmp_path,
+        student,
+        teacher=teacher(),
+        data=data,
+        data_collator=transformers.default_data_collator,
+        max_steps=1,
+        **options,
+    )
+    running.train()
+    assert logged(running, "loss") == pytest.approx([expected], rel=1e-5)
+
+
 @pytest.mark.parametrize(("format", "tolerance"), [("dense", 2e-3), ("topk", 2e-3), ("sampled", 0.25)])
 def test_cached_is_live(tmp_path, format, tolerance):
     """A dense cache and one of all tokens give the live losses; a sample gives them in expectation."""
