@@ -149,7 +149,7 @@ def _errors(result: Result, rival: str) -> str:
 
 
 def beaten(results: Iterable[Result]) -> str:
-    """In a phrase: in which comparisons of time something else is faster, or "nowhere"."""
+    """In a phrase: in which comparisons of time something else is faster, or "nothing"."""
     found: dict[str, list[tuple[str, float]]] = {}
     for result in results:
         for rival, ratio in ratios(result):
@@ -162,4 +162,4 @@ def beaten(results: Iterable[Result]) -> str:
         f"{max(factor for _, factor in some):.2f} times as fast)"
         for place, some in found.items()
     ]
-    return ", ".join(places) or "nowhere"
+    return ", ".join(places) or "nothing"
