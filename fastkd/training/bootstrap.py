@@ -31,8 +31,10 @@ def resampled_means(sums: Tensor, tokens: Tensor, seed: int) -> Tensor:
     windows = len(tokens)
     generator = torch.Generator("cpu").manual_seed(seed)
     found = []
-    for part in torch.ones(RESAMPLES, device="cpu").split(max(1, _DRAWN // windows)):
-        drawn = torch.randint(windows, (len(part), windows), generator=generator, dtype=torch.int64, device="cpu")
+    at_a_time = max(1, _DRAWN // windows)
+    for start in range(0, RESAMPLES, at_a_time):
+        shape = min(at_a_time, RESAMPLES - start), windows
+        drawn = torch.randint(windows, shape, generator=generator, dtype=torch.int64, device="cpu")
         found.append(sums[drawn].sum(1) / tokens[drawn].sum(1, keepdim=True))
     return torch.cat(found)
 
