@@ -164,6 +164,7 @@ def _status(name: str) -> BackendStatus:
     return _ROWS[name].status()
 
 
+@functools.cache
 def _for_device(kind: str) -> str:
     """The backend made for a type of device, whether or not it is available."""
     return next((name for name, row in _ROWS.items() if kind in row.devices), _LAST_RESORT)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import fields
-from typing import Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 from torch import Tensor
@@ -57,7 +57,8 @@ class Call(NamedTuple):
 
     @property
     def spec(self) -> RowSpec:
-        return RowSpec(**{name: getattr(self, name) for name in _SPEC} | {"parameters": tuple(self.parameters)})
+        numbers = cast("tuple[Any, ...]", self[_SPEC])
+        return RowSpec(self.divergence, tuple(self.parameters), *numbers[2:])
 
     @property
     def on_logits(self) -> bool:
@@ -81,12 +82,12 @@ class Call(NamedTuple):
         return self._replace(**absent)
 
     def student_source(self) -> Source:
-        source = of_parts("student", self._asdict())
+        source = of_parts("student", self)
         assert isinstance(source, Source)
         return source
 
     def teacher_source(self) -> Teacher | None:
-        return of_parts("teacher", self._asdict())
+        return of_parts("teacher", self)
 
 
 #: Type of a field → its type in an operator's schema, and its value in a call that lacks it.
@@ -103,7 +104,9 @@ _TYPES: dict[Any, tuple[str, Any]] = {
 _FIELDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
 _ABSENT = {name: absent for name, (_, absent) in _FIELDS.items()}
 _TENSORS = [name for name, (kind, _) in _FIELDS.items() if kind.startswith("Tensor")]
-_SPEC = [field.name for field in fields(RowSpec)]
+_SPEC_FIELDS = tuple(field.name for field in fields(RowSpec))
+_SPEC = slice(Call._fields.index(_SPEC_FIELDS[0]), Call._fields.index(_SPEC_FIELDS[-1]) + 1)
+assert tuple(Call._fields[_SPEC]) == _SPEC_FIELDS, "the fields of RowSpec stand together in Call, in its order"
 
 #: What follows `Tensor student` in a schema: the other fields, in their order.
 SCHEMA = ", ".join(f"{kind} {name}" for name, (kind, _) in _FIELDS.items() if name != "student")
@@ -125,11 +128,15 @@ def call_for(
 ) -> Call:
     """The arguments for these sources; labels and scales are `[rows]`."""
     given = {
+        **_ABSENT,
+        **parts("student", student),
+        **parts("teacher", teacher),
         "labels": labels,
         "soft_scale": soft_scale,
         "hard_scale": hard_scale,
         "autocast": autocast,
         "memory_budget": memory_budget,
     }
-    numbers = {name: getattr(spec, name) for name in _SPEC}
-    return Call(**{**_ABSENT, **parts("student", student), **parts("teacher", teacher), **numbers, **given})
+    for name in _SPEC_FIELDS:
+        given[name] = getattr(spec, name)
+    return Call(**given)

@@ -8,7 +8,7 @@ tensors and numbers, and `of_parts` puts it together again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
@@ -109,13 +109,13 @@ class Projection:
         return {side: self.hidden, f"{side}_weight": self.weight, f"{side}_bias": self.bias, f"{side}_head": head}
 
     @classmethod
-    def of_parts(cls, side: str, fields: Mapping[str, Any]) -> Projection | None:
+    def of_parts(cls, side: str, call: Any) -> Projection | None:
         """See `sources.of_parts`."""
-        weight = fields[f"{side}_weight"]
+        weight = getattr(call, f"{side}_weight")
         if weight is None:
             return None
-        softcap, logit_scale = fields[f"{side}_head"]
-        return cls(fields[side], weight, fields[f"{side}_bias"], softcap or None, logit_scale)
+        softcap, logit_scale = getattr(call, f"{side}_head")
+        return cls(getattr(call, side), weight, getattr(call, f"{side}_bias"), softcap or None, logit_scale)
 
     def logits(self) -> Tensor:
         """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
@@ -219,14 +219,12 @@ class SparseTargets:
         return {f"{side}_{name}": getattr(self, name) for name in ("ids", "logprobs", "kind", "rest", "entropy")}
 
     @classmethod
-    def of_parts(cls, side: str, fields: Mapping[str, Any]) -> SparseTargets | None:
+    def of_parts(cls, side: str, call: Any) -> SparseTargets | None:
         """See `sources.of_parts`."""
-        ids, logprobs, kind, temperature, rest, entropy = (
-            fields.get(f"{side}_{name}") for name in ("ids", "logprobs", "kind", "temperature", "rest", "entropy")
-        )
-        if ids is None or logprobs is None or kind is None or temperature is None:
+        if getattr(call, f"{side}_ids", None) is None:
             return None
-        return cls(ids, logprobs, kind, temperature, rest, entropy)
+        names = ("ids", "logprobs", "kind", "temperature", "rest", "entropy")
+        return cls(*(getattr(call, f"{side}_{name}") for name in names))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> SparseTargets:
         """The same on another device."""
@@ -299,13 +297,13 @@ def parts(side: str, source: Teacher | None) -> dict[str, Any]:
     return source.parts(side)
 
 
-def of_parts(side: str, fields: Mapping[str, Any]) -> Teacher | None:
-    """The source that `parts` took apart, or None."""
+def of_parts(side: str, call: Any) -> Teacher | None:
+    """The source that `parts` took apart, or None; `call` has the parts as attributes."""
     for kind in _COMPOSED:
-        source = kind.of_parts(side, fields)
+        source = kind.of_parts(side, call)
         if source is not None:
             return source
-    logits: Tensor | None = fields[side]
+    logits: Tensor | None = getattr(call, side)
     return logits
 
 
