@@ -28,7 +28,11 @@ __all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "u
 
 
 class Backend(Protocol):
-    """The functions a backend offers. Rows are the collapsed leading dimensions; row scalars are fp32 `[rows]`."""
+    """The functions a backend offers. Rows are the collapsed leading dimensions; row scalars are fp32 `[rows]`.
+
+    One on a device that runs behind the host may also offer `scale_(grad, upstream)`: grad·upstream in place, without
+    waiting for the device.
+    """
 
     def kd_rows(
         self,
@@ -55,7 +59,10 @@ class Backend(Protocol):
         ...
 
     def tile_state(self, rows: int, device: torch.device) -> Tensor:
-        """Uninitialised memory for `Tile.state`; the statistics of the tile with first = 0 fill it."""
+        """Uninitialised memory for `Tile.state`; the statistics of the tile with first = 0 fill it.
+
+        A backend without it takes no tiles: losses from hidden states then hold whole rows.
+        """
         ...
 
     def row_statistics(

@@ -1,15 +1,15 @@
 """The operators: every schema, fake and autograd formula, and the dispatch to a backend.
 
-Five opaque operators in the namespace `fastkd`. They are defined and implemented through `torch.library`, so that
+Opaque operators in the namespace `fastkd`. They are defined and implemented through `torch.library`, so that
 `torch.compile` sees one node each and never looks inside; the backend is chosen when the operator runs.
 
 - `kd_loss`          a scalar loss; its gradients are computed in the forward pass, while the logits are in cache
 - `kd_loss_`         the same, the gradient written over the student's logits
 - `kd_loss_per_row`  one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
-Each takes logits or hidden states with an output head, for student and teacher (see `Call`).
+- `log_softmax` and its backward, `row_statistics`
 
-- `log_softmax`, `row_statistics`
+A loss takes logits or hidden states with an output head, for student and teacher (see `Call`).
 
 Row scalars are `[rows]`, rows being the collapsed leading dimensions. The loss of a row is
 `soft_weight·soft_scale·divergence + hard_weight·hard_scale·cross_entropy`: masks, token weights and divisors are all
@@ -30,10 +30,8 @@ from fastkd.call import SCHEMA, Call
 from fastkd.divergences import TABLE
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.projection.loop import from_hidden_states
-from fastkd.projection.sides import Gradients, kept_dtype
-from fastkd.rows import NOTHING, SparseRows, Wants, addressable, row_dtype
-from fastkd.sources import SparseTargets
-from fastkd.sparse import sparse_rows
+from fastkd.projection.sides import Gradients, rows_at_hand
+from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
 
 __all__ = ["InPlace"]
 
@@ -88,12 +86,9 @@ def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Ten
     if not call.on_logits:
         return from_hidden_states(call, grad, wants)
     student = addressable(call.student)
-    source = call.teacher_source()
-    teacher: Tensor | SparseRows | None = None
-    if isinstance(source, SparseTargets):
-        teacher = sparse_rows(source, call.soft_scale, call.vocab_size, row_dtype(student.dtype))
-    elif isinstance(source, Tensor):
-        teacher = addressable(source)
+    teacher = rows_at_hand(call.teacher_source(), call)
+    if isinstance(teacher, Tensor):
+        teacher = addressable(teacher)
     soft, hard = select(student).kd_rows(
         student, teacher, call.labels, call.soft_scale, call.hard_scale, call.spec, grad
     )

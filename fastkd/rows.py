@@ -20,6 +20,7 @@ __all__ = [
     "Tile",
     "Wants",
     "addressable",
+    "kept_dtype",
     "row_count",
     "row_dtype",
     "row_layout",
@@ -132,3 +133,11 @@ def row_count(tensor: Tensor) -> int:
 def row_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of row scalars, and of the arithmetic: fp32, or float64 where the input is."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def kept_dtype(dtype: torch.dtype) -> torch.dtype:
+    """How a parameter's gradient is kept between forward and backward: as the parameter, but fp16 in fp32.
+
+    Sums over tokens may leave the range of fp16 on either side until the upstream gradient has scaled them.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype

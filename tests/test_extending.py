@@ -13,7 +13,7 @@ import torch
 import fastkd
 from fastkd import backend, reference, sources
 from fastkd.call import Call, call_for
-from fastkd.projection.sides import teacher_side
+from fastkd.projection.sides import rows_at_hand, teacher_side
 from fastkd.rows import RowSpec
 
 SPEC = RowSpec("forward_kl", (), 2.0, 2.0, 1.0, 0.0, 5)
@@ -80,6 +80,20 @@ def test_a_source_is_put_together_from_its_parts(source: Any) -> None:
         assert again is source
         return
     assert vars(again) == vars(source)
+
+
+@pytest.mark.parametrize("source", ONE_OF_EACH, ids=lambda source: type(source).__name__)
+def test_a_source_reaches_the_backend_from_logits_and_from_hidden_states(source: Any) -> None:
+    logits = fastkd.Projection(torch.randn(3, 2), torch.randn(5, 2))
+    kd = fastkd.KDLoss(hard_weight=0)
+    torch.testing.assert_close(kd(logits, source), kd(logits.logits(), source))
+    assert kd(logits, source) != 0
+
+
+def test_a_source_that_nobody_knows_is_no_silent_zero() -> None:
+    call = call_for(torch.zeros(3, 5), torch.zeros(3, 5), None, torch.ones(3), None, SPEC)
+    with pytest.raises(TypeError, match="rows of a str"):
+        rows_at_hand("a teacher", call)  # type: ignore[arg-type]
 
 
 def test_every_source_has_parts_fields_and_a_side() -> None:

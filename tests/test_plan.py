@@ -109,7 +109,9 @@ print(peak(lambda: run(N, V)), fastkd.plan(N, V, H, H_TEACHER, dtype=dtype, memo
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
-@pytest.mark.parametrize(("dtype", "mib"), [("float32", 200), ("float32", 48), ("float32", 16), ("bfloat16", 100)])
+@pytest.mark.parametrize(
+    ("dtype", "mib"), [("float32", 200), ("float32", 48), ("float32", 16), ("bfloat16", 100), ("float16", 100)]
+)
 def test_predicted_memory_is_measured_memory(dtype: str, mib: int) -> None:
     measured, predicted = printed(MEMORY, dtype, str(mib * MIB))
     assert 0.9 * predicted <= measured <= 1.1 * predicted

@@ -35,7 +35,7 @@ def packing(format: str, packed: bool | None, dtype: torch.dtype | None) -> str 
 
 def check_shard_tokens(shard_tokens: int | None) -> None:
     """Raise ValueError for no number of tokens."""
-    if shard_tokens is not None and arguments.integer("shard_tokens", shard_tokens) < 0:
+    if shard_tokens is not None and arguments.integer("shard_tokens", shard_tokens) < 1:
         raise ValueError(f"shard_tokens must be > 0, got {shard_tokens}")
 
 

@@ -29,7 +29,7 @@ from fastkd.projection.sides import (
     student_side,
     teacher_side,
 )
-from fastkd.rows import NOTHING, Stage, Tile, Wants, row_dtype
+from fastkd.rows import NOTHING, Stage, Tile, Wants, row_count, row_dtype
 from fastkd.sources import Projection
 
 __all__ = ["check_budget", "from_hidden_states", "logit_chunks"]
@@ -72,7 +72,7 @@ def _plan(call: Call, sizes: Sequence[HeadSize | None], rows: int, wants: Wants)
 
 def _live_rows(call: Call) -> RowIndex:
     """The rows to compute: all, or on the CPU those with a scale."""
-    count = call.student.shape[:-1].numel()
+    count = row_count(call.student)
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
     if call.student.device.type != "cpu" or not scales:
         return slice(0, count)
@@ -87,7 +87,7 @@ class _Loop:
         self.labels, self.soft_scale, self.hard_scale = call.labels, call.soft_scale, call.hard_scale
         self.backend = select(call.student)
         self.live = _live_rows(call)
-        count, device = call.student.shape[:-1].numel(), call.student.device
+        count, device = row_count(call.student), call.student.device
         dtype = row_dtype(call.student.dtype)
         self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
         sizes = [None if side is None else side.size for side in (self.student, self.teacher)]

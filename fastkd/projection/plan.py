@@ -16,7 +16,7 @@ import torch
 from fastkd import arguments
 from fastkd.backend import scratch_bytes
 from fastkd.divergences import Divergence, resolve
-from fastkd.rows import Wants
+from fastkd.rows import Wants, kept_dtype
 
 __all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan", "plan_for"]
 
@@ -41,6 +41,7 @@ class HeadSize(NamedTuple):
 
     hidden_size: int
     hidden_bytes: int  # per element
+    hidden_kept: int  # of their gradient, between forward and backward
     weight_bytes: int
     operand_bytes: int  # as operands of products
     softcap: bool = False
@@ -114,7 +115,8 @@ def plan(
     size = dtype.itemsize
     operand = 4 if device.type == "cpu" and size == 2 else size
     student, teacher = (
-        None if width is None else HeadSize(width, size, size, operand) for width in (student_hidden, teacher_hidden)
+        None if width is None else HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand)
+        for width in (student_hidden, teacher_hidden)
     )
     wants = Wants(hidden=True, weight=student is not None, bias=False)
     return plan_for(tokens, vocab_size, student, teacher, wants, resolve(divergence), device, memory_budget)
@@ -225,7 +227,8 @@ class _Request(NamedTuple):
             flops += 2 * self.tokens * self.vocab_size * student.hidden_size * (wants.hidden + wants.weight)
             # The accumulator and, at the end, what it is rounded into.
             weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
-            gradient += wants.hidden * self.tokens * student.hidden_size * student.hidden_bytes
+            narrowed = 0 if student.hidden_kept == student.hidden_bytes else student.hidden_bytes
+            gradient += wants.hidden * self.tokens * student.hidden_size * (student.hidden_kept + narrowed)
             gradient += wants.weight * self.vocab_size * student.hidden_size * weight_bytes
             gradient += wants.bias * self.vocab_size * weight_bytes
         elif wants.hidden:

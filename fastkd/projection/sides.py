@@ -20,8 +20,8 @@ from torch import Tensor
 
 from fastkd.call import Call
 from fastkd.projection.plan import CAST_COLUMNS, HeadSize, padded
-from fastkd.rows import NOTHING, SparseRows, Wants, row_dtype
-from fastkd.sources import Projection, SparseTargets
+from fastkd.rows import NOTHING, SparseRows, Wants, kept_dtype, row_dtype
+from fastkd.sources import Projection, SparseTargets, Teacher
 from fastkd.sparse import sparse_rows
 
 __all__ = [
@@ -32,7 +32,7 @@ __all__ = [
     "TeacherSide",
     "autocast_dtype",
     "head_size",
-    "kept_dtype",
+    "rows_at_hand",
     "student_side",
     "teacher_side",
 ]
@@ -104,9 +104,19 @@ def teacher_side(call: Call) -> TeacherSide | None:
     source = call.teacher_source()
     if isinstance(source, Projection):
         return Head(source, call.vocab_size, call.autocast, NOTHING)
-    if isinstance(source, SparseTargets):
-        return Sparse(sparse_rows(source, call.soft_scale, call.vocab_size, row_dtype(call.student.dtype)))
-    return None if source is None else Logits(source, None)
+    rows = rows_at_hand(source, call)
+    if isinstance(rows, SparseRows):
+        return Sparse(rows)
+    return None if rows is None else Logits(rows, None)
+
+
+def rows_at_hand(teacher: Teacher | None, call: Call) -> Tensor | SparseRows | None:
+    """What a backend is given of a teacher that needs no product. Raises TypeError for a source it does not know."""
+    if isinstance(teacher, SparseTargets):
+        return sparse_rows(teacher, call.soft_scale, call.vocab_size, row_dtype(call.student.dtype))
+    if teacher is None or isinstance(teacher, Tensor):
+        return teacher
+    raise TypeError(f"no backend is given rows of a {type(teacher).__name__}")
 
 
 #: RuntimeErrors that say nothing of what a device can do. The second came with torch 2.8.
@@ -155,14 +165,6 @@ def operand_dtype(projection: Projection, autocast: torch.dtype | None) -> torch
     return narrow
 
 
-def kept_dtype(dtype: torch.dtype) -> torch.dtype:
-    """How a parameter's gradient is kept between forward and backward: as the parameter, but fp16 in fp32.
-
-    Sums over tokens may leave the range of fp16 on either side until the upstream gradient has scaled them.
-    """
-    return torch.float32 if dtype == torch.float16 else dtype
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype products are asked for in here, or None."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -175,6 +177,7 @@ def head_size(source: object, autocast: torch.dtype | None) -> HeadSize | None:
     return HeadSize(
         hidden_size=source.weight.shape[1],
         hidden_bytes=source.hidden.dtype.itemsize,
+        hidden_kept=kept_dtype(source.hidden.dtype).itemsize,
         weight_bytes=source.weight.dtype.itemsize,
         operand_bytes=operand_dtype(source, autocast).itemsize,
         softcap=source.softcap is not None,
@@ -309,9 +312,9 @@ class Head:
         kept = kept_dtype(parameter.dtype)
         if len(grad) == len(parameter):
             return grad.to(kept)
-        padded = torch.zeros_like(parameter, dtype=kept)
-        padded[: len(grad)] = grad
-        return padded
+        whole = torch.zeros_like(parameter, dtype=kept)
+        whole[: len(grad)] = grad
+        return whole
 
     def _parts(self, columns: slice) -> Iterator[slice]:
         """All columns at once, or the parts in which the head's rows are cast."""

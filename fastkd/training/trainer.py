@@ -86,7 +86,7 @@ class KDTrainer(Trainer):
     be learnt, and in the first position of each row.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
-    `ratio` = hard ÷ soft, and the value of each term, unweighted, under its name. `tokens_per_second` is of all
+    `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name. `tokens_per_second` is of all
     devices, without the time of evaluations and checkpoints. Losses are read from the device when they are logged, not
     at every step.
 
@@ -237,7 +237,7 @@ class KDTrainer(Trainer):
         if "loss" in logs and self._parts is not None:
             soft, hard = self.accelerator.reduce(self._parts, "sum").tolist()
             steps, now = self.state.global_step - self._steps_logged, time.perf_counter()
-            logs |= {"hard": hard / steps, "soft": soft / steps, "ratio": hard / soft if soft else math.inf}
+            logs |= {"hard": hard / steps, "soft": soft / steps} | ({"ratio": hard / soft} if soft else {})
             for name, value in self.terms.take_sums().items():
                 logs[name] = self.accelerator.reduce(value, "sum").item() / steps
             logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}

@@ -18,7 +18,7 @@ from fastkd.rows import RowSpec, SparseRows, Tile
 class Mode:
     """Of both kernels."""
 
-    stage: str  # "whole" rows, or a `backend.Tile.stage`
+    stage: str  # "whole" rows, or a `rows.Tile.stage`
     hard: bool
     hard_power: int  # the power of e^(z/T) that the cross-entropy's e^z is, where it saves an exponential; else 0
     about_top: bool  # as in `Divergence`

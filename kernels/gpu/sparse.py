@@ -1,4 +1,4 @@
-"""The loss kernel beside a teacher of which each row keeps K tokens (`backend.SparseRows`). One program per row.
+"""The loss kernel beside a teacher of which each row keeps K tokens (`rows.SparseRows`). One program per row.
 
 Student and teacher are K + 1 categories: the K tokens and the rest, all other columns as one.
 
@@ -28,7 +28,7 @@ from fastkd.kernels.gpu.sweeps import gap_of, hard_exp, with_ratio
 
 
 class Kept(NamedTuple):
-    """A `backend.SparseRows`, [rows, width] and [rows], `picked` being memory for the student's logits."""
+    """A `rows.SparseRows`, [rows, width] and [rows], `picked` being memory for the student's logits."""
 
     ids: Any
     logprobs: Any

@@ -20,7 +20,7 @@ from fastkd.kernels.gpu.sweeps import Maxima, Statistics, max_gap_of, moved, tem
 
 
 class VocabularyTile(NamedTuple):
-    """A `backend.Tile` as a kernel takes it: columns [first, first + width)."""
+    """A `rows.Tile` as a kernel takes it: columns [first, first + width)."""
 
     state: Any
     first: int
@@ -55,7 +55,7 @@ FIELDS = tl.constexpr(13)
 
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
-    """Uninitialised memory for `backend.Tile.state`."""
+    """Uninitialised memory for `rows.Tile.state`."""
     return torch.empty(rows, FIELDS.value, dtype=torch.float32, device=device)
 
 

@@ -63,7 +63,7 @@ def export(student: str, to: str, output: str) -> None:
     with _new_directory(Path(output)) as directory:
         if to == "gguf":
             try:
-                from fastkd.training.commands.gguf_file import write_gguf
+                from fastkd.training.gguf_file import write_gguf
             except ModuleNotFoundError as error:
                 raise InputError("gguf is not installed: pip install 'fastkd[demo]'") from error
             write_gguf(model, tokenizer, directory / "model.gguf")
