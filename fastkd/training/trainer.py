@@ -83,12 +83,12 @@ class KDTrainer(Trainer):
             the sum of both weights stays the same.
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`. A label is −100 where it must not
-    be learnt, and in the first position of each row.
+    be learnt. The first label of a row counts for nothing: no token predicts it.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
-    `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name. `tokens_per_second` is of all
-    devices, without the time of evaluations and checkpoints. Losses are read from the device when they are logged, not
-    at every step.
+    `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name.
+    `tokens_per_second` is of all devices, without the time of evaluations and checkpoints. Losses are read from the
+    device when they are logged, not at every step.
 
     TRL's data preparation comes with `class K(KDTrainer, SFTTrainer): pass`, which takes SFTTrainer's arguments too.
 
