@@ -119,3 +119,10 @@ def test_predicted_memory_is_measured_memory(dtype: str, mib: int) -> None:
 
 def test_rows_in_tiles_keep_no_more_than_is_planned() -> None:
     assert cpu.tile_state(1, torch.device("cpu")).numel() <= STATE_BYTES
+
+
+def test_rows_in_tiles_keep_no_more_than_is_planned_on_gpus() -> None:
+    pytest.importorskip("triton")
+    from fastkd.kernels.gpu.state import FIELDS
+
+    assert 4 * FIELDS.value <= STATE_BYTES

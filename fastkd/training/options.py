@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from typing import Any, ClassVar, Literal, NamedTuple
 
 from fastkd import served
+from fastkd.arguments import COLDEST, HOTTEST
 from fastkd.divergences import TABLE, resolve
 from fastkd.training.optimizers import OPTIMIZER_PACKAGES, OPTIMIZERS_WITH_ARGUMENTS, SCHEDULERS
 
@@ -202,10 +203,7 @@ class DistillationOptions:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise InputError(f"{name} is {value}; it must be at least 0")
-        for name in ("temperature", "final_temperature"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise InputError(f"{name} is {value}; it must be above 0")
+        check_temperatures(self, "temperature", "final_temperature")
         if self.soft_weight == self.hard_weight == 0:
             raise InputError("soft_weight and hard_weight are both 0: there is nothing to learn")
         for schedule, final in (("temperature", "final_temperature"), ("weight", "final_soft_weight")):
@@ -402,6 +400,15 @@ def check_finite(options: object) -> None:
     for name, value in vars(options).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise InputError(f"{name} is {value}; it must be a finite number")
+
+
+def check_temperatures(options: object, *names: str) -> None:
+    """Temperatures, one or a list under each name, are those that losses take; None is not asked for."""
+    for name in names:
+        given = getattr(options, name)
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and not COLDEST <= value <= HOTTEST:
+                raise InputError(f"{name} is {value}; it must be in [{COLDEST:g}, {HOTTEST:g}]")
 
 
 def at_least(options: object, **least: float) -> None:

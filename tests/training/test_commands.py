@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 
 import pytest
 import torch
@@ -74,6 +75,13 @@ def test_sweep_ranks_by_what_temperature_does_not_change(options, tmp_path, fini
     assert main([*arguments, "--resume"]) == 2
     assert main(["sweep", "--temperature", "0"]) == 2
     assert "temperature is 0.0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["1e7", "inf", "nan", "-1"])
+def test_temperatures_that_no_loss_takes_are_refused_before_a_model_is_loaded(value, capsys):
+    for command in (["inspect-teacher", "--temperatures", "1"], ["cache", "write", "--temperature"]):
+        assert main([*command, value]) == 2
+        assert re.search(r"temperatures? is .*; it must be", capsys.readouterr().err)
 
 
 def test_inspect_teacher(inputs, tmp_path, capsys):

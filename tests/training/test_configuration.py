@@ -152,6 +152,7 @@ BAD_FLAGS = [
     (["--bf16", "config.yaml"], "write CONFIG.yaml before the options"),
     (["--hard-weight", "nan"], "hard_weight is nan"),
     (["--temperature", "0"], "temperature is 0.0"),
+    (["--temperature", "1e7"], "temperature is 10000000.0; it must be in"),
     (["--soft-weight", "-1"], "soft_weight is -1.0"),
     (["--soft-weight", "0", "--hard-weight", "0"], "both 0"),
     (["--alpha", "0.5"], "alpha 0.5 is given without alpha_on"),

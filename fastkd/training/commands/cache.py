@@ -21,6 +21,7 @@ from fastkd.training.options import (
     at_least,
     check_finite,
     check_kept,
+    check_temperatures,
     expand_home,
     option,
 )
@@ -73,8 +74,7 @@ class CacheOptions:
             raise InputError("plain is set, but a dense cache stores 16 bits of every token: leave one of them away")
         if self.shard_tokens is not None:
             at_least(self, shard_tokens=1)
-        if not self.temperature > 0:
-            raise InputError(f"temperature is {self.temperature}; it must be above 0")
+        check_temperatures(self, "temperature")
 
 
 def run(arguments: Sequence[str]) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 import fastkd
 from fastkd import training
 from fastkd.training.configuration import Parser, dump
-from fastkd.training.options import InputError, ModelOptions, at_least, expand_home, option
+from fastkd.training.options import InputError, ModelOptions, at_least, check_temperatures, expand_home, option
 from fastkd.training.plain import visible
 
 __all__ = ["InspectOptions", "Prediction", "inspect_teacher", "run", "temperature_table"]
@@ -45,9 +45,7 @@ class InspectOptions:
     def __post_init__(self) -> None:
         expand_home(self, "plot")
         at_least(self, top_k=1)
-        for temperature in self.temperatures:
-            if not temperature > 0:
-                raise InputError(f"temperatures has {temperature}; they must be above 0")
+        check_temperatures(self, "temperatures")
         if self.plot and not self.plot.endswith(".png"):
             raise InputError(f"plot is {self.plot!r}; name a .png file")
 
