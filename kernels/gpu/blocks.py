@@ -100,10 +100,19 @@ def steps_of(span, BLOCK: tl.constexpr):
 
 @triton.jit
 def vector_columns(step, span, BLOCK: tl.constexpr):
-    """Columns [vectors, threads, width] of a step and which vectors [vectors, threads, 1] exist."""
-    thread = tl.arange(0, BLOCK.threads)[None, :, None]
-    vector = (step * BLOCK.vectors + tl.arange(0, BLOCK.vectors)[:, None, None]) * BLOCK.threads + thread
-    return vector * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :], vector < span.vectors
+    """Columns [vectors, threads, width] of a step and which vectors [vectors, threads, 1] exist.
+
+    For a cluster flat, and in the order thread block, vector, thread, column: Triton spreads the outermost columns of a
+    flat block over a cluster, and of other blocks the innermost. `as_vectors` makes of it what the others have.
+    """
+    if BLOCK.ctas > 1:
+        LANES: tl.constexpr = BLOCK.vectors * BLOCK.threads * BLOCK.width
+        column = step * LANES + tl.arange(0, LANES)
+        return column, column < span.vectors * BLOCK.width
+    else:
+        thread = tl.arange(0, BLOCK.threads)[None, :, None]
+        vector = (step * BLOCK.vectors + tl.arange(0, BLOCK.vectors)[:, None, None]) * BLOCK.threads + thread
+        return vector * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :], vector < span.vectors
 
 
 @triton.jit
@@ -112,6 +121,28 @@ def edge_columns(span, BLOCK: tl.constexpr):
     thread = tl.arange(0, BLOCK.threads)[None, :, None]
     column = thread - span.head
     return tl.where(column < 0, column, column + span.vectors * BLOCK.width), thread < span.edges
+
+
+@triton.jit
+def as_vectors(x, BLOCK: tl.constexpr):
+    """What was loaded from flat columns, as [vectors, threads, width]; others as they are. Moves nothing."""
+    if len(x.shape) == 1:
+        OWN: tl.constexpr = BLOCK.threads // BLOCK.ctas
+        x = tl.trans(tl.reshape(x, [BLOCK.ctas, BLOCK.vectors, OWN, BLOCK.width]), (1, 0, 2, 3))
+        return tl.reshape(x, [BLOCK.vectors, BLOCK.threads, BLOCK.width])
+    else:
+        return x
+
+
+@triton.jit
+def as_columns(x, columns, BLOCK: tl.constexpr):
+    """`as_vectors` undone: what is to be stored at `columns`."""
+    if len(columns.shape) == 1:
+        OWN: tl.constexpr = BLOCK.threads // BLOCK.ctas
+        x = tl.trans(tl.reshape(x, [BLOCK.vectors, BLOCK.ctas, OWN, BLOCK.width]), (1, 0, 2, 3))
+        return tl.reshape(x, columns.shape)
+    else:
+        return x
 
 
 @triton.jit

@@ -26,6 +26,7 @@ from fastkd.kernels.gpu.state import load_state, merged, store_statistics, store
 from fastkd.kernels.gpu.sweeps import (
     Factors,
     Logits,
+    OneHot,
     about_top,
     gradient_of,
     normalisers_of,
@@ -102,7 +103,9 @@ def dense_kernel(launch, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.const
 
     hard = 0.0
     hard_factor = 0.0
+    one_hot = OneHot(0, 0.0)
     if MODE.hard:
+        one_hot = OneHot(label.column, tl.where(label.here, numbers.hard_weight * scales.hard, 0.0))
         hard, hard_factor = hard_term(
             statistics.hard_sum, label_logit, statistics.maxima.student, label, scales, numbers
         )
@@ -114,12 +117,12 @@ def dense_kernel(launch, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.const
         factors = Factors(center, slope_sum, soft_factor, hard_factor)
         if MODE.hard and MODE.stage == "gradient":
             tl.debug_barrier()  # every thread has read the label's logit, which in place another overwrites
-        write_gradient(place.grad.vectors, logits, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
+        write_gradient(place.grad.vectors, logits, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
         clear_tail(place.grad.columns, place.width, launch.grad_columns, BLOCK)
-        if MODE.hard:
+        if MODE.hard and BLOCK.ctas == 1:
             # The label's −1, which in the sweep would cost every column a comparison.
             gradient = gradient_of(
                 label_student, label_teacher, scales.soft_on, normalisers, factors, numbers, SLOPE, MODE
             )
             tl.debug_barrier()  # another thread wrote this column in the sweep
-            tl.store(place.grad.columns + label.column, gradient - numbers.hard_weight * scales.hard, label.here)
+            tl.store(place.grad.columns + label.column, gradient - one_hot.share, label.here)

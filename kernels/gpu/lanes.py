@@ -27,3 +27,31 @@ def lane_sum(x):
 def finite(maximum):
     """The maximum as something to subtract: 0 while only −inf has been seen, for −inf − −inf is NaN."""
     return tl.where(maximum == float("-inf"), 0.0, maximum)
+
+
+# Threads exchange numbers through shared memory, or across a cluster, with a barrier for every field of a tuple that is
+# reduced. A reduction of one block that holds all of them needs one.
+
+
+@triton.jit
+def pair_maxima(a, b):
+    """Over all threads, of two [threads]."""
+    return tl.split(tl.max(tl.join(a, b), 0))
+
+
+@triton.jit
+def pair_sums(a, b):
+    """Over all threads, of two [threads]."""
+    return tl.split(tl.sum(tl.join(a, b), 0))
+
+
+@triton.jit
+def row_sums(x):
+    """Over all threads, of eight [threads]."""
+    low = tl.join(tl.join(x[0], x[1]), tl.join(x[2], x[3]))
+    high = tl.join(tl.join(x[4], x[5]), tl.join(x[6], x[7]))
+    # Of what is joined last, split gives halves first.
+    low, high = tl.split(tl.sum(tl.join(low, high), 0))
+    ab, cd = tl.split(low)
+    ef, gh = tl.split(high)
+    return tl.split(ab) + tl.split(cd) + tl.split(ef) + tl.split(gh)

@@ -47,7 +47,11 @@ class Block:
     width: int
     edges: bool  # False: every row is known to consist of whole vectors
     aligned: bool  # a vector may start at element 0
+    ctas: int = 1  # thread blocks that have the threads and share a row: a cluster, where there are several
 
+
+#: Clusters that share a multiprocessor: while one exchanges sums, the other loads.
+CLUSTERS = 2
 
 # A row of more than so many columns gets so many threads. Wide rows want few rows in flight, so that the next sweep
 # over a row still finds much of it in the L2 cache: 512 threads are one row per multiprocessor, or two if registers
@@ -116,10 +120,13 @@ def numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:
 def launch_options(block: Block) -> dict[str, Any]:
     """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64."""
     target = triton.runtime.driver.active.get_current_target()
-    options = {"num_warps": block.threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
+    threads = block.threads // block.ctas
+    options = {"num_warps": threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
     if target.backend == "cuda":
         # Left alone, ptxas prefers spilling to fewer rows in flight.
-        options["maxnreg"] = min(255, 65536 // block.threads)
+        options["maxnreg"] = min(255, 65536 // threads)
+    if block.ctas > 1:
+        options |= {"num_ctas": block.ctas, "maxnreg": 65536 // (threads * CLUSTERS)}
     return options
 
 

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
-from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
-from fastkd.kernels.gpu.sweeps import hard_exp, pair_of_totals
+from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, pair_sums, per_thread
+from fastkd.kernels.gpu.sweeps import hard_exp
 
 
 class Rest(NamedTuple):
@@ -88,7 +88,7 @@ def rest_of(student, span, excluded, entries, numbers, MODE: tl.constexpr, BLOCK
         rest = _observe(rest, student, vector_columns(step, span, BLOCK), excluded, start, stop, numbers, MODE)
         start = stop
     rest = _moved(rest, tl.max(rest.max, 0), numbers, MODE)
-    soft_sum, hard_sum = tl.reduce((rest.soft_sum, rest.hard_sum), 0, pair_of_totals)
+    soft_sum, hard_sum = pair_sums(rest.soft_sum, rest.hard_sum)
     return Rest(rest.max, soft_sum, hard_sum)
 
 

@@ -19,6 +19,7 @@ from fastkd.kernels.gpu.launch import (
 from fastkd.kernels.gpu.mode import mode_for
 from fastkd.kernels.gpu.sparse import Kept, sparse_kernel
 from fastkd.kernels.gpu.state import VocabularyTile
+from fastkd.kernels.gpu.walks import walk_for
 from fastkd.rows import RowSpec, SparseRows, Tile
 
 
@@ -44,7 +45,12 @@ def kd_rows(
     sparse = isinstance(teacher, SparseRows)
     width = spec.vocab_size if tile is None else student.shape[-1]
     swept = [tensor for tensor in (student, teacher, grad) if isinstance(tensor, Tensor)]
-    block = block_for(swept, width) if sparse else block_for(swept, width, divergence.vectors)
+    if sparse:
+        block = block_for(swept, width)
+    elif tile is not None:
+        block = block_for(swept, width, divergence.vectors)
+    else:
+        block = walk_for(swept, width, divergence.vectors)
     launch = Launch(
         rows_of(student),
         Kept(*teacher, teacher.ids.shape[-1]) if isinstance(teacher, SparseRows) else _rows_or_none(teacher),

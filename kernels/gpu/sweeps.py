@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
+from fastkd.kernels.gpu.blocks import as_columns, as_vectors, edge_columns, load_logits, steps_of, vector_columns
 from fastkd.kernels.gpu.divergences import LOG2E, exp, log_near_one, probability_gap
-from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
+from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, pair_maxima, pair_sums, per_thread, row_sums
 from fastkd.kernels.gpu.launch import Numbers
 
 
@@ -74,6 +74,13 @@ class Factors(NamedTuple):
     hard: Any
 
 
+class OneHot(NamedTuple):
+    """The label's part of the cross-entropy's gradient: what is subtracted, and in which column of the row."""
+
+    column: Any
+    share: Any
+
+
 # --- statistics -------------------------------------------------------------------------------------------------
 
 
@@ -126,9 +133,9 @@ def moved(old, maxima, numbers, MODE: tl.constexpr):
 
 
 @triton.jit
-def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
+def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Statistics after one more step."""
-    s, t = _load(logits, at, "evict_last", MODE)
+    s, t = _load(logits, at, "evict_last", MODE, BLOCK)
     student_max = tl.maximum(old.maxima.student, lane_max(s))
     teacher_max = old.maxima.teacher
     teacher_there = old.maxima.teacher_there
@@ -166,14 +173,14 @@ def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
 
 
 @triton.jit
-def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr):
+def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """Student's and teacher's logits of a step, fp32; −inf where there is no column or the teacher is not wanted."""
     columns, present = at
     s = load_logits(logits.student, columns, present, POLICY)
     t = s
     if MODE.soft != "absent":
         t = load_logits(logits.teacher, columns, present & logits.soft_on, POLICY)
-    return s, t
+    return as_vectors(s, BLOCK), as_vectors(t, BLOCK)
 
 
 @triton.jit
@@ -183,18 +190,18 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
     lowest = none - float("inf")
     found = Statistics(Maxima(lowest, lowest, lowest), none, none, none, none, none, none, none)
     if BLOCK.edges:
-        found = _observe(found, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE)
+        found = _observe(found, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE, BLOCK)
     for step in range(steps_of(logits.span, BLOCK)):
-        found = _observe(found, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE)
+        found = _observe(found, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE, BLOCK)
 
-    student_max, teacher_max = tl.reduce((found.maxima.student, found.maxima.teacher), 0, _maxima)
+    student_max, teacher_max = pair_maxima(found.maxima.student, found.maxima.teacher)
     there = float("-inf")
     if MODE.soft == "normalised":
         there = tl.max(tl.where(found.maxima.student == student_max, found.maxima.teacher_there, there), 0)
     maxima = Maxima(student_max, teacher_max, there)
     found = moved(found, maxima, numbers, MODE)
     # Between nearly equal rows the sums' difference is what counts, and most of their rounding is in their last bits.
-    student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square = tl.reduce(
+    student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square, _ = row_sums(
         (
             found.student_sum,
             found.teacher_sum,
@@ -203,21 +210,10 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
             found.forward,
             found.reverse,
             found.square,
-        ),
-        0,
-        _totals,
+            per_thread(BLOCK),
+        )
     )
     return Statistics(maxima, student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square)
-
-
-@triton.jit
-def _maxima(a, b, c, d):
-    return tl.maximum(a, c), tl.maximum(b, d)
-
-
-@triton.jit
-def _totals(a, b, c, d, e, f, g, h, i, j, k, l, m, n):  # noqa: E741  (one reduction: a barrier each is dear)
-    return a + h, b + i, c + j, d + k, e + l, f + m, g + n
 
 
 @triton.jit
@@ -334,9 +330,19 @@ def slope_center(maxima, normalisers, numbers, SLOPE: tl.constexpr, MODE: tl.con
 
 
 @triton.jit
-def _terms(logits, at, normalisers, center, numbers, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.constexpr):
+def _terms(
+    logits,
+    at,
+    normalisers,
+    center,
+    numbers,
+    TERM: tl.constexpr,
+    SLOPE: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Per thread, the sums of a step's terms and centered slopes."""
-    s, t = _load(logits, at, "evict_last", MODE)
+    s, t = _load(logits, at, "evict_last", MODE, BLOCK)
     p, q, gap, log_p, log_q, d = point(s, t, normalisers, numbers, MODE)
     term = TERM(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
     slope = SLOPE(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
@@ -360,21 +366,15 @@ def sum_terms(
     steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
         at = vector_columns(steps - 1 - step, logits.span, BLOCK)
-        more, steeper = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE)
+        more, steeper = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
         term += more
         slope += steeper
     if BLOCK.edges:
-        last, steepest = _terms(
-            logits, edge_columns(logits.span, BLOCK), normalisers, center, numbers, TERM, SLOPE, MODE
-        )
+        at = edge_columns(logits.span, BLOCK)
+        last, steepest = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
         term += last
         slope += steepest
-    return tl.reduce((term, slope), 0, pair_of_totals)
-
-
-@triton.jit
-def pair_of_totals(a, b, c, d):
-    return a + c, b + d
+    return pair_sums(term, slope)
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------
@@ -399,21 +399,41 @@ def gradient_of(s, t, soft_on, normalisers, factors, numbers, SLOPE: tl.constexp
 
 
 @triton.jit
-def _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
-    s, t = _load(logits, at, "evict_first", MODE)
+def _write_step(
+    grad,
+    logits,
+    at,
+    one_hot,
+    normalisers,
+    factors,
+    numbers,
+    SLOPE: tl.constexpr,
+    MODE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    s, t = _load(logits, at, "evict_first", MODE, BLOCK)
     columns, present = at
     gradient = gradient_of(s, t, logits.soft_on, normalisers, factors, numbers, SLOPE, MODE)
+    if BLOCK.ctas > 1:
+        gradient = as_columns(gradient, columns, BLOCK)
+        if MODE.hard:
+            gradient -= tl.where(columns == one_hot.column - logits.span.head, one_hot.share, 0.0)
     tl.store(grad + columns, gradient, present, eviction_policy="evict_first")
 
 
 @triton.jit
 def write_gradient(
-    grad, logits, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr
+    grad, logits, one_hot, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The last sweep, last column to first."""
+    """The last sweep, last column to first.
+
+    A cluster subtracts the `one_hot` here. A store after it would race with those of the other thread blocks, for which
+    there is no barrier.
+    """
     steps = steps_of(logits.span, BLOCK)
     for step in range(steps):
         at = vector_columns(steps - 1 - step, logits.span, BLOCK)
-        _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE, MODE)
+        _write_step(grad, logits, at, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
     if BLOCK.edges:
-        _write_step(grad, logits, edge_columns(logits.span, BLOCK), normalisers, factors, numbers, SLOPE, MODE)
+        at = edge_columns(logits.span, BLOCK)
+        _write_step(grad, logits, at, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)

@@ -1,0 +1,121 @@
+"""The other ways to walk a row: the numerics contract, how often logits are read, and when each is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
+
+from fastkd import reference  # noqa: E402
+from fastkd.divergences import TABLE, Divergence  # noqa: E402
+from fastkd.kernels import gpu  # noqa: E402
+from fastkd.kernels.gpu import walks  # noqa: E402
+from tests import cases  # noqa: E402
+from tests.triton_interpreter import interpreted  # noqa: E402
+from tests.triton_judge import judge  # noqa: E402
+from tools.machine_code.offline import TARGETS, stand_in_driver  # noqa: E402
+
+#: Two rows whose last step is not full, that lie on vectors and that do not.
+VOCABULARIES = (4 * 256 * 8 * 2 + 8 * 5, 5003)
+
+
+@pytest.fixture(params=[walk for walk in walks.WALKS if walk != "sweeps"])
+def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("FASTKD_WALK", request.param)
+    # Slices so small that short rows get a cluster, whatever Triton is installed: the interpreter needs none.
+    monkeypatch.setattr(walks, "_SLICE", 8 << 10)
+    monkeypatch.setattr(walks, "_CLUSTER_TRITON", (0, 0))
+    return request.param
+
+
+def _cluster_is_taken(vocab: int, dtype: torch.dtype) -> bool:
+    with stand_in_driver(TARGETS["sm_90"]):
+        rows = torch.zeros(2, vocab, dtype=dtype)
+        return walks.walk_for([rows, rows], vocab, 2).ctas > 1
+
+
+@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
+def test_contract(divergence: Divergence, family: str, walk: str) -> None:
+    assert _cluster_is_taken(5003, torch.float32)
+    judge(*cases.logits(family, 2, 5003), divergence)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("vocab", VOCABULARIES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_kl", "mse"])
+def test_low_precision(divergence: str, vocab: int, dtype: torch.dtype, walk: str) -> None:
+    assert _cluster_is_taken(vocab, dtype)
+    student, teacher = cases.logits("far", 2, vocab, dtype)
+    trace = judge(student, teacher, TABLE[divergence]())
+    reads = 3 if TABLE[divergence].normalised else 2
+    # The label's logit is read once more.
+    assert (trace.loads(teacher).sum(-1) <= reads * vocab + 1).all()
+    assert (trace.loads(teacher) >= reads).all()
+
+
+def test_the_gradient_in_place(walk: str) -> None:
+    student, teacher = cases.logits("far", 2, VOCABULARIES[1], torch.bfloat16)
+    judge(student.clone(), teacher, TABLE["forward_kl"](), grad=(place := student.clone()))
+    mine = student.clone()
+    labels, scale = cases.labels(2, VOCABULARIES[1]), torch.ones(2)
+    spec = cases.spec(TABLE["forward_kl"](), VOCABULARIES[1])
+    with interpreted():
+        gpu.kd_rows(student, teacher, labels, scale, scale, spec, place)
+        gpu.kd_rows(mine, teacher, labels, scale, scale, spec, mine)
+    assert torch.equal(mine, place)
+
+
+def test_rows_that_are_skipped_and_rows_without_a_label(walk: str) -> None:
+    vocab = VOCABULARIES[1]
+    student, teacher = cases.logits("far", 3, vocab, torch.bfloat16)
+    grad = torch.full_like(student, torch.nan)
+    soft_scale, hard_scale = torch.tensor([1.0, 0.0, 1.0]), torch.tensor([1.0, 0.0, 0.0])
+    labels = torch.tensor([vocab - 1, 0, -100])
+    arguments = student, teacher, labels, soft_scale, hard_scale, cases.spec(TABLE["forward_kl"](), vocab)
+    with interpreted():
+        values = gpu.kd_rows(*arguments, grad)
+    wanted = torch.empty(student.shape, dtype=torch.float64)
+    truth = reference.kd_rows(student.double(), teacher.double(), *arguments[2:], wanted)
+    for value, true in zip(values, truth, strict=True):
+        torch.testing.assert_close(value.double(), true, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-2, atol=1e-7)
+    assert (grad[1] == 0).all()
+
+
+def test_a_walk_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_WALK", "crawl")
+    student, teacher = cases.logits("far", 1, 100)
+    with interpreted(), pytest.raises(ValueError, match="FASTKD_WALK='crawl': choose one of sweeps, cluster"):
+        gpu.kd_rows(student, teacher, None, torch.ones(1), None, cases.spec(TABLE["forward_kl"](), 100), None)
+
+
+@pytest.mark.parametrize(
+    ("target", "version", "taken"),
+    [
+        ("sm_90", (3, 8), True),
+        ("sm_100", (3, 9), True),
+        ("sm_90", (3, 7), False),
+        ("sm_80", (3, 9), False),
+        ("gfx942", (3, 9), False),
+    ],
+)
+def test_clusters_are_for_gpus_and_versions_that_have_them(
+    target: str, version: tuple[int, int], taken: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FASTKD_WALK", "cluster")
+    monkeypatch.setattr(walks, "_triton", lambda: version)
+    rows = torch.zeros(2, 50257, dtype=torch.bfloat16)
+    with stand_in_driver(TARGETS[target]):
+        block = walks.walk_for([rows, rows, rows], 50257, 2)
+    assert (block.ctas > 1) == taken
+    if taken:
+        assert 2 * 2 * 50257 <= block.ctas * walks._SLICE < 2 * 2 * 2 * 50257
+
+
+def test_the_default_is_the_walk_of_every_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FASTKD_WALK", raising=False)
+    assert not _cluster_is_taken(50257, torch.bfloat16)
