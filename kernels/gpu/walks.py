@@ -26,21 +26,23 @@ from torch import Tensor
 
 from fastkd.kernels.gpu.launch import Block, block_for
 
-__all__ = ["WALKS", "walk_for"]
+__all__ = ["CLUSTER_TRITON", "WALKS", "walk_for"]
 
 #: Of both rows, in bytes. With the slice of a second cluster it fits into the L1 cache of 256 KiB.
 _SLICE = 64 << 10
-#: Triton 3.8 is the first whose reductions go across a cluster. Clusters of 16 are as large as they get.
-_CLUSTER_TRITON, _CLUSTER_CTAS, _CLUSTER_THREADS = (3, 8), (2, 4, 8, 16), 256
+#: The first Triton whose reductions go across a cluster.
+CLUSTER_TRITON = (3, 8)
+#: Thread blocks of a cluster; more than 16 there cannot be.
+_CTAS, _THREADS = (2, 4, 8, 16), 256
 
 
 def _cluster(tensors: Sequence[Tensor], count: int, vectors: int) -> Block | None:
     target = triton.runtime.driver.active.get_current_target()
-    if target.backend != "cuda" or not 90 <= target.arch < 120 or _triton() < _CLUSTER_TRITON:
+    if target.backend != "cuda" or not 90 <= target.arch < 120 or _triton() < CLUSTER_TRITON:
         return None
     row = count * sum(tensor.element_size() for tensor in tensors[:2])
-    ctas = next((ctas for ctas in _CLUSTER_CTAS if row <= ctas * _SLICE), _CLUSTER_CTAS[-1])
-    return replace(block_for(tensors, count, vectors), threads=ctas * _CLUSTER_THREADS, ctas=ctas)
+    ctas = next((ctas for ctas in _CTAS if row <= ctas * _SLICE), _CTAS[-1])
+    return replace(block_for(tensors, count, vectors), threads=ctas * _THREADS, ctas=ctas)
 
 
 @functools.cache

@@ -29,7 +29,20 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 from triton.runtime.jit import JITFunction
 
-__all__ = ["TARGETS", "Resources", "Sweep", "compiled", "loads", "resources", "stand_in_driver", "sweeps", "threads"]
+__all__ = [
+    "TARGETS",
+    "Resources",
+    "Sweep",
+    "barriers",
+    "compiled",
+    "loads",
+    "resident",
+    "resources",
+    "stand_in_driver",
+    "sweeps",
+    "thread_blocks",
+    "threads",
+]
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -85,9 +98,14 @@ def compiled(target: GPUTarget) -> Iterator[list[Any]]:
         JITFunction.run = launch
 
 
+def thread_blocks(kernel: Any) -> int:
+    """Of one program: several in a cluster."""
+    return int(kernel.metadata.num_ctas)
+
+
 def threads(kernel: Any) -> int:
     """Of one program."""
-    return int(kernel.metadata.num_warps * kernel.metadata.target.warp_size)
+    return int(kernel.metadata.num_warps * kernel.metadata.target.warp_size) * thread_blocks(kernel)
 
 
 # --- registers --------------------------------------------------------------------------------------------------
@@ -113,6 +131,24 @@ def resources(kernel: Any) -> Resources:
     spills = _only(r"\.vgpr_spill_count:\s*(\d+)", text)
     spills += _only(r"\.private_segment_fixed_size:\s*(\d+)", text)
     return Resources(_only(r"\.vgpr_count:\s*(\d+)", text), spills)
+
+
+def resident(kernel: Any) -> int:
+    """Thread blocks that one multiprocessor holds at a time, by their registers, threads and shared memory."""
+    own = threads(kernel) // thread_blocks(kernel)
+    registers = resources(kernel).registers
+    shared = max(int(kernel.metadata.shared), 1)
+    if _is_nvidia(kernel):
+        # 64 Ki registers, handed out in eights; 2048 threads; 1 KiB of shared memory belongs to each block.
+        return min(65536 // (-(-registers // 8) * 8 * own), 2048 // own, (160 << 10) // (shared + 1024))
+    waves = own // int(kernel.metadata.target.warp_size)
+    return min(4 * min(512 // (-(-registers // 8) * 8), 8) // waves, (64 << 10) // shared)
+
+
+def barriers(kernel: Any) -> tuple[int, int]:
+    """Instructions that wait for all threads of a thread block, and of a cluster."""
+    code = _machine_code(kernel)[0]
+    return _count(code, r"BAR\.SYNC|s_barrier"), _count(code, r"UCGABAR_WAIT")
 
 
 def _is_nvidia(kernel: Any) -> bool:

@@ -8,10 +8,12 @@ test suite holds a part of the table to its budgets (`Case.broken`).
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal
+from unittest import mock
 
 import torch
 from tabulate import tabulate
@@ -20,14 +22,43 @@ from torch import Tensor
 from fastkd import SparseTargets
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
+from fastkd.kernels.gpu.walks import CLUSTER_TRITON
 from fastkd.rows import RowSpec, Tile
 from fastkd.sparse import sparse_rows
-from tools.machine_code.offline import TARGETS, Resources, Sweep, compiled, resources, sweeps, threads
+from tools.machine_code.offline import (
+    TARGETS,
+    Resources,
+    Sweep,
+    barriers,
+    compiled,
+    resident,
+    resources,
+    sweeps,
+    thread_blocks,
+    threads,
+)
 from tools.machine_code.roofline import DEVICES, Estimate, estimate
 
-__all__ = ["CASES", "VOCABULARIES", "Case", "Reading", "kd", "read", "sparse", "stage", "write"]
+__all__ = [
+    "CASES",
+    "CLUSTER_CASES",
+    "CLUSTER_TARGETS",
+    "OTHER_VOCABULARIES",
+    "VOCABULARIES",
+    "Case",
+    "Reading",
+    "kd",
+    "read",
+    "sparse",
+    "stage",
+    "write",
+]
 
 VOCABULARIES = (50257, 128256)
+#: Of Llama 2, Qwen 2.5 and its largest models, and Qwen 3.5.
+OTHER_VOCABULARIES = (32000, 151936, 152064, 248320)
+#: `walks` take clusters on these.
+CLUSTER_TARGETS = ("sm_90", "sm_100")
 _RESULTS = pathlib.Path(__file__).with_name("static.md")
 #: Of the tensors that are compiled for; `scale_` has no tail where the number of elements is a multiple of 16.
 _ROWS = 16
@@ -52,6 +83,7 @@ class Case:
     logits: torch.dtype = torch.bfloat16
     grad: torch.dtype = torch.bfloat16  # what is written
     entries: int = 0  # tokens of each row that a sparse teacher knows
+    walk: str = "sweeps"  # see `fastkd.kernels.gpu.walks`
 
     def __str__(self) -> str:
         return f"{self.name} {self.dtypes}"
@@ -84,6 +116,7 @@ def kd(
     divergence: str,
     logits: torch.dtype = torch.bfloat16,
     grad: torch.dtype | None = torch.bfloat16,
+    walk: str = "sweeps",
 ) -> Case:
     """`kd_rows` with cross-entropy, T = 2; the value alone without a `grad`."""
 
@@ -92,9 +125,9 @@ def kd(
         out = None if grad is None else _logits(vocab, grad)
         gpu.kd_rows(student, teacher, _labels(), scale, scale, _spec(divergence, vocab), out)
 
-    name = divergence if grad is not None else f"{divergence}, value alone"
+    name = ", ".join([divergence, *(["value alone"] if grad is None else []), *([walk] if walk != "sweeps" else [])])
     times = 1 + TABLE[divergence].normalised + (grad is not None)
-    return Case(name, launch, 2 * times, int(grad is not None), logits, grad or logits)
+    return Case(name, launch, 2 * times, int(grad is not None), logits, grad or logits, walk=walk)
 
 
 def stage(divergence: str, stage: Literal["statistics", "terms", "gradient"]) -> Case:
@@ -172,6 +205,17 @@ CASES = (
     Case("log_softmax_backward", _log_softmax_backward, 3, 1),  # the upstream gradient twice
     Case("scale_", _scale, 1, 1),
 )
+#: Losses of whole rows that other vocabularies are compiled for.
+_WHOLE = (
+    kd("forward_kl"),
+    kd("jsd"),
+    kd("forward_kl", torch.float32, torch.float32),
+    kd("jsd", torch.float32, torch.float32),
+)
+CLUSTER_CASES = (
+    *(kd(divergence, walk="cluster") for divergence in TABLE),
+    kd("forward_kl", torch.float32, torch.float32, walk="cluster"),
+)
 
 
 # --- what it becomes --------------------------------------------------------------------------------------------
@@ -183,7 +227,13 @@ class Reading:
 
     resources: Resources
     sweeps: tuple[Sweep, ...]
+    barriers: tuple[int, int]  # of thread blocks, of clusters
     estimate: Estimate
+
+    @property
+    def instructions(self) -> float:
+        """Per logit, of all sweeps."""
+        return sum(sweep.instructions / sweep.columns for sweep in self.sweeps)
 
     @property
     def narrowest(self) -> int:
@@ -192,13 +242,19 @@ class Reading:
 
 
 def read(case: Case, target: str, vocab: int) -> Reading:
-    with compiled(TARGETS[target]) as kernels:
+    with compiled(TARGETS[target]) as kernels, mock.patch.dict(os.environ, FASTKD_WALK=case.walk):
         case.launch(vocab)
     (kernel,) = kernels
     found = tuple(sweeps(kernel))
+    rows_at_once = resident(kernel) / thread_blocks(kernel)
     # Every thread of a row's program meets every token that a sparse teacher knows.
     inner_iterations = case.entries * threads(kernel) / vocab
-    return Reading(resources(kernel), found, estimate(found, DEVICES[target], inner_iterations))
+    return Reading(
+        resources(kernel),
+        found,
+        barriers(kernel),
+        estimate(found, DEVICES[target], vocab, rows_at_once, inner_iterations),
+    )
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -213,12 +269,16 @@ that were not there, or is an estimate from it and the GPUs' published rates. Ma
 
 - *moves*: tensors [tokens, V] read + written, all sweeps together. With the dtypes, the budget of *bytes/logit*.
 - *spills*: instructions (NVIDIA) or registers and bytes (AMD). *load*: the narrowest load of logits, in bytes.
-- *issue*, *exp*: the time to issue the instructions of all sweeps, and that of their special functions, divided by the
-  time to move *bytes/logit* at full bandwidth. Above 1 that unit is the limit and not DRAM. What happens once per row
-  is left out, but for the tokens that a sparse teacher knows: each costs every thread a look at a step's columns.
-- *estimate, ms*: the longest of the three for {_TOKENS} tokens × V: a roofline, which real kernels do not reach. Every
-  load counts as DRAM traffic; a sweep that finds its row in the cache causes less.
+- *DRAM*: of *bytes/logit*, those that reach DRAM: a later sweep finds in the last-level cache what there is room for of
+  the rows in flight. How many these are follows from registers and threads.
+- *instr.*: instructions per logit, all sweeps together. *barriers*: instructions that wait for a thread block or,
+  after the +, for a cluster.
+- *issue*, *exp*: the time to issue these instructions, and that of their special functions, divided by the time to move
+  *DRAM* at full bandwidth. Above 1 that unit is the limit and not DRAM. What happens once per row is left out, but for
+  the tokens that a sparse teacher knows: each costs every thread a look at a step's columns.
+- *estimate, ms*: the longest of the three for {_TOKENS} tokens × V: a roofline, which real kernels do not reach.
 - *tile*: one stage over all tiles of the rows, at most {_TILE} columns each.
+- *cluster*: with FASTKD_WALK=cluster, for which Triton 3.8 is needed.
 """
 _COLUMNS = {
     "kernel": "left",
@@ -227,7 +287,10 @@ _COLUMNS = {
     "registers": "right",
     "spills": "right",
     "load": "right",
+    "barriers": "right",
+    "instr.": "right",
     "bytes/logit": "right",
+    "DRAM": "right",
     "issue": "right",
     "exp": "right",
     "bound by": "left",
@@ -236,6 +299,7 @@ _COLUMNS = {
 
 
 def _row(case: Case, reading: Reading, vocab: int) -> tuple[object, ...]:
+    blocks, clusters = reading.barriers
     return (
         case.name,
         case.dtypes,
@@ -243,7 +307,10 @@ def _row(case: Case, reading: Reading, vocab: int) -> tuple[object, ...]:
         reading.resources.registers,
         reading.resources.spills,
         reading.narrowest,
+        f"{blocks} + {clusters}" if clusters else blocks,
+        f"{reading.instructions:.1f}",
         f"{reading.estimate.bytes_per_logit:g}",
+        f"{reading.estimate.dram_bytes:.1f}",
         f"{reading.estimate.issue:.2f}",
         f"{reading.estimate.special:.2f}",
         reading.estimate.bound,
@@ -253,11 +320,12 @@ def _row(case: Case, reading: Reading, vocab: int) -> tuple[object, ...]:
 
 def _report() -> Iterator[str]:
     yield _LEGEND
+    clusters = CLUSTER_CASES if tuple(map(int, _TRITON.split(".")[:2])) >= CLUSTER_TRITON else ()
     readings = {
         (case, target, vocab): read(case, target, vocab)
         for target in DEVICES
-        for vocab in VOCABULARIES
-        for case in CASES
+        for vocab in (*VOCABULARIES, *OTHER_VOCABULARIES)
+        for case in (*(CASES if vocab in VOCABULARIES else _WHOLE), *(clusters if target in CLUSTER_TARGETS else ()))
     }
     missed = [
         f"- {DEVICES[target].name}, V = {vocab}: {case}: {', '.join(broken)}"
@@ -280,9 +348,11 @@ def _report() -> Iterator[str]:
     heads = ("kernel", "dtype", *(device.name for device in DEVICES.values()))
     yield tabulate([row for row in limits if any(row[2:])], heads, tablefmt="pipe")
     for target in DEVICES:
-        for vocab in VOCABULARIES:
+        for vocab in sorted({vocab for _, name, vocab in readings if name == target}):
             yield f"\n## {DEVICES[target].name} ({target}), V = {vocab}: estimates from machine code\n"
-            rows = [_row(case, readings[case, target, vocab], vocab) for case in CASES]
+            rows = [
+                _row(case, reading, vocab) for (case, *where), reading in readings.items() if where == [target, vocab]
+            ]
             yield tabulate(rows, list(_COLUMNS), "pipe", disable_numparse=True, colalign=list(_COLUMNS.values()))
 
 
