@@ -107,12 +107,12 @@ def test_memory_is_the_limit_on_an_h100(vocab: int) -> None:
 
 def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     """With a starvation diet of registers the same kernel spills, and the reader says so."""
-    from fastkd.kernels.gpu import launch, rows
+    from fastkd.kernels.gpu import dense, launch
 
     def starved(block: launch.Block) -> dict[str, Any]:
         return {**launch.launch_options(block), "maxnreg": 32}
 
-    monkeypatch.setattr(rows, "launch_options", starved)
+    monkeypatch.setattr(dense, "launch_options", starved)
     case = static.kd("jsd")
     assert any("spills" in budget for budget in case.broken(static.read(case, "sm_90", 50257)))
 

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import random
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
+import triton.language as tl  # noqa: E402
+
 from fastkd import reference  # noqa: E402
 from fastkd.divergences import TABLE, Divergence  # noqa: E402
 from fastkd.kernels import gpu  # noqa: E402
-from fastkd.kernels.gpu import walks  # noqa: E402
+from fastkd.kernels.gpu import tickets, walks  # noqa: E402
+from fastkd.kernels.gpu.divergences import DIVERGENCES  # noqa: E402
+from fastkd.kernels.gpu.launch import Block  # noqa: E402
 from tests import cases  # noqa: E402
 from tests.triton_interpreter import interpreted  # noqa: E402
 from tests.triton_judge import judge  # noqa: E402
@@ -32,24 +39,24 @@ def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
     return request.param
 
 
-def _cluster_is_taken(vocab: int, dtype: torch.dtype) -> bool:
-    with stand_in_driver(TARGETS["sm_90"]):
+def _block(vocab: int, dtype: torch.dtype, target: str = "sm_90") -> Block:
+    with stand_in_driver(TARGETS[target]):
         rows = torch.zeros(2, vocab, dtype=dtype)
-        return walks.walk_for([rows, rows], vocab, 2).ctas > 1
+        return walks.walk_for([rows, rows, rows], vocab, DIVERGENCES["forward_kl"], True).block
 
 
-@pytest.mark.parametrize("family", cases.FAMILIES)
+@pytest.mark.parametrize("family", ["near_equal", "peaked"])
 @pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
 def test_contract(divergence: Divergence, family: str, walk: str) -> None:
-    assert _cluster_is_taken(5003, torch.float32)
-    judge(*cases.logits(family, 2, 5003), divergence)
+    assert _block(5003, torch.float32).shared
+    judge(*cases.logits(family, 1, 5003), divergence)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("vocab", VOCABULARIES)
 @pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_kl", "mse"])
 def test_low_precision(divergence: str, vocab: int, dtype: torch.dtype, walk: str) -> None:
-    assert _cluster_is_taken(vocab, dtype)
+    assert _block(vocab, dtype).shared
     student, teacher = cases.logits("far", 2, vocab, dtype)
     trace = judge(student, teacher, TABLE[divergence]())
     reads = 3 if TABLE[divergence].normalised else 2
@@ -90,7 +97,7 @@ def test_rows_that_are_skipped_and_rows_without_a_label(walk: str) -> None:
 def test_a_walk_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_WALK", "crawl")
     student, teacher = cases.logits("far", 1, 100)
-    with interpreted(), pytest.raises(ValueError, match="FASTKD_WALK='crawl': choose one of sweeps, cluster"):
+    with interpreted(), pytest.raises(ValueError, match="FASTKD_WALK='crawl': choose one of sweeps, cluster, tickets"):
         gpu.kd_rows(student, teacher, None, torch.ones(1), None, cases.spec(TABLE["forward_kl"](), 100), None)
 
 
@@ -109,9 +116,7 @@ def test_clusters_are_for_gpus_and_versions_that_have_them(
 ) -> None:
     monkeypatch.setenv("FASTKD_WALK", "cluster")
     monkeypatch.setattr(walks, "_triton", lambda: version)
-    rows = torch.zeros(2, 50257, dtype=torch.bfloat16)
-    with stand_in_driver(TARGETS[target]):
-        block = walks.walk_for([rows, rows, rows], 50257, 2)
+    block = _block(50257, torch.bfloat16, target)
     assert (block.ctas > 1) == taken
     if taken:
         assert 2 * 2 * 50257 <= block.ctas * walks._SLICE < 2 * 2 * 2 * 50257
@@ -119,7 +124,101 @@ def test_clusters_are_for_gpus_and_versions_that_have_them(
 
 def test_the_default_is_the_walk_of_every_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FASTKD_WALK", raising=False)
-    assert not _cluster_is_taken(50257, torch.bfloat16)
+    assert not _block(50257, torch.bfloat16).shared
+
+
+# --- tickets ----------------------------------------------------------------------------------------------------
+
+
+def _record(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What is done and waited for, in order: ("done" or "wait", phase, row)."""
+    seen: list[tuple[str, int, int]] = []
+    kept = dict(vars(tickets))
+    for name, what in (("_report", "done"), ("_wait", "wait")):
+
+        def note(queue: Any, phase: Any, row: Any, *rest: Any, what: str = what, run: str = name) -> None:
+            seen.append((what, int(phase), int(row)))
+            kept[run](queue, phase, row, *rest)
+
+        monkeypatch.setattr(tickets, name, note)
+    return seen
+
+
+def _loss(divergence: str, rows: int = 5) -> list[torch.Tensor]:
+    vocab = VOCABULARIES[1]
+    student, teacher = cases.logits("far", rows, vocab, torch.bfloat16)
+    labels, scale = cases.labels(rows, vocab), torch.tensor([1.0, 0.0, 2.0, 1.0, 0.5])[:rows]
+    grad = torch.full_like(student, torch.nan)
+    spec = cases.spec(TABLE[divergence](), vocab)
+    with interpreted():
+        values = gpu.kd_rows(student, teacher, labels, scale, scale, spec, grad)
+    return [*values, grad]
+
+
+@pytest.fixture
+def in_tickets(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    monkeypatch.setenv("FASTKD_WALK", "tickets")
+    monkeypatch.setattr(walks, "_SLICE", 8 << 10)
+    return monkeypatch
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd"])
+def test_a_ticket_waits_only_for_tickets_before_it(divergence: str, in_tickets: pytest.MonkeyPatch) -> None:
+    """One program alone serves them in their order, and finds everything done that it would wait for."""
+    seen = _record(in_tickets)
+    _loss(divergence)
+    slices = _block(VOCABULARIES[1], torch.bfloat16).slices
+    assert slices > 1
+    assert any(what == "wait" for what, *_ in seen)
+    for index, (what, *which) in enumerate(seen):
+        if what == "wait":
+            assert seen[:index].count(("done", *which)) == slices
+
+
+@pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize("divergence", ["forward_kl", "skew_kl"])
+def test_any_order_that_waits_gives_the_same_bits(divergence: str, seed: int, in_tickets: pytest.MonkeyPatch) -> None:
+    """Tickets are served as late or as early as their waiting allows: by chance, the last first where it can be."""
+    in_order = _loss(divergence)
+    block = _block(VOCABULARIES[1], torch.bfloat16)
+    phases = 3 if TABLE[divergence].normalised else 2
+    rows, slices, ahead = 5, block.slices, 2 * tickets.SHARING + block.slices
+    generator = random.Random(seed)
+    open_ = list(range(phases * (rows * slices + (phases - 1) * ahead)))
+    done: Counter[tuple[int, int]] = Counter()
+
+    def may_be_served(ticket: int) -> bool:
+        phase, slot = ticket % phases, ticket // phases - ticket % phases * ahead
+        live = 0 <= slot < rows * slices
+        return not live or phase == 0 or done[phase - 1, slot // slices] == slices
+
+    order = []
+    while open_:
+        free = [ticket for ticket in open_ if may_be_served(ticket)]
+        ticket = free[-1] if generator.random() < 0.5 else generator.choice(free)
+        open_.remove(ticket)
+        order.append(ticket)
+        done[ticket % phases, (ticket // phases - ticket % phases * ahead) // slices] += 1
+    left = iter(order)
+    in_tickets.setattr(tickets, "_claim", lambda queue: tl.full((), next(left, 1 << 30), tl.int32))
+    assert order != sorted(order)
+    for found, wanted in zip(_loss(divergence), in_order, strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_counters_are_left_at_zero(in_tickets: pytest.MonkeyPatch) -> None:
+    """What one launch leaves, the next begins with."""
+    counters = torch.zeros(100, dtype=torch.int32)
+    in_tickets.setattr(tickets, "_zeros", lambda count, device: counters[:count])
+    first = _loss("jsd")
+    assert not counters.any()
+    assert all(torch.equal(a, b) for a, b in zip(first, _loss("jsd"), strict=True))
+
+
+def test_tickets_are_for_gradients(in_tickets: pytest.MonkeyPatch) -> None:
+    rows = torch.zeros(2, 50257)
+    assert not walks.walk_for([rows, rows], 50257, DIVERGENCES["jsd"], False).block.shared
+    assert walks.walk_for([rows, rows], 50257, DIVERGENCES["jsd"], True).block.phases == 3
 
 
 # --- as compiled ------------------------------------------------------------------------------------------------

@@ -109,6 +109,13 @@ class Trace:
             buffer.touch(addresses[inside], size, store, (x * height + y) * depth + z)
             addresses = addresses[~inside]
 
+    def check(self, pointers: np.ndarray, mask: np.ndarray) -> None:
+        """Of an atomic, which races with no other: only that it stays within the tensors."""
+        buffers = self._buffers.values()
+        for address in pointers[np.broadcast_to(mask, pointers.shape)].astype(np.int64):
+            if not any(b.start <= address < b.stop and b.visible[(address - b.start) // b.item] for b in buffers):
+                raise Fault("atomic outside every view that was passed")
+
     def loads(self, tensor: Tensor) -> Tensor:
         """How often each element of `tensor` was read."""
         return self._counts(tensor, "loads")
@@ -137,7 +144,7 @@ def _watched(trace: Trace) -> dict[str, Any]:
     """Operations of the interpreter's builder that report to `trace` and repair what stock Triton gets wrong."""
     builder = stock.InterpreterBuilder
     load, store = builder.create_masked_load, builder.create_masked_store
-    binary, cast = builder.binary_op, builder.cast_impl
+    binary, cast, atomic = builder.binary_op, builder.cast_impl, builder.create_atomic_rmw
 
     def create_masked_load(self: Any, ptrs: Any, mask: Any, other: Any, *rest: Any) -> Any:
         trace.access(ptrs.data, mask.data, _element_bytes(ptrs), store=False)
@@ -147,8 +154,11 @@ def _watched(trace: Trace) -> dict[str, Any]:
         trace.access(ptrs.data, mask.data, _element_bytes(ptrs), store=True)
         return store(self, ptrs, value, mask, *rest)
 
-    def create_atomic_rmw(self: Any, *args: Any) -> Any:
-        raise Fault("an atomic: it sums in an order that changes from run to run")
+    def create_atomic_rmw(self: Any, operation: Any, ptr: Any, value: Any, mask: Any, *rest: Any) -> Any:
+        if value.dtype.scalar.is_floating():
+            raise Fault("an atomic: it sums in an order that changes from run to run")
+        trace.check(ptr.data, mask.data)
+        return atomic(self, operation, ptr, value, mask, *rest)
 
     def binary_op(self: Any, lhs: Any, rhs: Any, op: Any) -> Any:
         if tl.bfloat16 in (lhs.dtype.scalar, rhs.dtype.scalar):

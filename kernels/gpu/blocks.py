@@ -20,11 +20,15 @@ from fastkd.kernels.gpu.lanes import per_thread
 
 
 class Span(NamedTuple):
-    """A row cut into `head` columns, `vectors` aligned vectors and what follows; `edges` columns are in no vector."""
+    """A row, or a part of it, cut into aligned vectors and `edges` columns that are in none.
+
+    `head` of them come before the first vector, the others `tail` columns behind it.
+    """
 
     head: Any
     vectors: Any
     edges: Any
+    tail: Any
 
 
 class Row(NamedTuple):
@@ -53,9 +57,9 @@ def span_of(pointer, offset, count, BLOCK: tl.constexpr):
             element += pointer.to(tl.int64) // (pointer.dtype.element_ty.primitive_bitwidth // 8)
         head = ((BLOCK.width - element % BLOCK.width) % BLOCK.width).to(tl.int32)
         vectors = tl.maximum(count - head, 0) // BLOCK.width
-        return Span(head, vectors, count - vectors * BLOCK.width)
+        return Span(head, vectors, count - vectors * BLOCK.width, vectors * BLOCK.width)
     else:
-        return Span(0, count // BLOCK.width, 0)
+        return Span(0, count // BLOCK.width, 0, 0)
 
 
 @triton.jit
@@ -120,7 +124,7 @@ def edge_columns(span, BLOCK: tl.constexpr):
     """The row's edges, [1, threads, 1]: columns before the first vector (negative) and after the last."""
     thread = tl.arange(0, BLOCK.threads)[None, :, None]
     column = thread - span.head
-    return tl.where(column < 0, column, column + span.vectors * BLOCK.width), thread < span.edges
+    return tl.where(column < 0, column, column + span.tail), thread < span.edges
 
 
 @triton.jit

@@ -21,13 +21,17 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.gpu.blocks import clear_tail, row_beside
-from fastkd.kernels.gpu.frame import hard_term, label_of, place_of, scales_of, skip_row
+from fastkd.kernels.gpu.divergences import Divergence
+from fastkd.kernels.gpu.frame import Launch, hard_term, label_of, place_of, scales_of, skip_row
+from fastkd.kernels.gpu.launch import Block, launch_options
+from fastkd.kernels.gpu.mode import Mode
 from fastkd.kernels.gpu.state import load_state, merged, store_statistics, store_terms
 from fastkd.kernels.gpu.sweeps import (
-    Factors,
     Logits,
     OneHot,
     about_top,
+    closed_terms,
+    factors_of,
     gradient_of,
     normalisers_of,
     slope_center,
@@ -78,12 +82,7 @@ def dense_kernel(launch, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.const
     slope_sum = 0.0
     center = 0.0
     if MODE.soft == "closed":
-        unit = 1.0
-        if MODE.same_temperature:
-            unit = numbers.student_inverse
-        forward = statistics.forward * normalisers.teacher_share * unit + normalisers.log_sum_gap
-        reverse = statistics.reverse * normalisers.student_share * unit - normalisers.log_sum_gap
-        soft, slope_sum = TERM(forward, reverse, numbers.a, numbers.b)
+        soft, slope_sum = closed_terms(statistics, normalisers, numbers, TERM, MODE)
     if MODE.soft == "normalised" and MODE.stage != "statistics":
         if MODE.about_top:
             numbers = about_top(statistics.maxima, normalisers, numbers, MODE)
@@ -112,17 +111,21 @@ def dense_kernel(launch, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.const
     tl.store(launch.hard_values + index, hard)
 
     if launch.grad is not None:
-        # A NaN always shows: not every slope carries the one that made the value NaN.
-        soft_factor = tl.where(soft != soft, soft, numbers.soft_weight * scales.soft)
-        factors = Factors(center, slope_sum, soft_factor, hard_factor)
+        factors = factors_of(soft, slope_sum, center, hard_factor, scales, numbers)
         if MODE.hard and MODE.stage == "gradient":
             tl.debug_barrier()  # every thread has read the label's logit, which in place another overwrites
         write_gradient(place.grad.vectors, logits, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
         clear_tail(place.grad.columns, place.width, launch.grad_columns, BLOCK)
-        if MODE.hard and BLOCK.ctas == 1:
+        if MODE.hard and not BLOCK.shared:
             # The label's −1, which in the sweep would cost every column a comparison.
             gradient = gradient_of(
                 label_student, label_teacher, scales.soft_on, normalisers, factors, numbers, SLOPE, MODE
             )
             tl.debug_barrier()  # another thread wrote this column in the sweep
             tl.store(place.grad.columns + label.column, gradient - one_hot.share, label.here)
+
+
+def run_sweeps(launch: Launch, divergence: Divergence, mode: Mode, block: Block) -> None:
+    """Launch one program, or one cluster, per row."""
+    rows = launch.soft_values.numel()
+    dense_kernel[(rows,)](launch, divergence.term, divergence.slope, mode, block, **launch_options(block))

@@ -47,11 +47,14 @@ class Block:
     width: int
     edges: bool  # False: every row is known to consist of whole vectors
     aligned: bool  # a vector may start at element 0
-    ctas: int = 1  # thread blocks that have the threads and share a row: a cluster, where there are several
+    ctas: int = 1  # thread blocks that have the threads: a cluster, where there are several
+    shared: bool = False  # several thread blocks write a row
+    slices: int = 1  # that a row is cut into, a power of two, and how often each is visited: see `tickets`
+    phases: int = 1
 
 
-#: Clusters that share a multiprocessor: while one exchanges sums, the other loads.
-CLUSTERS = 2
+#: Thread blocks on a multiprocessor where they share rows: while one exchanges sums or waits for them, another works.
+SHARING = 2
 
 # A row of more than so many columns gets so many threads. Wide rows want few rows in flight, so that the next sweep
 # over a row still finds much of it in the L2 cache: 512 threads are one row per multiprocessor, or two if registers
@@ -124,9 +127,9 @@ def launch_options(block: Block) -> dict[str, Any]:
     options = {"num_warps": threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
     if target.backend == "cuda":
         # Left alone, ptxas prefers spilling to fewer rows in flight.
-        options["maxnreg"] = min(255, 65536 // threads)
+        options["maxnreg"] = min(255, 65536 // (threads * (SHARING if block.shared else 1)))
     if block.ctas > 1:
-        options |= {"num_ctas": block.ctas, "maxnreg": 65536 // (threads * CLUSTERS)}
+        options["num_ctas"] = block.ctas
     return options
 
 

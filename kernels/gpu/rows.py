@@ -5,21 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.kernels.gpu.dense import dense_kernel
+from fastkd.kernels.gpu.dense import run_sweeps
 from fastkd.kernels.gpu.divergences import DIVERGENCES
 from fastkd.kernels.gpu.frame import Launch
 from fastkd.kernels.gpu.launch import (
     Rows,
     block_for,
     device_of,
-    launch_options,
     numbers_for,
     rows_of,
 )
 from fastkd.kernels.gpu.mode import mode_for
-from fastkd.kernels.gpu.sparse import Kept, sparse_kernel
+from fastkd.kernels.gpu.sparse import Kept, run_sparse
 from fastkd.kernels.gpu.state import VocabularyTile
-from fastkd.kernels.gpu.walks import walk_for
+from fastkd.kernels.gpu.walks import Walk, walk_for
 from fastkd.rows import RowSpec, SparseRows, Tile
 
 
@@ -42,15 +41,14 @@ def kd_rows(
     if count == 0:
         return soft, hard
     divergence = DIVERGENCES[spec.divergence]
-    sparse = isinstance(teacher, SparseRows)
     width = spec.vocab_size if tile is None else student.shape[-1]
     swept = [tensor for tensor in (student, teacher, grad) if isinstance(tensor, Tensor)]
-    if sparse:
-        block = block_for(swept, width)
+    if isinstance(teacher, SparseRows):
+        walk = Walk(run_sparse, block_for(swept, width))
     elif tile is not None:
-        block = block_for(swept, width, divergence.vectors)
+        walk = Walk(run_sweeps, block_for(swept, width, divergence.vectors))
     else:
-        block = walk_for(swept, width, divergence.vectors)
+        walk = walk_for(swept, width, divergence, grad is not None)
     launch = Launch(
         rows_of(student),
         Kept(*teacher, teacher.ids.shape[-1]) if isinstance(teacher, SparseRows) else _rows_or_none(teacher),
@@ -65,10 +63,9 @@ def kd_rows(
         None if tile is None else VocabularyTile(tile.state, tile.first, width),
         student.shape[-1] if grad is None else grad.shape[-1],
     )
-    mode = mode_for(spec, divergence, student, teacher, labels, grad, block, tile)
-    kernel = sparse_kernel if sparse else dense_kernel
+    mode = mode_for(spec, divergence, student, teacher, labels, grad, walk.block, tile)
     with device_of(student):
-        kernel[(count,)](launch, divergence.term, divergence.slope, mode, block, **launch_options(block))
+        walk.run(launch, divergence, mode, walk.block)
     return soft, hard
 
 

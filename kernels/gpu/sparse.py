@@ -19,9 +19,11 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.gpu.blocks import clear_tail
-from fastkd.kernels.gpu.divergences import exp, weighted
-from fastkd.kernels.gpu.frame import hard_term, label_of, place_of, scales_of, skip_row
+from fastkd.kernels.gpu.divergences import Divergence, exp, weighted
+from fastkd.kernels.gpu.frame import Launch, hard_term, label_of, place_of, scales_of, skip_row
 from fastkd.kernels.gpu.lanes import finite
+from fastkd.kernels.gpu.launch import Block, launch_options
+from fastkd.kernels.gpu.mode import Mode
 from fastkd.kernels.gpu.rest import Excluded, RestFactors, merged_rest, rest_gradient, rest_of, write_rest_gradient
 from fastkd.kernels.gpu.state import load_rest, store_rest
 from fastkd.kernels.gpu.sweeps import gap_of, hard_exp, with_ratio
@@ -180,3 +182,9 @@ def sparse_kernel(launch, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.cons
             label_gradient = rest_gradient(label_logit - rest_top, factors, numbers, MODE)
             label_gradient -= numbers.hard_weight * scales.hard
             tl.store(place.grad.columns + label.column, label_gradient, label.here & unkept)
+
+
+def run_sparse(launch: Launch, divergence: Divergence, mode: Mode, block: Block) -> None:
+    """Launch one program per row."""
+    rows = launch.soft_values.numel()
+    sparse_kernel[(rows,)](launch, divergence.term, divergence.slope, mode, block, **launch_options(block))

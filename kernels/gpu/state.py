@@ -173,6 +173,28 @@ def merged(before, here, numbers, MODE: tl.constexpr):
     )
 
 
+@triton.jit
+def merged_parts(parts, numbers, MODE: tl.constexpr):
+    """`Statistics` of a row from those of its parts, [parts] each."""
+    student_max = tl.max(parts.maxima.student, 0)
+    there = tl.where(parts.maxima.student == student_max, parts.maxima.teacher_there, float("-inf"))
+    maxima = Maxima(student_max, tl.max(parts.maxima.teacher, 0), tl.max(there, 0))
+    new = moved(parts, maxima, numbers, MODE)
+    sum_gap = 0.0
+    if MODE.soft == "closed" or MODE.soft == "normalised":
+        sum_gap = tl.sum(_moved_sum_gap(parts, new, numbers, MODE), 0)
+    return Statistics(
+        maxima,
+        tl.sum(new.student_sum, 0),
+        tl.sum(new.teacher_sum, 0),
+        sum_gap,
+        tl.sum(new.hard_sum, 0),
+        tl.sum(new.forward, 0),
+        tl.sum(new.reverse, 0),
+        tl.sum(new.square, 0),
+    )
+
+
 # --- beside a sparse teacher ------------------------------------------------------------------------------------
 # The student's fields alone, of the columns that are not kept.
 

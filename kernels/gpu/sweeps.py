@@ -251,6 +251,17 @@ def normalisers_of(statistics):
     )
 
 
+@triton.jit
+def closed_terms(statistics, normalisers, numbers, CLOSE: tl.constexpr, MODE: tl.constexpr):
+    """The value and Σ slope of a divergence whose `sweeps` are "closed"."""
+    unit = 1.0
+    if MODE.same_temperature:
+        unit = numbers.student_inverse
+    forward = statistics.forward * normalisers.teacher_share * unit + normalisers.log_sum_gap
+    reverse = statistics.reverse * normalisers.student_share * unit - normalisers.log_sum_gap
+    return CLOSE(forward, reverse, numbers.a, numbers.b)
+
+
 # --- terms ------------------------------------------------------------------------------------------------------
 
 
@@ -381,6 +392,13 @@ def sum_terms(
 
 
 @triton.jit
+def factors_of(soft, slope_sum, center, hard_factor, scales, numbers):
+    """`Factors` of a row whose divergence is `soft`."""
+    # A NaN always shows: not every slope carries the one that made the value NaN.
+    return Factors(center, slope_sum, tl.where(soft != soft, soft, numbers.soft_weight * scales.soft), hard_factor)
+
+
+@triton.jit
 def gradient_of(s, t, soft_on, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
     """Gradient with respect to student logits, but for the label's −1."""
     gradient = 0.0
@@ -414,10 +432,9 @@ def _write_step(
     s, t = _load(logits, at, "evict_first", MODE, BLOCK)
     columns, present = at
     gradient = gradient_of(s, t, logits.soft_on, normalisers, factors, numbers, SLOPE, MODE)
-    if BLOCK.ctas > 1:
-        gradient = as_columns(gradient, columns, BLOCK)
-        if MODE.hard:
-            gradient -= tl.where(columns == one_hot.column - logits.span.head, one_hot.share, 0.0)
+    gradient = as_columns(gradient, columns, BLOCK)
+    if BLOCK.shared and MODE.hard:
+        gradient -= tl.where(columns == one_hot.column - logits.span.head, one_hot.share, 0.0)
     tl.store(grad + columns, gradient, present, eviction_policy="evict_first")
 
 
@@ -427,8 +444,7 @@ def write_gradient(
 ):
     """The last sweep, last column to first.
 
-    A cluster subtracts the `one_hot` here. A store after it would race with those of the other thread blocks, for which
-    there is no barrier.
+    Thread blocks that share a row subtract the `one_hot` here: a store after the sweep would race with the others'.
     """
     steps = steps_of(logits.span, BLOCK)
     for step in range(steps):

@@ -4,10 +4,11 @@
 |---|---|---|---|
 | sweeps | one thread block | the L2 cache, as far as the rows in flight fit into it | nothing |
 | cluster | 2 to 16 thread blocks, each with a slice of the row | its slice, in the L1 cache | clusters, Triton 3.8 |
+| tickets | thread blocks that claim slices of rows in order | its slice, in the L2 cache | a gradient |
 
 A thread block that sweeps a whole row keeps its multiprocessor busy with it for long: 132 of them have 68 MB of rows in
-flight at 128256 columns of bf16, and an H100's L2 cache has 50 MB. A cluster's slices are small. So few bytes are in
-flight that every byte comes from DRAM once, and a few rows occupy the whole GPU.
+flight at 128256 columns of bf16, and an H100's L2 cache has 50 MB. Slices are small. So few bytes are in flight that
+every byte comes from DRAM once, and a few rows occupy the whole GPU.
 
 None of them has been timed on a GPU. So all calls take the first, unless the environment variable FASTKD_WALK names
 another, which is taken wherever it can be.
@@ -20,29 +21,61 @@ import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
 
+from fastkd.kernels.gpu.dense import run_sweeps
+from fastkd.kernels.gpu.divergences import Divergence
+from fastkd.kernels.gpu.frame import Launch
 from fastkd.kernels.gpu.launch import Block, block_for
+from fastkd.kernels.gpu.mode import Mode
+from fastkd.kernels.gpu.tickets import run_tickets
 
-__all__ = ["CLUSTER_TRITON", "WALKS", "walk_for"]
+__all__ = ["CLUSTER_TRITON", "WALKS", "Walk", "walk_for"]
 
-#: Of both rows, in bytes. With the slice of a second cluster it fits into the L1 cache of 256 KiB.
+#: Of both rows, in bytes. With the slice of a second cluster it fits into the L1 cache of 256 KiB, and the slices that
+#: programs with tickets are between two phases of, some 300, into an L2 cache of 50 MB.
 _SLICE = 64 << 10
 #: The first Triton whose reductions go across a cluster.
 CLUSTER_TRITON = (3, 8)
-#: Thread blocks of a cluster; more than 16 there cannot be.
-_CTAS, _THREADS = (2, 4, 8, 16), 256
+#: Thread blocks of a cluster, or slices; more than 16 a cluster cannot have. Threads of each.
+_SHARES, _THREADS = (2, 4, 8, 16), 256
 
 
-def _cluster(tensors: Sequence[Tensor], count: int, vectors: int) -> Block | None:
+class Walk(NamedTuple):
+    """A kernel and its block."""
+
+    run: Callable[[Launch, Divergence, Mode, Block], None]
+    block: Block
+
+
+def _sweeps(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk:
+    return Walk(run_sweeps, block_for(tensors, count, divergence.vectors))
+
+
+def _cluster(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk | None:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda" or not 90 <= target.arch < 120 or _triton() < CLUSTER_TRITON:
         return None
+    ctas = _shares(tensors, count)
+    block = block_for(tensors, count, divergence.vectors)
+    return Walk(run_sweeps, replace(block, threads=ctas * _THREADS, ctas=ctas, shared=True))
+
+
+def _tickets(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk | None:
+    if not gradient:
+        return None
+    block = replace(block_for(tensors, count, divergence.vectors), threads=_THREADS, shared=True)
+    phases = 3 if divergence.sweeps == "normalised" else 2
+    return Walk(run_tickets, replace(block, slices=_shares(tensors, count), phases=phases))
+
+
+def _shares(tensors: Sequence[Tensor], count: int) -> int:
+    """How many slices a row is cut into."""
     row = count * sum(tensor.element_size() for tensor in tensors[:2])
-    ctas = next((ctas for ctas in _CTAS if row <= ctas * _SLICE), _CTAS[-1])
-    return replace(block_for(tensors, count, vectors), threads=ctas * _THREADS, ctas=ctas)
+    return next((shares for shares in _SHARES if row <= shares * _SLICE), _SHARES[-1])
 
 
 @functools.cache
@@ -50,17 +83,22 @@ def _triton() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
-_WALKS: dict[str, Callable[[Sequence[Tensor], int, int], Block | None]] = {"sweeps": block_for, "cluster": _cluster}
+_WALKS: dict[str, Callable[[Sequence[Tensor], int, Divergence, bool], Walk | None]] = {
+    "sweeps": _sweeps,
+    "cluster": _cluster,
+    "tickets": _tickets,
+}
 #: Values of FASTKD_WALK.
 WALKS = tuple(_WALKS)
 
 
-def walk_for(tensors: Sequence[Tensor], count: int, vectors: int) -> Block:
-    """The block for rows of `count` columns of student, teacher and gradient.
+def walk_for(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk:
+    """How to walk rows of `count` columns of student, teacher and, if it is wanted, `gradient`.
 
     Raises ValueError where FASTKD_WALK is none of `WALKS`.
     """
     name = os.environ.get("FASTKD_WALK", "sweeps")
     if name not in _WALKS:
         raise ValueError(f"FASTKD_WALK={name!r}: choose one of {', '.join(WALKS)}, or unset it")
-    return _WALKS[name](tensors, count, vectors) or block_for(tensors, count, vectors)
+    walk = _WALKS[name](tensors, count, divergence, gradient)
+    return _sweeps(tensors, count, divergence, gradient) if walk is None else walk
