@@ -34,7 +34,8 @@ VOCABULARIES = (4 * 256 * 8 * 2 + 8 * 5, 5003)
 def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("FASTKD_WALK", request.param)
     # Slices so small that short rows get a cluster, whatever Triton is installed: the interpreter needs none.
-    monkeypatch.setattr(walks, "_SLICE", 8 << 10)
+    for slice in "_CLUSTER_SLICE", "_TICKET_SLICE":
+        monkeypatch.setattr(walks, slice, 8 << 10)
     monkeypatch.setattr(walks, "CLUSTER_TRITON", (0, 0))
     return request.param
 
@@ -119,7 +120,7 @@ def test_clusters_are_for_gpus_and_versions_that_have_them(
     block = _block(50257, torch.bfloat16, target)
     assert (block.ctas > 1) == taken
     if taken:
-        assert 2 * 2 * 50257 <= block.ctas * walks._SLICE < 2 * 2 * 2 * 50257
+        assert 2 * 2 * 50257 <= block.ctas * walks._CLUSTER_SLICE < 2 * 2 * 2 * 50257
 
 
 def test_the_default_is_the_walk_of_every_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -158,7 +159,7 @@ def _loss(divergence: str, rows: int = 5) -> list[torch.Tensor]:
 @pytest.fixture
 def in_tickets(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setenv("FASTKD_WALK", "tickets")
-    monkeypatch.setattr(walks, "_SLICE", 8 << 10)
+    monkeypatch.setattr(walks, "_TICKET_SLICE", 8 << 10)
     return monkeypatch
 
 
@@ -260,6 +261,16 @@ def test_forward_kl_at_the_speed_of_a_copy(vocab: int, milliseconds: float) -> N
     assert found.bound == "DRAM"
     assert found.dram_bytes <= 6.5
     assert found.dram_bytes * 8192 * vocab / COPY * 1e-6 <= milliseconds
+
+
+@pytest.mark.parametrize("vocab", static.VOCABULARIES)
+@pytest.mark.parametrize("target", static.DEVICES)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_kl"])
+def test_tickets_read_rows_from_dram_once(divergence: str, target: str, vocab: int) -> None:
+    case = static.kd(divergence, walk="tickets")
+    reading = static.read(case, target, vocab)
+    assert not case.broken(reading)
+    assert reading.estimate.dram_bytes <= ONCE * 6
 
 
 def test_sweeps_read_again_what_the_cache_has_lost() -> None:

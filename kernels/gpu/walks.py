@@ -35,13 +35,13 @@ from fastkd.kernels.gpu.tickets import run_tickets
 
 __all__ = ["CLUSTER_TRITON", "WALKS", "Walk", "walk_for"]
 
-#: Of both rows, in bytes. With the slice of a second cluster it fits into the L1 cache of 256 KiB, and the slices that
-#: programs with tickets are between two phases of, some 300, into an L2 cache of 50 MB.
-_SLICE = 64 << 10
+#: Bytes of both rows in a slice. Of a cluster two fit into the L1 cache of 256 KiB. With tickets, those that lie
+#: between two phases, some 300 or 600, fit into what an L2 cache of 50 MB can hold of different data.
+_CLUSTER_SLICE, _TICKET_SLICE = 64 << 10, 32 << 10
 #: The first Triton whose reductions go across a cluster.
 CLUSTER_TRITON = (3, 8)
-#: Thread blocks of a cluster, or slices; more than 16 a cluster cannot have. Threads of each.
-_SHARES, _THREADS = (2, 4, 8, 16), 256
+#: Slices of a row, and the threads of each; a cluster cannot have more than 16 thread blocks.
+_SLICES, _THREADS = (2, 4, 8, 16, 32), 256
 
 
 class Walk(NamedTuple):
@@ -59,7 +59,7 @@ def _cluster(tensors: Sequence[Tensor], count: int, divergence: Divergence, grad
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda" or not 90 <= target.arch < 120 or _triton() < CLUSTER_TRITON:
         return None
-    ctas = _shares(tensors, count)
+    ctas = min(_slices(tensors, count, _CLUSTER_SLICE), 16)
     block = block_for(tensors, count, divergence.vectors)
     return Walk(run_sweeps, replace(block, threads=ctas * _THREADS, ctas=ctas, shared=True))
 
@@ -69,13 +69,13 @@ def _tickets(tensors: Sequence[Tensor], count: int, divergence: Divergence, grad
         return None
     block = replace(block_for(tensors, count, divergence.vectors), threads=_THREADS, shared=True)
     phases = 3 if divergence.sweeps == "normalised" else 2
-    return Walk(run_tickets, replace(block, slices=_shares(tensors, count), phases=phases))
+    return Walk(run_tickets, replace(block, slices=_slices(tensors, count, _TICKET_SLICE), phases=phases))
 
 
-def _shares(tensors: Sequence[Tensor], count: int) -> int:
-    """How many slices a row is cut into."""
+def _slices(tensors: Sequence[Tensor], count: int, size: int) -> int:
+    """How many slices a row is cut into, so that none has more than `size` bytes of student and teacher."""
     row = count * sum(tensor.element_size() for tensor in tensors[:2])
-    return next((shares for shares in _SHARES if row <= shares * _SLICE), _SHARES[-1])
+    return next((slices for slices in _SLICES if row <= slices * size), _SLICES[-1])
 
 
 @functools.cache

@@ -198,15 +198,16 @@ def sweeps(kernel: Any) -> list[Sweep]:
     code, labels = _machine_code(kernel)
     spans = _spans(code, labels)
     least = min(step.load_bytes for step in steps)
-    found = []
-    for span in spans or [range(len(code))]:
+    found: dict[int, tuple[list[str], list[list[str]]]] = {}
+    for span in sorted(spans or [range(len(code))], key=len):
         within = [other for other in spans if other != span and other[0] in span and other[-1] in span]
         own = [code[index] for index in span if not any(index in other for other in within)]
         nested = [code[other.start : other.stop] for other in within]
-        if sum(_widths(own, _LOAD)) >= least:
-            found.append((own, nested))
+        # A loop around sweeps, over tickets, loads a little too.
+        if sum(_widths(own, _LOAD)) >= least and not any(start in span for start in found):
+            found[span.start] = own, nested
     assert len(found) == len(steps), f"{len(found)} loops of machine code load columns, {len(steps)} in the source"
-    return [_sweep(own, nested, step) for (own, nested), step in zip(found, steps, strict=True)]
+    return [_sweep(own, nested, step) for (_, (own, nested)), step in zip(sorted(found.items()), steps, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 from unittest import mock
 
 import torch
@@ -22,6 +22,7 @@ from torch import Tensor
 from fastkd import SparseTargets
 from fastkd.divergences import TABLE
 from fastkd.kernels import gpu
+from fastkd.kernels.gpu.launch import SHARING, Block
 from fastkd.kernels.gpu.walks import CLUSTER_TRITON
 from fastkd.rows import RowSpec, Tile
 from fastkd.sparse import sparse_rows
@@ -44,6 +45,7 @@ __all__ = [
     "CLUSTER_CASES",
     "CLUSTER_TARGETS",
     "OTHER_VOCABULARIES",
+    "TICKET_CASES",
     "VOCABULARIES",
     "Case",
     "Reading",
@@ -212,6 +214,10 @@ _WHOLE = (
     kd("forward_kl", torch.float32, torch.float32),
     kd("jsd", torch.float32, torch.float32),
 )
+TICKET_CASES = (
+    *(kd(divergence, walk="tickets") for divergence in TABLE),
+    kd("forward_kl", torch.float32, torch.float32, walk="tickets"),
+)
 CLUSTER_CASES = (
     *(kd(divergence, walk="cluster") for divergence in TABLE),
     kd("forward_kl", torch.float32, torch.float32, walk="cluster"),
@@ -246,15 +252,23 @@ def read(case: Case, target: str, vocab: int) -> Reading:
         case.launch(vocab)
     (kernel,) = kernels
     found = tuple(sweeps(kernel))
-    rows_at_once = resident(kernel) / thread_blocks(kernel)
     # Every thread of a row's program meets every token that a sparse teacher knows.
     inner_iterations = case.entries * threads(kernel) / vocab
     return Reading(
         resources(kernel),
         found,
         barriers(kernel),
-        estimate(found, DEVICES[target], vocab, rows_at_once, inner_iterations),
+        estimate(found, DEVICES[target], vocab, _rows_at_once(kernel), inner_iterations),
     )
+
+
+def _rows_at_once(kernel: Any) -> float:
+    """Rows of a multiprocessor that are between their first and their last sweep."""
+    block = next((value for value in kernel.src.constants.values() if isinstance(value, Block)), None)
+    if block is None or block.slices == 1:
+        return resident(kernel) / thread_blocks(kernel)
+    # Between two phases of a slice lie as many as there are programs; one more of each is being read.
+    return float(SHARING * block.phases / block.slices)
 
 
 # --- the table --------------------------------------------------------------------------------------------------
@@ -278,7 +292,7 @@ that were not there, or is an estimate from it and the GPUs' published rates. Ma
   the tokens that a sparse teacher knows: each costs every thread a look at a step's columns.
 - *estimate, ms*: the longest of the three for {_TOKENS} tokens × V: a roofline, which real kernels do not reach.
 - *tile*: one stage over all tiles of the rows, at most {_TILE} columns each.
-- *cluster*: with FASTKD_WALK=cluster, for which Triton 3.8 is needed.
+- *cluster*, *tickets*: with FASTKD_WALK set to this. Clusters need Triton 3.8.
 """
 _COLUMNS = {
     "kernel": "left",
@@ -325,7 +339,11 @@ def _report() -> Iterator[str]:
         (case, target, vocab): read(case, target, vocab)
         for target in DEVICES
         for vocab in (*VOCABULARIES, *OTHER_VOCABULARIES)
-        for case in (*(CASES if vocab in VOCABULARIES else _WHOLE), *(clusters if target in CLUSTER_TARGETS else ()))
+        for case in (
+            *(CASES if vocab in VOCABULARIES else _WHOLE),
+            *TICKET_CASES,
+            *(clusters if target in CLUSTER_TARGETS else ()),
+        )
     }
     missed = [
         f"- {DEVICES[target].name}, V = {vocab}: {case}: {', '.join(broken)}"
