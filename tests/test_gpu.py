@@ -9,6 +9,7 @@ import fastkd
 from fastkd import reference
 from fastkd.divergences import Divergence
 from fastkd.kernels import gpu
+from fastkd.kernels.gpu.walks import WALKS
 from tests import cases, compare
 from tests.sparse_targets import kept
 
@@ -39,6 +40,39 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, vocab
     compare.assert_value(ours[1], truth[1], eager[1])
     undecided = cases.undecided(student, teacher, spec)
     compare.assert_gradient(ours[2], eager[2].to(dtype), truth[2], undecided=undecided)
+
+
+@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_kl", "mse"])
+@pytest.mark.parametrize("walk", WALKS)
+def test_every_walk_again_and_again(
+    walk: str, divergence: str, dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The numbers of the default walk, and the same bits at every repetition and in a graph; with rows that are skipped."""
+    student, teacher = (x.cuda() for x in cases.logits("far", 300, vocab, dtype))
+    labels = cases.labels(300, vocab, ignored=(0, 7, 299)).cuda()
+    kd = fastkd.KDLoss(2.0, divergence=divergence)
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        leaf = student.clone().requires_grad_()
+        loss = kd(leaf, teacher, labels)
+        return loss.detach(), *torch.autograd.grad(loss, leaf)
+
+    wanted = run()
+    monkeypatch.setenv("FASTKD_WALK", walk)
+    first = run()
+    torch.testing.assert_close(first[0], wanted[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(first[1], wanted[1], rtol=2e-2 if dtype != torch.float32 else 1e-4, atol=1e-9)
+    for _ in range(50):
+        assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    for _ in range(3):
+        graph.replay()
+        assert all(torch.equal(a, b) for a, b in zip(captured, first, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(run(), first, strict=True))
 
 
 @pytest.mark.parametrize("settings", [{}, {"inplace": True}, {"reduction": "none"}], ids=str)
