@@ -1,0 +1,83 @@
+"""Teachers that keep K tokens of each row: every kind with every divergence it serves, beside logits and projections."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastkd
+from bench.gpu.visit import Visit
+from fastkd.divergences import TABLE
+from fastkd.served import SERVES
+from tests import cases, compare
+from tests.sparse_targets import kept
+
+_KINDS = ("ghost", "renormalize", "sampled")
+_ROWS, _HIDDEN = 8, 64
+
+
+@dataclass(frozen=True)
+class _Case:
+    kind: str
+    divergence: str
+    dtype: torch.dtype
+    family: str = "far"
+    projected: bool = False
+
+    def __str__(self) -> str:
+        source = "hidden" if self.projected else self.family
+        return f"sparse: {self.kind} {self.divergence} {str(self.dtype)[6:]} {source}"
+
+
+def _cases() -> list[_Case]:
+    served = [(kind, name) for kind in _KINDS for name in SERVES[kind].divergences if name in TABLE]
+    pairs = [(*pair, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16) for pair in served]
+    return [
+        *(_Case(*pair) for pair in pairs),
+        *(_Case(*pair, projected=True) for pair in pairs),
+        *(_Case(*pair, family=family) for pair in pairs for family in ("near_equal", "flat")),
+    ]
+
+
+def _outcome(
+    case: _Case, student: list[Tensor], targets: fastkd.SparseTargets, labels: Tensor, budget: int | None = None
+) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in student]
+    source = leaves[0] if len(leaves) == 1 else fastkd.Projection(*leaves)
+    loss = fastkd.kd_loss(
+        source, targets, labels, divergence=case.divergence, memory_budget=budget, reduction="sum"
+    )
+    return [loss.detach(), *torch.autograd.grad(loss, leaves)]
+
+
+def _judge(visit: Visit, case: _Case) -> None:
+    vocab, entries = (1003, 16) if visit.small else (50257, 64)
+    kind = visit.device.kind
+    logits, teacher = cases.logits(case.family, _ROWS, vocab, case.dtype)
+    targets = kept(teacher, entries, case.kind, shuffled=True).to(kind)
+    labels = cases.labels(_ROWS, vocab, ignored=(2,)).to(kind)
+    student = [logits.to(kind)]
+    if case.projected:
+        student = [
+            visit.device.normal(_ROWS, _HIDDEN, dtype=case.dtype),
+            visit.device.normal(vocab, _HIDDEN, dtype=case.dtype, scale=3 / _HIDDEN**0.5),
+        ]
+    ours = _outcome(case, student, targets, labels)
+    with fastkd.use_backend("reference"):
+        truth, eager = (
+            _outcome(case, [x.to(dtype) for x in student], targets, labels) for dtype in (torch.float64, torch.float32)
+        )
+    compare.assert_value(ours[0], truth[0], eager[0])
+    for a, b, c in zip(ours[1:], eager[1:], truth[1:], strict=True):
+        if a.dtype == torch.float32 or not case.projected:
+            compare.assert_gradient(a, b.to(a.dtype), c)
+        else:
+            assert (off := compare.relative_error(a, c)) < compare.LOW_PRECISION, f"relative error {off:.1e}"
+
+
+def run(visit: Visit) -> None:
+    for case in visit.mine(_cases()):
+        with visit.check(str(case)):
+            _judge(visit, case)
