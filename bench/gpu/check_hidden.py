@@ -108,7 +108,9 @@ def _outcome(
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 
-def _exact(case: _Case, dtype: torch.dtype, student: list[Tensor], teacher: list[Tensor], labels: Tensor) -> list[Tensor]:
+def _exact(
+    case: _Case, dtype: torch.dtype, student: list[Tensor], teacher: list[Tensor], labels: Tensor
+) -> list[Tensor]:
     """The same by the reference, which forms all logits, in this dtype."""
     with fastkd.use_backend("reference"):
         return _outcome(case, [x.to(dtype) for x in student], [x.to(dtype) for x in teacher], labels)

@@ -1,4 +1,4 @@
-"""Teachers that keep K tokens of each row: every kind with every divergence it serves, beside logits and projections."""
+"""Teachers that keep K tokens of each row: every kind × divergence it serves × dtype, beside logits and projections."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def _outcome(
 ) -> list[Tensor]:
     leaves = [x.detach().requires_grad_() for x in student]
     source = leaves[0] if len(leaves) == 1 else fastkd.Projection(*leaves)
-    loss = fastkd.kd_loss(
-        source, targets, labels, divergence=case.divergence, memory_budget=budget, reduction="sum"
-    )
+    loss = fastkd.kd_loss(source, targets, labels, divergence=case.divergence, memory_budget=budget, reduction="sum")
     return [loss.detach(), *torch.autograd.grad(loss, leaves)]
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import os
 import pathlib
 import sys
 import time
 import warnings
 
+from bench.gpu import walks
 from bench.gpu.device import here
 from bench.gpu.findings import Findings
 from bench.gpu.visit import Visit
@@ -30,8 +30,7 @@ def main() -> int:
     parser.add_argument("--parts", type=int, default=1)
     options = parser.parse_args()
     warnings.filterwarnings("ignore")
-    walk = os.environ["FASTKD_WALK"]
-    findings = Findings(options.findings, step=options.step, walk=walk)
+    findings = Findings(options.findings, step=options.step, walk=walks.here())
     try:
         visit = Visit(here(), findings, begin + options.seconds - _RESERVED, options.part, options.parts)
         importlib.import_module(options.module).run(visit)

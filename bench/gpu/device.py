@@ -68,6 +68,10 @@ class Device:
         """Within: other work shares the device, so that programs are scheduled otherwise than before."""
         return contextlib.nullcontext()
 
+    def kernels(self) -> contextlib.AbstractContextManager[object]:
+        """Within: Triton's kernels can be launched on the device's tensors."""
+        return contextlib.nullcontext()
+
     def rows_that_fit(self, rows: int, bytes_per_row: int) -> int:
         """So many rows, or half as many until their bytes fit."""
         return rows
@@ -90,6 +94,12 @@ class Cpu(Device):
         seconds = time.perf_counter() - begin
         del kept
         return seconds
+
+    def kernels(self) -> contextlib.AbstractContextManager[object]:
+        """They are only compiled, for a GPU that is not there."""
+        from tools.machine_code import offline  # which needs Triton
+
+        return offline.compiled(offline.TARGETS["sm_90"])
 
 
 class Cuda(Device):

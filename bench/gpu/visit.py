@@ -36,7 +36,7 @@ class Visit:
         return self.until - time.monotonic()
 
     def mine(self, work: Sequence[T], at_least: float = 0.0) -> Iterator[T]:
-        """This process's part of the work, as long as there are `at_least` so many seconds; then what is left is said."""
+        """What this process does of the work while `at_least` so many seconds are left; then what remains is said."""
         mine = work[self.part :: self.parts]
         for number, one in enumerate(mine):
             if self.seconds_left < at_least:
