@@ -110,7 +110,7 @@ class Cuda(Device):
 
     def __init__(self) -> None:
         super().__init__()
-        self._other = torch.zeros(_FLUSHED // 4, dtype=torch.int32, device="cuda")
+        self._other = torch.zeros(_FLUSHED // 4, dtype=torch.int32, device=self.kind)
 
     def synchronize(self) -> None:
         torch.cuda.synchronize()
@@ -164,7 +164,7 @@ class Cuda(Device):
 
     @contextlib.contextmanager
     def disturbed(self) -> Iterator[None]:
-        stream, square = torch.cuda.Stream(), torch.zeros(2048, 2048, dtype=torch.bfloat16, device="cuda")
+        stream, square = torch.cuda.Stream(), torch.zeros(2048, 2048, dtype=torch.bfloat16, device=self.kind)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
             for _ in range(200):

@@ -25,7 +25,8 @@ def document(findings: Sequence[Finding]) -> dict[str, Any]:
     for race in sorted(races, key=lambda race: race["walk"] != walks.DEFAULT):  # whose contenders come first
         seen = merged.setdefault((race["question"], race["case"]), race | {name: {} for name in _MEASURED})
         for name in _MEASURED:
-            seen[name] = race.get(name, {}) | seen[name]
+            for contender, measured in race.get(name, {}).items():
+                seen[name].setdefault(contender, measured)
     cases = [_case(race) for race in merged.values()]
     facts = next(each for each in findings if each["kind"] == "facts")
     return {

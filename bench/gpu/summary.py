@@ -28,9 +28,11 @@ def failures(findings: Sequence[Finding]) -> list[str]:
         for each in _of(findings, "failed")
         if each["contender"].startswith(FRESH)
     ]
+    errors = {(each["step"], each["walk"], each["what"]): each["error"] for each in _of(findings, "error")}
     for each in _of(findings, "ended"):
         if not each["ok"]:
-            last = (each["log"].strip().splitlines() or ["it printed nothing"])[-1]
+            printed = each["log"].strip().splitlines() or ["it printed nothing"]
+            last = errors.get((each["step"], each["walk"], f"step {each['step']}"), printed[-1])
             failed.append(f"step {each['step']} [{each['walk']}, part {each['part']}]: {each['how']}: {last}")
     if not _of(findings, "first"):
         failed.append("not one loss ran")
