@@ -367,6 +367,24 @@ def test_a_walk_is_judged_beside_the_default_one(tmp_path: pathlib.Path, monkeyp
     assert not any("tickets" in bar.ours for bar in result.bars)
 
 
+def test_a_race_with_what_compiles_replaces_the_one_without(tmp_path: pathlib.Path) -> None:
+    turns = raced.turns(raced.HIDDEN)
+    assert [turn.compiling for turn in turns] == sorted(turn.compiling for turn in turns)
+    (case,) = {turn.case for turn in turns if turn.compiling and turn.case.question.name == "projections"}
+    races = raced_in(case, fastkd=1.0, eager=2.0), raced_in(case, fastkd=1.5, eager=2.5, compile=3.0)
+    (result,) = results.keep(found_of(*races), tmp_path)
+    assert result.values == {"fastkd": 1500.0, "eager": 2500.0, "compile": 3000.0}
+
+
+def test_without_a_gpu_nothing_but_a_dry_run_is_made(tmp_path: pathlib.Path) -> None:
+    command = [sys.executable, "-m", "bench.gpu", "--out", str(tmp_path)]
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(command, cwd=_ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "torch sees no GPU; --dry makes" in done.stderr
+    assert not any(tmp_path.iterdir())
+
+
 def test_without_walks_there_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "fastkd.kernels.gpu.walks", None)
     assert walks.available() == ("sweeps",)

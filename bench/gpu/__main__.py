@@ -14,6 +14,7 @@ from bench.gpu import findings, results, summary
 from bench.gpu.checkout import ROOT
 from bench.gpu.conductor import Conductor
 from bench.gpu.steps import FACTS, SECONDS, STAGES, selected
+from bench.harness import machine
 
 #: No GPU is seen, nothing is compiled, and threads do not wait for each other on busy cores.
 _DRY = {"CUDA_VISIBLE_DEVICES": "", "CXX": "none", "OMP_NUM_THREADS": "1"}
@@ -39,6 +40,8 @@ def main() -> int:
         stages = selected([name for name in options.steps.split(",") if name])
     except ValueError as error:
         parser.error(str(error))
+    if not options.dry and machine.DEVICE.type != "cuda":
+        parser.error("torch sees no GPU; --dry makes the same steps on small CPU tensors")
     found = options.out / "findings"
     for stale in found.glob("*.jsonl"):
         stale.unlink()
@@ -49,7 +52,7 @@ def main() -> int:
     if any(each["kind"] == "first" for each in first):
         offered = next(tuple(each["walks"]) for each in first if each["kind"] == "facts")
         if options.dry:  # times mean nothing, and need no stage of their own
-            stages = [tuple(replace(step, alone=False) for stage in stages for step in stage)]
+            stages = [tuple(replace(step, alone=False, processes=1) for stage in stages for step in stage)]
         for stage in stages:
             conductor.stage(stage, offered)
     return _conclude(options.out, options.dry)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 import fastkd
+from bench.gpu.check_hidden import Sizes, budgets
 from bench.gpu.visit import Visit
 from fastkd.divergences import TABLE
 from fastkd.served import SERVES
@@ -15,7 +16,8 @@ from tests import cases, compare
 from tests.sparse_targets import kept
 
 _KINDS = ("ghost", "renormalize", "sampled")
-_ROWS, _HIDDEN = 8, 64
+_ROWS = 8
+_SIZES, _DRY = Sizes(512, 50257, 256, 256), Sizes(160, 523, 16, 16)
 
 
 @dataclass(frozen=True)
@@ -24,10 +26,10 @@ class _Case:
     divergence: str
     dtype: torch.dtype
     family: str = "far"
-    projected: bool = False
+    strategy: str | None = None  # of a loss from hidden states: see `check_hidden.budgets`; None from logits
 
     def __str__(self) -> str:
-        source = "hidden" if self.projected else self.family
+        source = self.family if self.strategy is None else f"hidden {self.strategy}"
         return f"sparse: {self.kind} {self.divergence} {str(self.dtype)[6:]} {source}"
 
 
@@ -36,7 +38,7 @@ def _cases() -> list[_Case]:
     pairs = [(*pair, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16) for pair in served]
     return [
         *(_Case(*pair) for pair in pairs),
-        *(_Case(*pair, projected=True) for pair in pairs),
+        *(_Case(*pair, strategy=strategy) for pair in pairs for strategy in ("default", "tiles")),
         *(_Case(*pair, family=family) for pair in pairs for family in ("near_equal", "flat")),
     ]
 
@@ -51,25 +53,27 @@ def _outcome(
 
 
 def _judge(visit: Visit, case: _Case) -> None:
-    vocab, entries = (1003, 16) if visit.small else (50257, 64)
-    kind = visit.device.kind
-    logits, teacher = cases.logits(case.family, _ROWS, vocab, case.dtype)
-    targets = kept(teacher, entries, case.kind, shuffled=True).to(kind)
-    labels = cases.labels(_ROWS, vocab, ignored=(2,)).to(kind)
-    student = [logits.to(kind)]
-    if case.projected:
+    sizes, entries = (_DRY, 16) if visit.small else (_SIZES, 64)
+    kind, rows = visit.device.kind, _ROWS if case.strategy is None else sizes.rows
+    logits, teacher = (x.to(kind) for x in cases.logits(case.family, rows, sizes.vocab, case.dtype))
+    targets = kept(teacher, entries, case.kind, shuffled=True)
+    labels = cases.labels(rows, sizes.vocab, ignored=(2,)).to(kind)
+    student, budget = [logits], None
+    if case.strategy is not None:
+        width = sizes.student
         student = [
-            visit.device.normal(_ROWS, _HIDDEN, dtype=case.dtype),
-            visit.device.normal(vocab, _HIDDEN, dtype=case.dtype, scale=3 / _HIDDEN**0.5),
+            visit.device.normal(rows, width, dtype=case.dtype),
+            visit.device.normal(sizes.vocab, width, dtype=case.dtype, scale=3 / width**0.5),
         ]
-    ours = _outcome(case, student, targets, labels)
+        budget = budgets(sizes, case.dtype, kind, TABLE[case.divergence]())[case.strategy]
+    ours = _outcome(case, student, targets, labels, budget)
     with fastkd.use_backend("reference"):
         truth, eager = (
             _outcome(case, [x.to(dtype) for x in student], targets, labels) for dtype in (torch.float64, torch.float32)
         )
     compare.assert_value(ours[0], truth[0], eager[0])
     for a, b, c in zip(ours[1:], eager[1:], truth[1:], strict=True):
-        if a.dtype == torch.float32 or not case.projected:
+        if a.dtype == torch.float32 or case.strategy is None:
             compare.assert_gradient(a, b.to(a.dtype), c)
         else:
             assert (off := compare.relative_error(a, c)) < compare.LOW_PRECISION, f"relative error {off:.1e}"

@@ -82,7 +82,6 @@ class Device:
 
     def release(self) -> None:
         """Give back memory that nobody holds."""
-        gc.collect()
 
 
 class Cpu(Device):
@@ -164,10 +163,10 @@ class Cuda(Device):
 
     @contextlib.contextmanager
     def disturbed(self) -> Iterator[None]:
-        stream, square = torch.cuda.Stream(), torch.zeros(2048, 2048, dtype=torch.bfloat16, device=self.kind)
+        stream, square = torch.cuda.Stream(), torch.zeros(4096, 4096, dtype=torch.bfloat16, device=self.kind)
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            for _ in range(200):
+            for _ in range(300):
                 torch.mm(square, square)
         yield
         stream.synchronize()
@@ -182,7 +181,7 @@ class Cuda(Device):
         return "CUDA error" in str(error) or "HIP error" in str(error)
 
     def release(self) -> None:
-        super().release()
+        gc.collect()
         torch.cuda.empty_cache()
 
 

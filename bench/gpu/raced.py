@@ -6,7 +6,8 @@ is add's time ÷ its own. A bar of a contender that did not run is not judged.
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -17,11 +18,11 @@ from bench.gpu import walks
 from bench.harness.check import BOTH, HARD, SOFT, Objective
 from bench.harness.contender import FRESH, IN_PLACE
 from bench.harness.question import Bar, Case, Question, faster, within
-from bench.rivals import peers
+from bench.rivals import peers, recipes
 from bench.rivals.hidden import PRODUCTS
 from fastkd.divergences import TABLE
 
-__all__ = ["ADD", "FORWARD_KL", "HIDDEN", "HIDDEN_MEMORY", "LOGITS_MEMORY", "OBJECTIVES", "logits"]
+__all__ = ["ADD", "FORWARD_KL", "HIDDEN", "HIDDEN_MEMORY", "LOGITS_MEMORY", "OBJECTIVES", "Turn", "logits", "turns"]
 
 ADD, FORWARD_KL = "add out=", "fastkd forward_kl"
 _COPY_SPEED = 0.87  # the share of it that a loss on logits is to reach
@@ -128,3 +129,31 @@ HIDDEN_MEMORY = Case(
     ),
     hidden=(4096, 4096),
 )
+
+
+# --- turns ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Turn:
+    """A race of a case, without those that compile themselves or with them.
+
+    Compiling may take all the time there is. So it comes when all cases have been raced without.
+    """
+
+    case: Case
+    compiling: bool
+
+    def __str__(self) -> str:
+        return f"{self.case.question.name}, {self.case}" + (", with what compiles" if self.compiling else "")
+
+
+def turns(cases: Sequence[Case]) -> list[Turn]:
+    compile = [case for case in cases if any(_compiles(bar.other) for bar in case.bars)]
+    return [*(Turn(case, False) for case in cases), *(Turn(case, True) for case in compile)]
+
+
+def _compiles(contender: str | None) -> bool:
+    if contender in peers.PEERS:
+        return peers.PEERS[contender].compiles
+    return contender in recipes.COMPILED

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 
 from bench.gpu import walks
+from bench.gpu.raced import Turn
 from bench.gpu.visit import Visit
 from bench.harness.contender import FRESH, Contender
 from bench.harness.question import Case
@@ -29,13 +30,14 @@ def walked(contender: Contender) -> Contender:
     return replace(contender, name=f"{contender.name} {walk}")
 
 
-def race(visit: Visit, contenders: Iterable[Contender], case: Case, refresh: Callable[[], object]) -> None:
-    """Check every contender, then time them in turn, on inputs that `refresh` draws anew, until the case's share of
-    the time is over.
-    """
+def race(visit: Visit, contenders: Iterable[Contender], turn: Turn, refresh: Callable[[], object]) -> None:
+    """Check every contender, then time them in turn, on inputs that `refresh` draws anew, while there is time."""
+    case = turn.case
     errors: dict[str, float | None] = {}
     ready = []
     for contender in map(walked, contenders):
+        if contender.compiles and not turn.compiling:
+            continue
         try:
             contender.prepare()
             errors[contender.name] = contender.verify(contender.run())
@@ -49,8 +51,8 @@ def race(visit: Visit, contenders: Iterable[Contender], case: Case, refresh: Cal
         visit.device.release()
     until = time.monotonic() + visit.seconds_left / 2
     times: dict[str, list[float]] = {contender.name: [] for contender in ready}
-    for turn in range(_FEWEST if visit.small else _MOST):
-        if turn >= _FEWEST and time.monotonic() > until:
+    for number in range(_FEWEST if visit.small else _MOST):
+        if number >= _FEWEST and time.monotonic() > until:
             break
         refresh()
         for contender in ready:

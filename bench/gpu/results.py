@@ -22,7 +22,8 @@ def document(findings: Sequence[Finding]) -> dict[str, Any]:
     """As pytest-benchmark writes one. Races of one case with several walks are one case."""
     merged: dict[tuple[str, str], dict[str, Any]] = {}
     races = (each for each in findings if each["kind"] == "race")
-    for race in sorted(races, key=lambda race: race["walk"] != walks.DEFAULT):  # whose contenders come first
+    last = {(race["question"], race["case"], race["walk"]): race for race in races}  # of the same, with more contenders
+    for race in sorted(last.values(), key=lambda race: race["walk"] != walks.DEFAULT):  # whose contenders come first
         seen = merged.setdefault((race["question"], race["case"]), race | {name: {} for name in _MEASURED})
         for name in _MEASURED:
             for contender, measured in race.get(name, {}).items():

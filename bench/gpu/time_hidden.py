@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 import fastkd
@@ -40,14 +42,15 @@ def _memory(visit: Visit, case: Case) -> None:
 def run(visit: Visit) -> None:
     first, *others = raced.HIDDEN
     with torch.device(visit.device.kind):
-        for case in visit.mine([first, raced.HIDDEN_MEMORY, *others], at_least=0 if visit.small else _LEAST):
+        work = raced.turns([first, raced.HIDDEN_MEMORY, *others])
+        for turn in visit.mine(work, at_least=0 if visit.small else _LEAST):
             forget_compiled()
-            case = fitted(visit, case)
+            turn = replace(turn, case=(case := fitted(visit, turn.case)))
             if case.question == raced.HIDDEN_MEMORY.question:
                 _memory(visit, case)
             else:
                 batch = Hidden.random(case.rows, case.vocab, case.hidden, case.dtype)
                 contenders = projection_contenders(case, raced.OBJECTIVES[case.question], batch)
-                races.race(visit, contenders, case, lambda batch=batch: _refresh(batch))
+                races.race(visit, contenders, turn, lambda batch=batch: _refresh(batch))
                 del batch, contenders
             visit.device.release()

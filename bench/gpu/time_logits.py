@@ -62,13 +62,13 @@ def _refresh(batch: Batch) -> None:
 
 def run(visit: Visit) -> None:
     with torch.device(visit.device.kind):
-        for case in visit.mine(raced.logits(), at_least=0 if visit.small else _LEAST):
-            case = fitted(visit, case)
+        for turn in visit.mine(raced.turns(raced.logits()), at_least=0 if visit.small else _LEAST):
+            turn = replace(turn, case=(case := fitted(visit, turn.case)))
             batch = Batch.random(case.rows, case.vocab, case.dtype)
             if case.question == raced.LOGITS_MEMORY.question:
                 _memory(visit, case, batch)
             else:
-                races.race(visit, list(_contenders(case, batch)), case, lambda batch=batch: _refresh(batch))
+                races.race(visit, list(_contenders(case, batch)), turn, lambda batch=batch: _refresh(batch))
             del batch
             visit.device.release()
 
