@@ -36,7 +36,8 @@ class Findings:
 
 def brief(error: BaseException) -> str:
     """An error and its causes in a line."""
-    told, seen = [], error
+    told: list[str] = []
+    seen = error
     while len(told) < _CAUSES:
         told.append(f"{type(seen).__name__}: {' '.join(str(seen).split())[-_LENGTH:]}")
         if (cause := seen.__cause__ or seen.__context__) is None:

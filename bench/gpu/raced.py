@@ -88,7 +88,11 @@ def logits() -> tuple[Case, ...]:
     limited = [case for case in _DIVERGENCES if case.divergence in _OVER_FORWARD_KL]
     others = [case for case in _DIVERGENCES if case not in limited]
     decisive, rest = (*_CASES[:_DECISIVE], *limited), (*_CASES[_DECISIVE:], *others)
-    return decisive if walks.here() != walks.DEFAULT else (*decisive, LOGITS_MEMORY, *rest)
+    if walks.here() == walks.DEFAULT:
+        return *decisive, LOGITS_MEMORY, *rest
+    return tuple(
+        replace(case, bars=tuple(bar for bar in case.bars if bar.other not in peers.RIVALS)) for case in decisive
+    )
 
 
 OBJECTIVES: dict[Question, Objective] = {PROJECTIONS: BOTH, PROJECTIONS_SOFT: SOFT, PROJECTIONS_HARD: HARD}

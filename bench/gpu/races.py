@@ -55,11 +55,16 @@ def race(visit: Visit, contenders: Iterable[Contender], turn: Turn, refresh: Cal
         if number >= _FEWEST and time.monotonic() > until:
             break
         refresh()
-        for contender in ready:
+        for contender in list(ready):
             contender.prepare()
-            times[contender.name].append(visit.device.seconds(contender.run))
+            try:
+                times[contender.name].append(visit.device.seconds(contender.run))
+            except Exception as error:  # out of memory, say, beside the others
+                _failed(visit, case, contender.name, error)
+                ready.remove(contender)
+                del times[contender.name]
             contender.prepare()
-    _say(visit, case, times=times, errors=errors)
+    _say(visit, case, times=times, errors={name: errors[name] for name in times})
 
 
 def values(visit: Visit, case: Case, contenders: Mapping[str, Callable[[], float]]) -> None:

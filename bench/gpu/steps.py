@@ -24,7 +24,7 @@ FACTS = Step("facts", "bench.gpu.facts", 40)
 STAGES: tuple[tuple[Step, ...], ...] = (
     (
         Step("calls", "bench.gpu.check_calls", 90, 2, walks=90),
-        Step("logits", "bench.gpu.check_logits", 90, 4, walks=90),
+        Step("logits", "bench.gpu.check_logits", 90, 6, walks=90),
         Step("hidden", "bench.gpu.check_hidden", 90, 4, walks=90),
         Step("repeats", "bench.gpu.check_repeats", 90, 2, walks=90),
         Step("sparse", "bench.gpu.check_sparse", 90, 2),

@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 import fastkd
+from bench.bench_memory import predicted
 from bench.gpu import raced, races
 from bench.gpu.time_logits import fitted, forget_compiled
 from bench.gpu.visit import Visit
@@ -34,7 +35,7 @@ def _memory(visit: Visit, case: Case) -> None:
         {
             **{name: lambda name=name: visit.device.peak_mib(projection_contender(name, batch)) for name in names},
             "gradients": lambda: case.gradient_bytes / _MIB,
-            raced.predicted(FRESH): lambda: plan.peak_bytes / _MIB,
+            predicted(FRESH): lambda: plan.peak_bytes / _MIB,
         },
     )
 

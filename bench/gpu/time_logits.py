@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import torch
 
+from bench.bench_memory import ONE_GRADIENT
 from bench.gpu import raced, races
 from bench.gpu.visit import Visit
 from bench.harness import check
@@ -19,7 +20,7 @@ from bench.rivals.logits import add_floors, kd_contender
 from fastkd.divergences import ForwardKL, resolve
 
 _PER_LOGIT = 48  # bytes that eager takes at its peak with all that is there beside it, roughly
-_LEAST = 8.0  # seconds that a case takes
+_LEAST = 5.0  # seconds that a case takes
 _SMALL = 512, 128, 256  # by what a dry run divides rows, columns and hidden sizes
 
 
@@ -76,4 +77,4 @@ def run(visit: Visit) -> None:
 def _memory(visit: Visit, case: Case, batch: Batch) -> None:
     names = dict.fromkeys(bar.ours for bar in case.bars)
     peaks = {name: lambda name=name: visit.device.peak_mib(kd_contender(name, batch, ForwardKL())) for name in names}
-    races.values(visit, case, {**peaks, raced.ONE_GRADIENT: lambda: case.matrix_bytes / 2**20})
+    races.values(visit, case, {**peaks, ONE_GRADIENT: lambda: case.matrix_bytes / 2**20})
