@@ -21,7 +21,8 @@ from bench.gpu import (
     walks,
 )
 from bench.gpu.findings import Finding
-from bench.report import compared, readme
+from bench.harness import store
+from bench.report import compared, page, readme
 
 pytest.importorskip("triton")
 
@@ -118,7 +119,9 @@ def test_every_headline_of_a_gpu_is_raced() -> None:
 def test_the_readme_has_a_gpus_rows_once_it_was_visited(tmp_path: pathlib.Path) -> None:
     """Numbers of nobody, in a folder that is thrown away."""
     races = (raced_in(case, fastkd=0.002, eager=0.03, trl=0.005) for case in headlined())
-    results.keep(found_of(*races), tmp_path / "bench" / "results" / "imagined")
+    folder = tmp_path / "bench" / "results" / "imagined"
+    results.keep(found_of(*races), folder)
+    assert page.text(store.load(folder)).startswith("# Benchmarks on Imagined GPU\n")
     text = readme.updated(
         re.sub(r"<!-- bench/results.*?end -->", "", (_ROOT / "README.md").read_text(), flags=re.S), tmp_path
     )

@@ -16,7 +16,7 @@ from fastkd.divergences import TABLE, ForwardKL
 from tests import cases, compare
 
 Step = Callable[[], tuple[Tensor, ...]]
-_SIZES, _DRY = Sizes(512, 50257, 256, 384), Sizes(160, 523, 16, 24)
+_SIZES, _DRY = Sizes(512, 50257, 256, 384), Sizes(128, 523, 16, 24)
 _SETTINGS: tuple[dict[str, Any], ...] = (
     *({"divergence": name} for name in TABLE),
     {"inplace": True},

@@ -5,6 +5,7 @@ The truth is float64, from logits of the same operands; the yardstick is eager f
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -27,7 +28,7 @@ class Sizes:
     teacher: int
 
 
-_VISIT, _DRY = Sizes(512, 50257, 256, 384), Sizes(160, 523, 16, 24)
+_VISIT, _DRY = Sizes(512, 50257, 256, 384), Sizes(128, 523, 16, 24)
 
 
 @dataclass(frozen=True)
@@ -43,6 +44,7 @@ class _Case:
         return f"hidden: {self.divergence} {str(self.dtype)[6:]} {self.strategy} {self.sides}{head}"
 
 
+@functools.cache
 def budgets(sizes: Sizes, dtype: torch.dtype, device: str, divergence: Divergence) -> dict[str, int | None]:
     """A memory budget for every way the loss can go: the default, several chunks, tiles; as the plan says."""
     found: dict[str, int | None] = {"default": None}

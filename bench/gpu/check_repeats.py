@@ -21,7 +21,7 @@ from tests.sparse_targets import kept
 
 _TIMES, _TIMES_DRY = 100, 3
 _ROWS = 300  # more than multiprocessors, and no multiple of their number
-_SIZES, _SIZES_DRY = Sizes(512, 50257, 256, 256), Sizes(160, 523, 16, 16)
+_SIZES, _SIZES_DRY = Sizes(512, 50257, 256, 256), Sizes(128, 523, 16, 16)
 
 Step = Callable[[], tuple[Tensor, ...]]
 

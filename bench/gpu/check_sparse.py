@@ -17,7 +17,7 @@ from tests.sparse_targets import kept
 
 _KINDS = ("ghost", "renormalize", "sampled")
 _ROWS = 8
-_SIZES, _DRY = Sizes(512, 50257, 256, 256), Sizes(160, 523, 16, 16)
+_SIZES, _DRY = Sizes(512, 50257, 256, 256), Sizes(128, 523, 16, 16)
 
 
 @dataclass(frozen=True)
