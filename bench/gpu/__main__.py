@@ -16,8 +16,10 @@ from bench.gpu.conductor import Conductor
 from bench.gpu.steps import FACTS, SECONDS, STAGES, selected
 from bench.harness import machine
 
-#: No GPU is seen, nothing is compiled, and threads do not wait for each other on busy cores.
-_DRY = {"CUDA_VISIBLE_DEVICES": "", "CXX": "none", "OMP_NUM_THREADS": "1"}
+#: Many processes at once: threads of all would wait for each other. The little that is computed on the CPU needs one.
+_ALWAYS = {"OMP_NUM_THREADS": "1"}
+#: No GPU is seen, and nothing is compiled.
+_DRY = {"CUDA_VISIBLE_DEVICES": "", "CXX": "none"}
 
 
 def main() -> int:
@@ -45,7 +47,8 @@ def main() -> int:
     found = options.out / "findings"
     for stale in found.glob("*.jsonl"):
         stale.unlink()
-    environment = {"TRITON_CACHE_DIR": str(options.out.resolve() / "triton")} | (_DRY if options.dry else {})
+    cache = {"TRITON_CACHE_DIR": str(options.out.resolve() / "triton")}
+    environment = _ALWAYS | cache | (_DRY if options.dry else {})
     conductor = Conductor(options.out, begin + options.seconds, options.processes, environment)
     conductor.stage((FACTS,))
     first = findings.read(found)
