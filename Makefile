@@ -5,7 +5,7 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs sanitize triton-versions bench bench-quick bench-check bench-accept clean
+.PHONY: demo test lint docs sanitize triton-versions gpu bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
@@ -53,6 +53,11 @@ triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/
 $(VENV)/triton/%/installed: $(VENV)/torch
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
 	touch $@
+
+# On a machine with a GPU: is fastkd right there, and how fast? With whatever torch and Triton PYTHON has; nothing is
+# installed. GPU are options, of `python -m bench.gpu --help`.
+gpu:
+	$(PYTHON) -m bench.gpu $(GPU)
 
 bench: $(VENV)/bench $(VENV)/demo
 	$(BIN)/python -m pytest bench --benchmark-only

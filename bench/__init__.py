@@ -21,5 +21,6 @@ MISSED. Peers that are not installed are no contenders.
 
 `harness` times, weighs, judges and stores, and knows no question; `rivals` are what fastkd is compared with; each
 `bench_*.py` asks a question and owns its cases and bars; `questions` finds them; `report` says what came of it. Each
-imports only what stands before it in this list.
+imports only what stands before it in this list. `gpu` is one visit to a GPU, in minutes and without pytest:
+`python -m bench.gpu`.
 """

@@ -55,7 +55,7 @@ TRAINING_MEMORY = Question(
     gated=True,
 )
 _MIB = 2**20
-_ONE_GRADIENT = "one gradient"
+ONE_GRADIENT = "one gradient"
 _ALLOWANCES = {"32 MiB": 32, "256 MiB": 256, "1 GiB": 1024}  # MiB beside the gradients
 
 
@@ -64,22 +64,22 @@ def _beyond_gradients(budget: str) -> str:
     return f"gradients + {budget}"
 
 
-def _predicted(contender: str) -> str:
+def predicted(contender: str) -> str:
     """What `fastkd.plan` says it will need."""
     return contender.replace(FRESH, "predicted", 1)
 
 
 def _budgeted(contender: str, budget: str) -> tuple[Bar, ...]:
-    return within(contender, _beyond_gradients(budget), 1.0), near(contender, _predicted(contender))
+    return within(contender, _beyond_gradients(budget), 1.0), near(contender, predicted(contender))
 
 
 _BARS = (
-    within(FRESH, _ONE_GRADIENT, 1.02),
+    within(FRESH, ONE_GRADIENT, 1.02),
     within(IN_PLACE, None, 1.0),
     within(LOSS_ONLY, None, 1.0),
-    within("eager", _ONE_GRADIENT),
+    within("eager", ONE_GRADIENT),
 )
-_COMPILED = within("compile", _ONE_GRADIENT)
+_COMPILED = within("compile", ONE_GRADIENT)
 _FROM_HIDDEN = (*_budgeted(FRESH, "256 MiB"), *_budgeted(SMALL, "32 MiB"))
 _RIVALS_FROM_HIDDEN = tuple(within(name, "gradients") for name in ("eager", "compile", CHUNKED, *peers.raced(BOTH)))
 CASES = (
@@ -90,7 +90,7 @@ CASES = (
     Case(PROJECTION_MEMORY, 1024, 50257, torch.float32, (*_FROM_HIDDEN, *_RIVALS_FROM_HIDDEN), hidden=(256, 768)),
     Case(PROJECTION_MEMORY, 1024, 50257, torch.float32, _FROM_HIDDEN, hidden=(768, 1024), in_quick=True),
     Case(PROJECTION_MEMORY, 1024, 128256, torch.float32, _FROM_HIDDEN, hidden=(256, 768)),
-    Case(PROJECTION_MEMORY, 512, 50257, torch.bfloat16, (near(FRESH, _predicted(FRESH)),), hidden=(256, 768)),
+    Case(PROJECTION_MEMORY, 512, 50257, torch.bfloat16, (near(FRESH, predicted(FRESH)),), hidden=(256, 768)),
     Case(PROJECTION_MEMORY, 8192, 128256, torch.float32, _budgeted(LARGE, "1 GiB"), hidden=(256, 768)),
     Case(
         TRAINING_MEMORY,
@@ -118,7 +118,7 @@ def _runs(name: str) -> bool:
 def _yardsticks(case: Case, names: list[str]) -> dict[str, float]:
     """What peaks are compared with, in MiB."""
     if case.hidden is None:
-        return {_ONE_GRADIENT: case.matrix_bytes / _MIB}
+        return {ONE_GRADIENT: case.matrix_bytes / _MIB}
     gradients = case.gradient_bytes / _MIB
     found = {"gradients": gradients}
     for size, mib in _ALLOWANCES.items():
@@ -127,7 +127,7 @@ def _yardsticks(case: Case, names: list[str]) -> dict[str, float]:
     for name in names:
         if name in BUDGETS:
             plan = fastkd.plan(case.rows, case.vocab, *case.hidden, dtype=case.dtype, memory_budget=BUDGETS[name])
-            found[_predicted(name)] = plan.peak_bytes / _MIB
+            found[predicted(name)] = plan.peak_bytes / _MIB
     return found
 
 

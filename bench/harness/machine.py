@@ -30,7 +30,7 @@ RESULTS = ROOT / "bench" / "results"
 #: Where everything runs. CUDA_VISIBLE_DEVICES= hides a GPU.
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 #: Packages whose versions matter.
-PEERS = ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy")
+PEERS = ("triton", "transformers", "liger-kernel", "trl", "cut-cross-entropy", "quack-kernels")
 #: As torch comes, and with huge pages for its tensors.
 ALLOCATORS = ("default", "huge_pages")
 HUGE_PAGES = "THP_MEM_ALLOC_ENABLE"  # torch's own variable; read once, when it first allocates

@@ -10,7 +10,19 @@ from bench.harness.store import Stored
 from bench.questions import QUESTIONS
 from bench.rivals.peers import RIVALS
 
-__all__ = ["HEADLINES", "Row", "beaten", "faster", "machine_of", "ratios", "smaller_ratios", "summary", "table"]
+__all__ = [
+    "HEADLINES",
+    "ON_GPUS",
+    "Row",
+    "beaten",
+    "faster",
+    "is_gpu",
+    "machine_of",
+    "ratios",
+    "smaller_ratios",
+    "summary",
+    "table",
+]
 
 
 @dataclass(frozen=True)
@@ -41,6 +53,24 @@ HEADLINES = (
         "training_memory",
     ),
 )
+#: The same of a GPU, at its sizes: cases of `bench.gpu`.
+ON_GPUS = (
+    Headline("Forward KL + cross-entropy on logits, 8192 × 128256", "logits", "8192x128256 bfloat16", "memory"),
+    Headline("The same, 8192 × 50257", "logits", "8192x50257 bfloat16"),
+    Headline("JSD + cross-entropy on logits, 8192 × 128256", "divergences", "jsd 8192x128256 bfloat16"),
+    Headline(
+        "Forward KL + cross-entropy from hidden states, 8192 × 4096 → 128256",
+        "projections",
+        "8192x128256 bfloat16 hidden 4096/4096",
+        "projection_memory",
+    ),
+    Headline(
+        "Forward KL alone from hidden states, 8192 × 4096 → 128256",
+        "projections_soft",
+        "8192x128256 bfloat16 hidden 4096/4096",
+    ),
+    Headline("Cross-entropy alone from hidden states", "projections_hard", "8192x128256 bfloat16 hidden 4096"),
+)
 _RECIPES = ("eager", "compile")
 _COLUMNS = ("case", "fastkd", "eager", "`torch.compile`", "best other", "peak memory, fastkd / eager")
 #: Unit → in what a rival may beat fastkd, and how that is said of a factor.
@@ -67,6 +97,10 @@ def smaller_ratios(group: Iterable[Result]) -> dict[str, float]:
     return found
 
 
+def is_gpu(stored: Stored) -> bool:
+    return bool(stored.passes) and "gpu" in stored.passes[0].machine
+
+
 def machine_of(stored: Stored) -> str:
     facts = stored.passes[0].machine
     return str(facts.get("gpu") or f"{facts['cpu']}, {facts['cores']} cores, {facts['torch_capability']}")
@@ -87,7 +121,7 @@ class Row:
 def summary(stored: Stored) -> list[Row]:
     """Of every headline that is stored."""
     rows = []
-    for headline in HEADLINES:
+    for headline in (*HEADLINES, *ON_GPUS):
         timed = [result for result in stored.results if result.question == headline.question]
         if group := by_case(timed).get(headline.case):
             found = smaller_ratios(group)

@@ -139,7 +139,10 @@ def projection_contender(
     def verify(value: object) -> float:
         assert truth is not None
         low = x.hidden.dtype != torch.float32
-        limit = check.OTHER_OBJECTIVE if low and name in peers.PEERS else recipes.limit(name, low)
+        if low and name not in BUDGETS:  # recipes round the logits, what peers do is their own affair
+            limit = check.OTHER_OBJECTIVE if name in peers.PEERS else check.ARITHMETIC_BF16
+        else:
+            limit = recipes.limit(name, low)
         gradients = [(x.hidden.grad, truth.hidden), (x.weight.grad, truth.weight)]
         return check.verified(name, value, truth.loss, gradients, limit)
 
@@ -147,10 +150,10 @@ def projection_contender(
     return Contender(name, lambda: recipes.differentiated(loss, x), prepare, verify, compiles)
 
 
-def projection_contenders(case: Case, objective: Objective) -> list[Contender]:
-    """All of one race: fastkd first, then its rivals, then the floor."""
+def projection_contenders(case: Case, objective: Objective, batch: Hidden | None = None) -> list[Contender]:
+    """All of one race, on inputs of its own where none are given: fastkd first, then its rivals, then the floor."""
     assert case.hidden is not None
-    batch = Hidden.random(case.rows, case.vocab, case.hidden, case.dtype)
+    batch = batch or Hidden.random(case.rows, case.vocab, case.hidden, case.dtype)
     truth = batch.truth(objective)
     named = {bar.other for bar in case.bars}
     names = (FRESH, *(name for name in _OTHERS if name in named))
@@ -162,7 +165,8 @@ def products(batch: Hidden) -> Contender:
     """The bare matrix products, into memory touched before, whose rows are aligned: odd strides are slower."""
     student, teacher = batch.student.detach(), batch.teacher
     vocab = len(student.weight)
-    logits, above = (torch.zeros(len(batch.labels), -(-vocab // 16) * 16)[:, :vocab] for _ in range(2))
+    rows = torch.zeros(2, len(batch.labels), -(-vocab // 16) * 16, dtype=student.dtype, device=student.device)
+    logits, above = rows[:, :, :vocab]
     d_hidden, d_weight = torch.zeros_like(student.hidden), torch.zeros_like(student.weight)
 
     def run() -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.harness import check
+from bench.harness import check, machine
 from bench.harness.check import BOTH, Batch, Objective
 from fastkd.divergences import Divergence
 
@@ -221,8 +221,8 @@ def row_statistics(logits: Tensor, labels: Tensor, temperature: float) -> tuple[
 
 
 def can_compile() -> bool:
-    """Whether torch.compile finds the C++ compiler it needs on CPUs."""
-    return shutil.which(os.environ.get("CXX", "g++")) is not None
+    """Whether torch.compile finds the C++ compiler it needs on CPUs; on GPUs it needs none."""
+    return machine.DEVICE.type == "cuda" or shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 import fastkd
-import fastkd.cache
 from bench.harness import machine
 from bench.harness.contender import TEMPERATURE, Contender
 from bench.rivals import recipes
