@@ -97,11 +97,6 @@ def test_without_a_gpu_nothing_but_a_dry_run_is_made(tmp_path: pathlib.Path) -> 
     assert not any(tmp_path.iterdir())
 
 
-def test_without_walks_there_is_the_default_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "fastkd.kernels.gpu.walks", None)
-    assert walks.available() == ("sweeps",)
-
-
 # --- the README --------------------------------------------------------------------------------------------------
 
 

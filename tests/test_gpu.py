@@ -49,7 +49,7 @@ def test_contract(divergence: Divergence, family: str, dtype: torch.dtype, vocab
 def test_every_walk_again_and_again(
     walk: str, divergence: str, dtype: torch.dtype, vocab: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The numbers of the default walk, and the same bits at every repetition and in a graph; with rows that are skipped."""
+    """The numbers of the default walk; the same bits at every repetition and in a graph. Some rows are skipped."""
     student, teacher = (x.cuda() for x in cases.logits("far", 300, vocab, dtype))
     labels = cases.labels(300, vocab, ignored=(0, 7, 299)).cuda()
     kd = fastkd.KDLoss(2.0, divergence=divergence)

@@ -24,7 +24,7 @@ from bench.gpu.device import Device
 from bench.gpu.visit import Visit
 from bench.harness.contender import TEMPERATURE
 from fastkd.divergences import resolve
-from fastkd.kernels.gpu import rows as kernels
+from fastkd.kernels.gpu import dense, kd_rows, walks
 from fastkd.kernels.gpu.launch import Block
 from fastkd.rows import RowSpec
 
@@ -99,7 +99,7 @@ def shaped(setting: Setting | None) -> Iterator[None]:
     if setting is None:
         yield
         return
-    block_for, launch_options = kernels.block_for, kernels.launch_options
+    block_for, launch_options = walks.block_for, dense.launch_options
     changes: dict[str, Any] = {"threads": setting.threads, "vectors": setting.vectors}
     if setting.stages is not None:
         changes["stages"] = setting.stages
@@ -111,7 +111,7 @@ def shaped(setting: Setting | None) -> Iterator[None]:
         found = launch_options(block)
         return found | {"maxnreg": setting.registers} if "maxnreg" in found else found
 
-    with mock.patch.multiple(kernels, block_for=shape, launch_options=options):
+    with mock.patch.object(walks, "block_for", shape), mock.patch.object(dense, "launch_options", options):
         yield
 
 
@@ -147,7 +147,7 @@ def compile_all(visit: Visit) -> None:
         for case, setting in visit.mine(work):
             try:
                 with shaped(setting):
-                    kernels.kd_rows(*arguments(visit.device, case, 16))
+                    kd_rows(*arguments(visit.device, case, 16))
             except Exception as error:  # too many registers, say: it is tried again where it is timed
                 if visit.device.poisoned(error):
                     raise
@@ -161,8 +161,8 @@ def run(visit: Visit) -> None:
             for setting in visit.mine(_tried(visit), at_least=1):
                 try:
                     with shaped(setting):
-                        kernels.kd_rows(*given)
-                        times = [visit.device.seconds(lambda a=given: kernels.kd_rows(*a)) for _ in range(_ROUNDS)]
+                        kd_rows(*given)
+                        times = [visit.device.seconds(lambda a=given: kd_rows(*a)) for _ in range(_ROUNDS)]
                 except Exception as error:
                     visit.findings.error(f"launch table, {case}, {setting}", error)
                     if visit.device.poisoned(error):

@@ -15,11 +15,8 @@ VARIABLE, DEFAULT = "FASTKD_WALK", "sweeps"
 
 
 def available() -> tuple[str, ...]:
-    """The default one, then the others; the default alone where the kernels know no other."""
-    try:
-        offered = importlib.import_module("fastkd.kernels.gpu.walks")
-    except ModuleNotFoundError:
-        return (DEFAULT,)
+    """The default one, then the others."""
+    offered = importlib.import_module("fastkd.kernels.gpu.walks")
     return (DEFAULT, *(name for name in offered.WALKS if name != DEFAULT))
 
 
