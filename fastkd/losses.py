@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import arguments, gradients, served, sources
+from fastkd.autograd import InPlace
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
-from fastkd.ops import InPlace
 from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
