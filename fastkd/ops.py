@@ -7,6 +7,7 @@ Opaque operators in the namespace `fastkd`. They are defined and implemented thr
 - `kd_loss_`         the same, the gradient written over the student's logits
 - `kd_loss_per_row`  one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
+- `row_scales`: what each row's terms are multiplied by
 - `log_softmax` and its backward, `row_statistics`
 
 A loss takes logits or hidden states with an output head, for student and teacher (see `Call`).
@@ -30,6 +31,7 @@ from fastkd.divergences import TABLE
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients, rows_at_hand
+from fastkd.reference import weighted_rows
 from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
 
 __all__ = ["library"]
@@ -41,6 +43,10 @@ library.define(
 )
 library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
 library.define(f"kd_loss_per_row(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
+library.define(
+    "row_scales(Tensor student, Tensor? labels, Tensor? weights, Tensor? num_items, float? number, str reduction, "
+    "int ignore_index, bool shift, bool mask_soft) -> (Tensor scales, Tensor moved)"
+)
 library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
 library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
 library.define(
@@ -94,13 +100,9 @@ def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Ten
     return soft, hard, Gradients()
 
 
-def _weighted_rows(call: Call, soft: Tensor, hard: Tensor) -> Tensor:
-    rows = torch.zeros_like(soft)
-    if call.soft_scale is not None and call.soft_weight != 0:
-        rows = rows + call.soft_weight * call.soft_scale * soft
-    if call.hard_scale is not None and call.hard_weight != 0:
-        rows = rows + call.hard_weight * call.hard_scale * hard
-    return rows
+def _weighted(call: Call, soft: Tensor, hard: Tensor) -> tuple[Any, ...]:
+    """The arguments of `Backend.weighted_total`."""
+    return soft, hard, call.soft_scale, call.hard_scale, call.soft_weight, call.hard_weight
 
 
 def _in_range(call: Call) -> tuple[Call, Tensor]:
@@ -152,7 +154,7 @@ def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
         grad = _empty_like_rows(call.student) if call.on_logits else _zeros_like_rows(call.student)
     scaled, factor = _in_range(call)
     soft, hard, gradients = _compute(scaled, grad, wants)
-    loss = _weighted_rows(call, soft, hard).sum()
+    loss = select(soft).weighted_total(*_weighted(call, soft, hard))
     grads = [grad if grad is not None else gradients.student, gradients.weight, gradients.bias]
     student, weight, bias = (call.student.new_empty(0) if x is None else x for x in grads)
     return loss, soft, hard, student, weight, bias, factor
@@ -167,13 +169,13 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
         call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
         call.student[..., call.vocab_size :] = 0
-    return _weighted_rows(call, soft, hard).sum(), soft, hard, factor
+    return select(soft).weighted_total(*_weighted(call, soft, hard)), soft, hard, factor
 
 
 def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*arguments)
     soft, hard, _ = _compute(call, None, NOTHING)
-    return _weighted_rows(call, soft, hard), soft, hard
+    return weighted_rows(*_weighted(call, soft, hard)), soft, hard
 
 
 def _fake_rows(tensor: Tensor) -> Tensor:
@@ -212,6 +214,34 @@ def _fake_kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
 
 def _fake_kd_loss_per_row(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     return _fake_rows(student), _fake_rows(student), _fake_rows(student)
+
+
+# --- scales of rows ---------------------------------------------------------------------------------------------
+
+
+def _row_scales(
+    student: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    number: float | None,
+    reduction: str,
+    ignore_index: int,
+    shift: bool,
+    mask_soft: bool,
+) -> tuple[Tensor, Tensor]:
+    divisor: float | Tensor | None = number if num_items is None else num_items
+    if reduction != "mean":
+        divisor = max(student.shape[0], 1) if reduction == "batchmean" else 1.0
+    scales, moved = select(student).row_scales(student, labels, weights, divisor, ignore_index, shift, mask_soft)
+    return scales, student.new_empty(0, dtype=torch.int64) if moved is None else moved
+
+
+def _fake_row_scales(student: Tensor, labels: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    shift, mask_soft = arguments[-2:]
+    rows = _fake_rows(student)
+    scales = rows.new_empty((1 if mask_soft or labels is None else 2, *rows.shape))
+    return scales, rows.new_empty(rows.shape if shift and labels is not None else 0, dtype=torch.int64)
 
 
 # --- log-softmax and statistics ---------------------------------------------------------------------------------
@@ -255,6 +285,7 @@ for _name, _implementation, _fake in (
     ("kd_loss", _kd_loss, _fake_kd_loss),
     ("kd_loss_", _kd_loss_in_place, _fake_kd_loss_in_place),
     ("kd_loss_per_row", _kd_loss_per_row, _fake_kd_loss_per_row),
+    ("row_scales", _row_scales, _fake_row_scales),
     ("log_softmax", _log_softmax, _fake_log_softmax),
     ("log_softmax_backward", _log_softmax_backward, _fake_log_softmax_backward),
     ("row_statistics", _row_statistics, _fake_row_statistics),
@@ -262,3 +293,5 @@ for _name, _implementation, _fake in (
     # One implementation for every device: the backend is chosen inside.
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=library)
+
+library.impl("row_scales", torch.library.fallthrough_kernel, "Autograd")  # the student is asked for its shape only
