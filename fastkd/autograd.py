@@ -40,12 +40,10 @@ def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
         upstream = upstream / factor
     if traced or _keeps_graph():
         return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else grad * upstream
-    if upstream.device.type == "cpu" and upstream.item() == 1:
+    if hasattr(backend := select(grad), "scale_"):
+        backend.scale_(grad, upstream)  # leaves at once, on the device, where upstream is 1
         return grad
-    if upstream.device.type == "cpu" or not hasattr(backend := select(grad), "scale_"):
-        return grad.mul_(upstream)
-    backend.scale_(grad, upstream)  # leaves at once, on the device, where upstream is 1
-    return grad
+    return grad if upstream.device.type == "cpu" and upstream.item() == 1 else grad.mul_(upstream)
 
 
 def _on_its_backend(backward: Callable[..., Any]) -> Callable[..., Any]:

@@ -305,7 +305,12 @@ def warn_once(message: str) -> None:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
-    return cast(Backend, importlib.import_module(_ROWS[forced() or _automatic(tensor)].module))
+    return _imported(_ROWS[forced() or _automatic(tensor)])
+
+
+@functools.cache
+def _imported(row: _Row) -> Backend:
+    return cast(Backend, importlib.import_module(row.module))
 
 
 def _automatic(tensor: Tensor) -> str:

@@ -76,7 +76,7 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
         return
     if not arguments.is_checked(labels):
         return
-    wrong = ((labels < 0) | (labels >= vocab_size)) & (hard_scale != 0)
+    wrong = torch.where(labels.clamp(0, vocab_size - 1) == labels, 0.0, hard_scale)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
