@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,3 +52,15 @@ def test_stand_ins_compute_nothing_and_leave_nothing_behind(context: object) -> 
     taken = host_time.microseconds({"within": (context, step)}, rounds=1, calls=1)  # type: ignore[dict-item]
     assert taken["within"] > 0
     step()  # on the CPU backend again, which reads labels
+
+
+def test_the_current_device_is_changed_only_where_it_is_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from fastkd.kernels.gpu.launch import device_of
+
+    changed = []
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: changed.append(device.index) or nullcontext())
+    for index in (0, 1):
+        with device_of(SimpleNamespace(device=torch.device("cuda", index))):  # type: ignore[arg-type]
+            assert changed == [1][:index]
