@@ -43,7 +43,7 @@ $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 # All other tests run with the one that PyTorch 2.13 brings.
 OLDEST_TRITON := 3.5.1
 NEWEST_TRITON := 3.9.0
-INTERPRETED := tests/test_triton_interpreter.py tests/test_triton_statistics.py tests/test_triton_walks.py
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks row_scalars host_time))
 with_triton = PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/triton/$(NEWEST_TRITON)/installed

@@ -87,7 +87,7 @@ def tensor(name: str, value: Any, *, also: str = "") -> Tensor:
     if not isinstance(value, Tensor):
         hint = ": pass its .logits" if isinstance(getattr(value, "logits", None), Tensor) else ""
         raise TypeError(f"{name} must be a torch.Tensor{also}, got {type(value).__name__}{hint}")
-    if hasattr(value, "full_tensor"):
+    if type(value) is not Tensor and hasattr(value, "full_tensor"):
         raise TypeError(
             f"{name} is a {type(value).__name__}, which several processes hold: pass .to_local() where that has whole "
             "rows of the vocabulary, else .full_tensor()"

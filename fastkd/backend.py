@@ -65,6 +65,45 @@ class Backend(Protocol):
         """
         ...
 
+    def row_scales(
+        self,
+        student: Tensor,
+        labels: Tensor | None,
+        weights: Tensor | None,
+        divisor: float | Tensor | None,
+        ignore_index: int,
+        shift: bool,
+        mask_soft: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        """What each row's terms are multiplied by: mask · weights ÷ divisor, and the labels they are scored against.
+
+        Of the student only shape, dtype and device count. `labels` int64 and `weights` (any dtype of real numbers) have
+        its leading shape. With `shift` both move one place towards the front of the last leading dimension, whose last
+        place has scale 0. Positions whose label is `ignore_index` are masked.
+
+        `divisor`: a number, a tensor that holds one, on any device, or None for the sum of what is divided. Where it
+        is 0, so are the scales.
+
+        Returns the scales `[1, rows]` of both terms or, without `mask_soft` and with labels, `[2, rows]`: first of the
+        soft term, of which nothing is masked, then of the hard one. And with `shift` the labels, moved, `[rows]`.
+        """
+        ...
+
+    def weighted_total(
+        self,
+        soft: Tensor,
+        hard: Tensor,
+        soft_scale: Tensor | None,
+        hard_scale: Tensor | None,
+        soft_weight: float,
+        hard_weight: float,
+    ) -> Tensor:
+        """Σ soft_weight·soft_scale·soft + hard_weight·hard_scale·hard over all rows, 0-dim; the same at every call.
+
+        A term without a scale, or of weight 0, is absent.
+        """
+        ...
+
     def row_statistics(
         self, logits: Tensor, labels: Tensor | None, temperature: float
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -266,7 +305,12 @@ def warn_once(message: str) -> None:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
-    return cast(Backend, importlib.import_module(_ROWS[forced() or _automatic(tensor)].module))
+    return _imported(_ROWS[forced() or _automatic(tensor)])
+
+
+@functools.cache
+def _imported(row: _Row) -> Backend:
+    return cast(Backend, importlib.import_module(row.module))
 
 
 def _automatic(tensor: Tensor) -> str:

@@ -2,8 +2,8 @@
 
     loss = soft_weight · T² · D(teacher ‖ student at temperature T) + hard_weight · cross_entropy(student, labels)
 
-Mask, weights and divisor are multiplied into one scale per row and term before a kernel runs; see `_row_scales`. So the
-kernels need no code for reductions, masks and shifts.
+Mask, weights and divisor are multiplied into one scale per row and term before a kernel runs; see
+`Backend.row_scales`. So the kernels need no code for reductions, masks and shifts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import arguments, gradients, served, sources
+from fastkd.autograd import InPlace
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
-from fastkd.ops import InPlace
 from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
-from fastkd.rows import RowSpec, Wants, row_dtype, row_layout
+from fastkd.rows import RowSpec, Wants, row_layout
 from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -148,9 +148,7 @@ class KDLoss(nn.Module):
 
         want_soft = teacher is not None and (self.soft_weight > 0 or self.return_parts)
         want_hard = labels is not None and (self.hard_weight > 0 or self.return_parts)
-        if self.shift and labels is not None:
-            labels = _shift_left(labels, self.ignore_index)
-        soft_scale, hard_scale = self._row_scales(student, labels, weights, num_items)
+        soft_scale, hard_scale, labels = self._row_scales(student, labels, weights, num_items)
         t2 = float(self.temperature) ** 2 if self.scale_t2 and self.divergence.tempered else 1.0
         spec = RowSpec(
             self.divergence.name,
@@ -164,7 +162,7 @@ class KDLoss(nn.Module):
         call = call_for(
             student,
             teacher.detach() if want_soft and teacher is not None else None,
-            labels.reshape(-1) if want_hard and labels is not None else None,
+            labels if want_hard else None,
             soft_scale if want_soft else None,
             hard_scale if want_hard else None,
             spec,
@@ -210,36 +208,24 @@ class KDLoss(nn.Module):
 
     def _row_scales(
         self, student: Source, labels: Tensor | None, weights: Tensor | None, num_items: float | Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """What each row's soft and hard value is multiplied by: mask × weights ÷ divisor, `[rows]` each.
-
-        `labels` are already shifted; the last position, which predicts nothing then, gets scale 0.
-        """
-        dtype = row_dtype(student.dtype)
-        if weights is None:
-            every = torch.ones(student.shape[:-1], dtype=dtype, device=student.device)
-        else:
-            every = weights.detach().to(dtype)
-        if self.shift:
-            every = _shift_left(every, 0.0) if weights is not None else _without_last(every)
-        masked = every if labels is None else torch.where(labels == self.ignore_index, 0.0, every)
-        hard = self._divided(masked, num_items)
-        if self.mask_soft or masked is every:
-            return hard, hard
-        return self._divided(every, num_items), hard
-
-    def _divided(self, scale: Tensor, num_items: float | Tensor | None) -> Tensor:
-        if self.reduction == "batchmean":
-            return scale.reshape(-1) / max(scale.shape[0], 1)
-        scale = scale.reshape(-1)
-        if self.reduction != "mean":
-            return scale
-        if num_items is None:
-            num_items = scale.sum()
-        if isinstance(num_items, Tensor):
-            divisor = num_items.detach().to(scale.device, scale.dtype, non_blocking=True)
-            return torch.where(divisor == 0, 0.0, scale / divisor)
-        return scale / num_items if num_items != 0 else torch.zeros_like(scale)
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What each row's soft and hard value is multiplied by, and the label it is scored against, `[rows]` each."""
+        number = None if num_items is None or isinstance(num_items, Tensor) else float(num_items)
+        scales, moved = torch.ops.fastkd.row_scales(
+            sources.parts("student", student)["student"],
+            labels,
+            weights,
+            num_items if number is None else None,
+            number,
+            self.reduction,
+            int(self.ignore_index),
+            bool(self.shift),
+            bool(self.mask_soft),
+        )
+        soft_and_hard = scales.unbind()
+        if labels is not None:
+            labels = moved if self.shift else labels.reshape(-1)
+        return soft_and_hard[0], soft_and_hard[-1], labels
 
     def _check_settings(self) -> None:
         arguments.temperature("temperature", self.temperature)
@@ -408,12 +394,3 @@ def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | N
                 f"inplace=True would write the gradient over the {name}, which shares memory with the student's "
                 f"logits; pass {name}.clone()"
             )
-
-
-def _shift_left(tokens: Tensor, fill: float) -> Tensor:
-    """tokens `[..., S]` moved one place towards the front, the freed last place filled."""
-    return torch.nn.functional.pad(tokens[..., 1:], (0, min(tokens.shape[-1], 1)), value=fill)
-
-
-def _without_last(tokens: Tensor) -> Tensor:
-    return torch.nn.functional.pad(tokens[..., :-1], (0, min(tokens.shape[-1], 1)), value=0.0)

@@ -1,4 +1,4 @@
-"""The operators: every schema, fake and autograd formula, and the dispatch to a backend.
+"""The operators: every schema and fake, and the dispatch to a backend. Their gradients are in `autograd`.
 
 Opaque operators in the namespace `fastkd`. They are defined and implemented through `torch.library`, so that
 `torch.compile` sees one node each and never looks inside; the backend is chosen when the operator runs.
@@ -7,6 +7,7 @@ Opaque operators in the namespace `fastkd`. They are defined and implemented thr
 - `kd_loss_`         the same, the gradient written over the student's logits
 - `kd_loss_per_row`  one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
+- `row_scales`: what each row's terms are multiplied by
 - `log_softmax` and its backward, `row_statistics`
 
 A loss takes logits or hidden states with an output head, for student and teacher (see `Call`).
@@ -18,33 +19,37 @@ in the two scales, and a row whose scale is 0 is skipped.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd import arguments
-from fastkd.backend import forced, running_on, select
+from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import TABLE
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients, rows_at_hand
+from fastkd.reference import weighted_rows
 from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
 
-__all__ = ["InPlace"]
+__all__ = ["library"]
 
-_library = torch.library.Library("fastkd", "DEF")
-_library.define(
+library = torch.library.Library("fastkd", "DEF")
+library.define(
     f"kd_loss(Tensor student, {SCHEMA}, bool[] wants) "
     "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias, Tensor factor)"
 )
-_library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
-_library.define(f"kd_loss_per_row(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
-_library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
-_library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
-_library.define(
+library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
+library.define(f"kd_loss_per_row(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
+library.define(
+    "row_scales(Tensor student, Tensor? labels, Tensor? weights, Tensor? num_items, float? number, str reduction, "
+    "int ignore_index, bool shift, bool mask_soft) -> (Tensor scales, Tensor moved)"
+)
+library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
+library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
+library.define(
     "row_statistics(Tensor logits, Tensor? labels, float temperature) "
     "-> (Tensor log_sum_exp, Tensor entropy, Tensor argmax, Tensor label_logprob)"
 )
@@ -71,7 +76,7 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
         return
     if not arguments.is_checked(labels):
         return
-    wrong = ((labels < 0) | (labels >= vocab_size)) & (hard_scale != 0)
+    wrong = torch.where(labels.clamp(0, vocab_size - 1) == labels, 0.0, hard_scale)
     if wrong.any():
         row = int(wrong.nonzero()[0])
         raise ValueError(
@@ -95,13 +100,9 @@ def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Ten
     return soft, hard, Gradients()
 
 
-def _weighted_rows(call: Call, soft: Tensor, hard: Tensor) -> Tensor:
-    rows = torch.zeros_like(soft)
-    if call.soft_scale is not None and call.soft_weight != 0:
-        rows = rows + call.soft_weight * call.soft_scale * soft
-    if call.hard_scale is not None and call.hard_weight != 0:
-        rows = rows + call.hard_weight * call.hard_scale * hard
-    return rows
+def _weighted(call: Call, soft: Tensor, hard: Tensor) -> tuple[Any, ...]:
+    """The arguments of `Backend.weighted_total`."""
+    return soft, hard, call.soft_scale, call.hard_scale, call.soft_weight, call.hard_weight
 
 
 def _in_range(call: Call) -> tuple[Call, Tensor]:
@@ -153,7 +154,7 @@ def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
         grad = _empty_like_rows(call.student) if call.on_logits else _zeros_like_rows(call.student)
     scaled, factor = _in_range(call)
     soft, hard, gradients = _compute(scaled, grad, wants)
-    loss = _weighted_rows(call, soft, hard).sum()
+    loss = select(soft).weighted_total(*_weighted(call, soft, hard))
     grads = [grad if grad is not None else gradients.student, gradients.weight, gradients.bias]
     student, weight, bias = (call.student.new_empty(0) if x is None else x for x in grads)
     return loss, soft, hard, student, weight, bias, factor
@@ -168,13 +169,13 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
         call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
         call.student[..., call.vocab_size :] = 0
-    return _weighted_rows(call, soft, hard).sum(), soft, hard, factor
+    return select(soft).weighted_total(*_weighted(call, soft, hard)), soft, hard, factor
 
 
 def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     call = Call(*arguments)
     soft, hard, _ = _compute(call, None, NOTHING)
-    return _weighted_rows(call, soft, hard), soft, hard
+    return weighted_rows(*_weighted(call, soft, hard)), soft, hard
 
 
 def _fake_rows(tensor: Tensor) -> Tensor:
@@ -215,119 +216,32 @@ def _fake_kd_loss_per_row(student: Tensor, *arguments: Any) -> tuple[Tensor, Ten
     return _fake_rows(student), _fake_rows(student), _fake_rows(student)
 
 
-# --- autograd ---------------------------------------------------------------------------------------------------
-
-_keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
+# --- scales of rows ---------------------------------------------------------------------------------------------
 
 
-def _refuse_double_backward() -> None:
-    """Gradients are computed, not traced: raise rather than return a wrong second derivative."""
-    if torch.is_grad_enabled():
-        raise RuntimeError("fastkd losses have no double backward: call backward without create_graph=True")
+def _row_scales(
+    student: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    num_items: Tensor | None,
+    number: float | None,
+    reduction: str,
+    ignore_index: int,
+    shift: bool,
+    mask_soft: bool,
+) -> tuple[Tensor, Tensor]:
+    divisor: float | Tensor | None = number if num_items is None else num_items
+    if reduction != "mean":
+        divisor = max(student.shape[0], 1) if reduction == "batchmean" else 1.0
+    scales, moved = select(student).row_scales(student, labels, weights, divisor, ignore_index, shift, mask_soft)
+    return scales, student.new_empty(0, dtype=torch.int64) if moved is None else moved
 
 
-def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
-    """The gradient saved in the forward pass, divided by the factor that kept it in range, times the upstream scalar.
-
-    While the graph is kept, the result is a new tensor: scaling the saved one would make a second backward silently
-    wrong, and so would handing it out, since the caller may change it. If the graph is about to be freed, the saved
-    tensor itself is scaled, and no second tensor of its size is allocated.
-    """
-    traced = type(upstream) is not Tensor
-    if factor.numel() > 0:
-        upstream = upstream / factor
-    if traced or _keeps_graph():
-        return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else grad * upstream
-    if upstream.device.type == "cpu" and upstream.item() == 1:
-        return grad
-    if upstream.device.type == "cpu" or not hasattr(backend := select(grad), "scale_"):
-        return grad.mul_(upstream)
-    backend.scale_(grad, upstream)  # leaves at once, on the device, where upstream is 1
-    return grad
-
-
-def _with_backend(
-    setup: Callable[..., None], backward: Callable[..., Any]
-) -> tuple[Callable[..., None], Callable[..., Any]]:
-    """The two, so that the backward runs on the backend its forward chose: autograd's threads know nothing of it."""
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.backend = forced()
-        setup(ctx, inputs, output)
-
-    def on_backend(ctx: Any, *upstreams: Tensor | None) -> Any:
-        with running_on(ctx.backend):
-            return backward(ctx, *upstreams)
-
-    return setup_context, on_backend
-
-
-_INPUTS = len(Call._fields)
-
-
-def _setup_kd_loss(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.wants = inputs[-1]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*output[3:])
-
-
-def _backward_kd_loss(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
-    *saved, factor = ctx.saved_tensors
-    grads = [
-        _scale_saved(grad, upstream, factor) if wanted and upstream is not None else None
-        for grad, wanted in zip(saved, ctx.wants, strict=True)
-    ]
-    return (*grads, *[None] * (_INPUTS + 1 - len(grads)))
-
-
-def _setup_kd_loss_per_row(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors = Call(*inputs).tensors
-    ctx.numbers = inputs[len(tensors) :]
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.save_for_backward(*tensors)
-
-
-def _backward_kd_loss_per_row(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
-    _refuse_double_backward()
-    if upstream is None:
-        return (None,) * _INPUTS
-    call = Call(*ctx.saved_tensors, *ctx.numbers)
-    call = call._replace(
-        soft_scale=None if call.soft_scale is None else call.soft_scale * upstream,
-        hard_scale=None if call.hard_scale is None else call.hard_scale * upstream,
-    )
-    wants = list(ctx.needs_input_grad[:3])
-    *saved, factor = torch.ops.fastkd.kd_loss(*call, wants)[3:]
-    one = upstream.new_ones(())
-    grads = [_scale_saved(grad, one, factor) if wanted else None for grad, wanted in zip(saved, wants, strict=True)]
-    return (*grads, *[None] * (_INPUTS - len(grads)))
-
-
-class InPlace(torch.autograd.Function):
-    """A scalar loss whose gradient replaces the student's logits in memory."""
-
-    @staticmethod
-    def forward(ctx: Any, student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-        loss, soft, hard, factor = torch.ops.fastkd.kd_loss_(student.detach(), *arguments)
-        # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
-        torch.autograd.graph.increment_version(student)
-        ctx.save_for_backward(student, factor)
-        ctx.backend = forced()
-        ctx.mark_non_differentiable(soft, hard)
-        ctx.set_materialize_grads(False)
-        return loss, soft, hard
-
-    @staticmethod
-    def backward(ctx: Any, *upstreams: Tensor | None) -> tuple[Tensor | None, ...]:
-        _refuse_double_backward()
-        student, factor = ctx.saved_tensors
-        upstream = upstreams[0]
-        with running_on(ctx.backend):
-            grad = None if upstream is None else _scale_saved(student.detach(), upstream, factor)
-        return grad, *[None] * (len(Call._fields) - 1)
+def _fake_row_scales(student: Tensor, labels: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    shift, mask_soft = arguments[-2:]
+    rows = _fake_rows(student)
+    scales = rows.new_empty((1 if mask_soft or labels is None else 2, *rows.shape))
+    return scales, rows.new_empty(rows.shape if shift and labels is not None else 0, dtype=torch.int64)
 
 
 # --- log-softmax and statistics ---------------------------------------------------------------------------------
@@ -344,20 +258,6 @@ def _log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, 
     grad = _empty_like_rows(logits)
     select(logits).log_softmax_backward(addressable(upstream), logits, normaliser, temperature, grad)
     return grad
-
-
-def _setup_log_softmax(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    logits, ctx.temperature = inputs
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(logits, output[1])
-
-
-def _backward_log_softmax(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[Tensor | None, None]:
-    _refuse_double_backward()
-    if upstream is None:
-        return None, None
-    return torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, ctx.temperature), None
 
 
 def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -385,18 +285,13 @@ for _name, _implementation, _fake in (
     ("kd_loss", _kd_loss, _fake_kd_loss),
     ("kd_loss_", _kd_loss_in_place, _fake_kd_loss_in_place),
     ("kd_loss_per_row", _kd_loss_per_row, _fake_kd_loss_per_row),
+    ("row_scales", _row_scales, _fake_row_scales),
     ("log_softmax", _log_softmax, _fake_log_softmax),
     ("log_softmax_backward", _log_softmax_backward, _fake_log_softmax_backward),
     ("row_statistics", _row_statistics, _fake_row_statistics),
 ):
     # One implementation for every device: the backend is chosen inside.
-    _library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastkd::{_name}", _fake, lib=_library)
+    library.impl(_name, _implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastkd::{_name}", _fake, lib=library)
 
-for _name, _setup, _backward in (
-    ("kd_loss", _setup_kd_loss, _backward_kd_loss),
-    ("kd_loss_per_row", _setup_kd_loss_per_row, _backward_kd_loss_per_row),
-    ("log_softmax", _setup_log_softmax, _backward_log_softmax),
-):
-    _setup, _backward = _with_backend(_setup, _backward)
-    torch.library.register_autograd(f"fastkd::{_name}", _backward, setup_context=_setup, lib=_library)
+library.impl("row_scales", torch.library.fallthrough_kernel, "Autograd")  # the student is asked for its shape only

@@ -19,7 +19,18 @@ from torch import Tensor
 
 from fastkd.rows import RowSpec, SparseRows, row_dtype
 
-__all__ = ["DIVERGENCES", "kd_rows", "log_softmax", "log_softmax_backward", "row_statistics", "sample", "top_k"]
+__all__ = [
+    "DIVERGENCES",
+    "kd_rows",
+    "log_softmax",
+    "log_softmax_backward",
+    "row_scales",
+    "row_statistics",
+    "sample",
+    "top_k",
+    "weighted_rows",
+    "weighted_total",
+]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -228,6 +239,72 @@ def kd_rows(
         grad[..., : spec.vocab_size].copy_(gradient.view(*grad.shape[:-1], spec.vocab_size))
         grad[..., spec.vocab_size :].zero_()
     return soft, hard
+
+
+def row_scales(
+    student: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    divisor: float | Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    mask_soft: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See `backend.Backend.row_scales`."""
+    dtype = row_dtype(student.dtype)
+    ones = torch.ones(student.shape[:-1], dtype=dtype, device=student.device)
+    every = ones if weights is None else weights.to(dtype)
+    if shift:
+        every = _moved_left(every, 0.0)
+        labels = None if labels is None else _moved_left(labels, ignore_index)
+    masked = every if labels is None else torch.where(labels == ignore_index, 0.0, every)
+    scales = (masked,) if mask_soft or labels is None else (every, masked)
+    rows = torch.stack([_divided(scale.reshape(-1), divisor) for scale in scales])
+    return rows, labels.reshape(-1) if shift and labels is not None else None
+
+
+def _moved_left(tokens: Tensor, fill: float) -> Tensor:
+    """tokens `[..., S]` moved one place towards the front, the freed last place filled."""
+    return torch.nn.functional.pad(tokens[..., 1:], (0, min(tokens.shape[-1], 1)), value=fill)
+
+
+def _divided(scale: Tensor, divisor: float | Tensor | None) -> Tensor:
+    if divisor is None:
+        divisor = scale.sum()
+    if isinstance(divisor, Tensor):
+        divisor = divisor.to(scale.device, scale.dtype, non_blocking=True)
+        return torch.where(divisor == 0, 0.0, scale / divisor)
+    return scale / divisor if divisor != 0 else torch.zeros_like(scale)
+
+
+def weighted_total(
+    soft: Tensor,
+    hard: Tensor,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_weight: float,
+    hard_weight: float,
+) -> Tensor:
+    """See `backend.Backend.weighted_total`."""
+    return weighted_rows(soft, hard, soft_scale, hard_scale, soft_weight, hard_weight).sum()
+
+
+def weighted_rows(
+    soft: Tensor,
+    hard: Tensor,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_weight: float,
+    hard_weight: float,
+) -> Tensor:
+    """soft_weight·soft_scale·soft + hard_weight·hard_scale·hard, `[rows]`; a term is absent without scale or weight."""
+    rows: Tensor | None = None
+    if soft_scale is not None and soft_weight != 0:
+        rows = soft_weight * soft_scale * soft
+    if hard_scale is not None and hard_weight != 0:
+        hard = hard_weight * hard_scale * hard
+        rows = hard if rows is None else rows + hard
+    return torch.zeros_like(soft) if rows is None else rows
 
 
 def _scaled(slope: Tensor, scale: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ Everything that knows rows imports this file, and it imports nothing of the libr
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -101,12 +102,17 @@ class RowLayout(NamedTuple):
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
     """The rows of `[..., V]` as at most two strides, or None where that cannot express them (then copy)."""
-    if tensor.numel() == 0:
-        return RowLayout(0, 1, 0, tensor.shape[-1])
-    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+    return _row_layout(tensor.shape, tensor.stride())
+
+
+@functools.lru_cache(1024)  # asked for several times in a call, and the same in most calls
+def _row_layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> RowLayout | None:
+    if 0 in shape:
+        return RowLayout(0, 1, 0, shape[-1])
+    if shape[-1] > 1 and strides[-1] != 1:
         return None
     levels: list[tuple[int, int]] = []  # (size, stride), outermost first, mergeable neighbours merged
-    for size, stride in zip(tensor.shape[:-1], tensor.stride()[:-1], strict=True):
+    for size, stride in zip(shape[:-1], strides[:-1], strict=True):
         if size == 1:
             continue
         if levels and levels[-1][1] == size * stride:
@@ -115,7 +121,7 @@ def row_layout(tensor: Tensor) -> RowLayout | None:
             levels.append((size, stride))
     if len(levels) > 2:
         return None
-    inner, inner_stride = levels[-1] if levels else (1, tensor.shape[-1])
+    inner, inner_stride = levels[-1] if levels else (1, shape[-1])
     outer, outer_stride = levels[0] if len(levels) == 2 else (1, 0)
     return RowLayout(outer * inner, inner, outer_stride, inner_stride)
 

@@ -16,7 +16,7 @@ import fastkd
 from fastkd import divergences, reference
 from fastkd.backend import select
 from fastkd.kernels import cpu
-from fastkd.kernels.cpu import library
+from fastkd.kernels.cpu import interface, library
 
 
 def test_status_of_every_backend() -> None:
@@ -94,7 +94,7 @@ class Newer(fastkd.divergences.Divergence):
 
 
 class _WiderCall(ctypes.Structure):
-    _fields_ = (*library._KDRows._fields_, ("more", ctypes.c_int64))
+    _fields_ = (*interface.KDRows._fields_, ("more", ctypes.c_int64))
 
 
 @pytest.mark.parametrize(
@@ -102,8 +102,8 @@ class _WiderCall(ctypes.Structure):
     [
         (library, "_ABI", 10**6, "has interface version"),
         (divergences.TABLE, "newer", Newer, "does not know the divergence newer"),
-        (library._ENTRIES, "fastkd_newer", (None, ()), "lacks fastkd_newer"),
-        (library._STRUCTURES, "KDRows", _WiderCall, "takes KDRows of"),
+        (interface.ENTRIES, "fastkd_newer", (None, ()), "lacks fastkd_newer"),
+        (interface.STRUCTURES, "KDRows", _WiderCall, "takes KDRows of"),
     ],
 )
 def test_a_library_older_than_the_package_is_not_available(

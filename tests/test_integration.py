@@ -98,6 +98,11 @@ def test_opcheck(backend: str, requires_grad: bool) -> None:
     torch.library.opcheck(ops.row_statistics.default, (student.detach(), labels.clamp(min=0), 2.0))
     _, normaliser = ops.log_softmax(student.detach(), 2.0)
     torch.library.opcheck(ops.log_softmax_backward.default, (teacher, student.detach(), normaliser, 2.0))
+    weights = torch.rand(6)
+    for given, mask_soft in ((labels, True), (labels, False), (None, True)):
+        for shift in (False, True):
+            numbers = (None, 3.0, "mean", -100, shift, mask_soft)
+            torch.library.opcheck(ops.row_scales.default, (student, given, weights, *numbers))
     if not requires_grad:
         torch.library.opcheck(ops.kd_loss_.default, arguments)
         torch.library.opcheck(ops.kd_loss.default, (*arguments, [True, False, False]))

@@ -17,6 +17,7 @@ LAYERS = [
     ("fastkd.sparse", "fastkd.call", "fastkd.backend"),
     ("fastkd.gradients", "fastkd.projection"),
     ("fastkd.ops",),
+    ("fastkd.autograd",),
     ("fastkd.losses", "fastkd.statistics"),
     ("fastkd",),
     ("fastkd.cache",),

@@ -13,8 +13,9 @@ import torch
 
 from fastkd import backend
 from fastkd.divergences import TABLE
+from fastkd.kernels import gpu
 from tools.machine_code import static
-from tools.machine_code.offline import TARGETS, compiled
+from tools.machine_code.offline import TARGETS, compiled, resources
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
@@ -34,6 +35,23 @@ def test_every_kernel_compiles(target: str, case: static.Case) -> None:
         case.launch(50257)
     assert kernels
     assert all(kernel.asm["ttgir"] for kernel in kernels)
+
+
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_the_kernels_beside_the_loss_compile(target: str) -> None:
+    """Every argument that may be absent, and the numbers that Triton makes constants: one row, sequences of one."""
+    scale, labels, weights = torch.ones(6), torch.zeros(6, dtype=torch.int64), torch.ones(6, dtype=torch.float64)
+    with compiled(TARGETS[target]) as kernels:
+        for student in (torch.empty(6, 1, 9), torch.empty(2, 3, 9), torch.empty(1, 9)):
+            rows = student.shape[:-1].numel()
+            y, w = labels[:rows], weights[:rows]
+            for divisor in (None, 3.0, torch.ones(1)):
+                gpu.row_scales(student, y, w, divisor, -100, student.dim() > 2, False)
+                gpu.row_scales(student, None, None, divisor, -100, False, True)
+            gpu.weighted_total(scale[:rows], scale[:rows], scale[:rows], scale[:rows], 1.0, 0.5)
+            gpu.weighted_total(scale[:rows], scale[:rows], None, scale[:rows], 1.0, 0.5)
+    assert len(kernels) == 24
+    assert all(resources(kernel).spills == 0 for kernel in kernels)
 
 
 def test_the_version_asked_for_is_the_one_tested() -> None:

@@ -4,18 +4,22 @@ from fastkd.kernels.cpu.library import (
     kd_rows,
     log_softmax,
     log_softmax_backward,
+    row_scales,
     row_statistics,
     sample,
     tile_state,
     top_k,
+    weighted_total,
 )
 
 __all__ = [
     "kd_rows",
     "log_softmax",
     "log_softmax_backward",
+    "row_scales",
     "row_statistics",
     "sample",
     "tile_state",
     "top_k",
+    "weighted_total",
 ]

@@ -1,5 +1,6 @@
 // The C entry points: the first call picks the instruction set, and every call is forwarded to its kernels.
 #include "api.h"
+#include "row_scalars.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -50,7 +51,7 @@ const Choice& chosen() {
 
 // What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
 // functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
-FASTKD_API int fastkd_abi() { return 4; }
+FASTKD_API int fastkd_abi() { return 5; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
@@ -60,7 +61,8 @@ FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.kn
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"Statistics", sizeof(Statistics)}, {"LogSoftmax", sizeof(LogSoftmax)},
-      {"Selection", sizeof(Selection)}, {"state", kStateBytes}};
+      {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)}, {"WeightedTotal", sizeof(WeightedTotal)},
+      {"state", kStateBytes}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
   return -1;
@@ -77,6 +79,16 @@ FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
 }
 
 FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
+
+FASTKD_API int fastkd_row_scales(const RowScales* call) {
+  row_scales(*call);
+  return kDone;
+}
+
+FASTKD_API int fastkd_weighted_total(const WeightedTotal* call) {
+  weighted_total(*call);
+  return kDone;
+}
 
 // Asks for huge pages under a fresh buffer, except in pages that it shares with others. The first touch of its memory
 // is the largest cost of a new gradient.

@@ -1,4 +1,4 @@
-// The C interface of the library: one argument struct per operation. library.py mirrors each field by field.
+// The C interface of the library: one argument struct per operation. interface.py mirrors each field by field.
 #pragma once
 #include <cstdint>
 
@@ -84,6 +84,31 @@ struct Selection {
   int64_t rows;
   int64_t threads;
   double temperature;
+};
+
+// See fastkd/backend.py, Backend.row_scales.
+struct RowScales {
+  const int64_t* labels;  // nullptr: nothing is masked
+  const float* weights;   // nullptr: all are 1
+  float* every;           // [rows], the scales without the mask; nullptr: not wanted
+  float* masked;          // [rows]
+  int64_t* moved;         // [rows], the labels; nullptr: not wanted
+  int64_t rows;
+  int64_t length;  // of the sequences in which labels and weights move one place to the front; 0: they stay
+  int64_t ignore_index;
+  int64_t count;  // whether the divisor is the sum of what is divided
+  double divisor;
+};
+
+// See fastkd/backend.py, Backend.weighted_total. A term without a scale is absent.
+struct WeightedTotal {
+  const float* soft;
+  const float* hard;
+  const float* soft_scale;
+  const float* hard_scale;
+  float* total;
+  int64_t rows;
+  double soft_weight, hard_weight;
 };
 
 enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2 };

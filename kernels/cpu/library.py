@@ -1,8 +1,8 @@
 """The native library: where it is found, and how it is handed pointers.
 
-The library is free of torch: plain C entry points, one argument struct each (mirrored below field by field), row
-strides and a dtype code. It is loaded after torch, whose OpenMP runtime it then shares. If it cannot be loaded,
-`status` says why and the reference backend takes over.
+The library is free of torch: plain C entry points, one argument struct each (mirrored in `interface`), row strides and
+a dtype code. It is loaded after torch, whose OpenMP runtime it then shares. If it cannot be loaded, `status` says why
+and the reference backend takes over.
 """
 
 from __future__ import annotations
@@ -12,12 +12,23 @@ import functools
 import os
 import pathlib
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from fastkd.divergences import TABLE, Divergence
+from fastkd.kernels.cpu.interface import (
+    ENTRIES,
+    STRUCTURES,
+    KDRows,
+    LogSoftmax,
+    Matrix,
+    RowScales,
+    Selection,
+    SparseTeacher,
+    Statistics,
+    WeightedTotal,
+)
 from fastkd.rows import RowSpec, SparseRows, Tile, row_count, row_layout
 
 __all__ = [
@@ -25,127 +36,21 @@ __all__ = [
     "kd_rows",
     "log_softmax",
     "log_softmax_backward",
+    "row_scales",
     "row_statistics",
     "sample",
     "scratch_bytes",
     "status",
     "tile_state",
     "top_k",
+    "weighted_total",
 ]
 
-_ABI = 4
+_ABI = 5
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
 _OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
-
-
-class _Matrix(ctypes.Structure):
-    """Rows of `width` elements; row i starts at (i // inner)·outer_stride + (i % inner)·inner_stride."""
-
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("dtype", ctypes.c_int64),
-        ("width", ctypes.c_int64),
-        ("inner", ctypes.c_int64),
-        ("outer_stride", ctypes.c_int64),
-        ("inner_stride", ctypes.c_int64),
-    )
-
-
-class _SparseTeacher(ctypes.Structure):
-    _fields_ = (
-        ("ids", ctypes.c_void_p),
-        ("logprobs", ctypes.c_void_p),
-        ("rest", ctypes.c_void_p),
-        ("offset", ctypes.c_void_p),
-        ("picked", ctypes.c_void_p),
-        ("count", ctypes.c_int64),
-    )
-
-
-class _KDRows(ctypes.Structure):
-    _fields_ = (
-        ("student", _Matrix),
-        ("teacher", _Matrix),
-        ("grad", _Matrix),
-        ("labels", ctypes.c_void_p),
-        ("soft_scale", ctypes.c_void_p),
-        ("hard_scale", ctypes.c_void_p),
-        ("soft", ctypes.c_void_p),
-        ("hard", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("vocab_size", ctypes.c_int64),
-        ("divergence", ctypes.c_char_p),
-        ("threads", ctypes.c_int64),
-        ("parameters", ctypes.c_double * 2),
-        ("temperature", ctypes.c_double),
-        ("teacher_temperature", ctypes.c_double),
-        ("soft_weight", ctypes.c_double),
-        ("hard_weight", ctypes.c_double),
-        ("stage", ctypes.c_int64),
-        ("first", ctypes.c_int64),
-        ("state", ctypes.c_void_p),
-        ("sparse", _SparseTeacher),
-    )
-
-
-class _Statistics(ctypes.Structure):
-    _fields_ = (
-        ("logits", _Matrix),
-        ("labels", ctypes.c_void_p),
-        ("log_sum_exp", ctypes.c_void_p),
-        ("entropy", ctypes.c_void_p),
-        ("argmax", ctypes.c_void_p),
-        ("label_logprob", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("temperature", ctypes.c_double),
-    )
-
-
-class _LogSoftmax(ctypes.Structure):
-    _fields_ = (
-        ("logits", _Matrix),
-        ("upstream", _Matrix),  # backward only
-        ("out", _Matrix),
-        ("normaliser", ctypes.c_void_p),
-        ("rows", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("temperature", ctypes.c_double),
-    )
-
-
-class _Selection(ctypes.Structure):
-    _fields_ = (
-        ("logits", _Matrix),
-        ("ids", ctypes.c_void_p),
-        ("log_weights", ctypes.c_void_p),
-        ("summary", ctypes.c_void_p),
-        ("uniforms", ctypes.c_void_p),
-        ("k", ctypes.c_int64),
-        ("rows", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("temperature", ctypes.c_double),
-    )
-
-
-#: The argument structs, by their names in C++.
-_STRUCTURES = {structure.__name__[1:]: structure for structure in (_KDRows, _Statistics, _LogSoftmax, _Selection)}
-
-#: Every entry point: what it returns, and what it takes.
-_ENTRIES: dict[str, tuple[Any, tuple[Any, ...]]] = {
-    "fastkd_abi": (ctypes.c_int, ()),
-    "fastkd_isa": (ctypes.c_char_p, ()),
-    "fastkd_knows": (ctypes.c_int, (ctypes.c_char_p,)),
-    "fastkd_size": (ctypes.c_int64, (ctypes.c_char_p,)),
-    "fastkd_kd_rows": (ctypes.c_int, (ctypes.POINTER(_KDRows),)),
-    "fastkd_row_statistics": (ctypes.c_int, (ctypes.POINTER(_Statistics),)),
-    "fastkd_log_softmax": (ctypes.c_int, (ctypes.POINTER(_LogSoftmax),)),
-    "fastkd_log_softmax_backward": (ctypes.c_int, (ctypes.POINTER(_LogSoftmax),)),
-    "fastkd_select": (ctypes.c_int, (ctypes.POINTER(_Selection),)),
-    "fastkd_advise_huge_pages": (None, (ctypes.c_void_p, ctypes.c_int64)),
-}
 
 
 @functools.cache
@@ -173,9 +78,9 @@ def _open(found: list[pathlib.Path]) -> tuple[ctypes.CDLL | None, str]:
         return None, f"{found[0]} cannot be loaded: {error}"
     if abi != _ABI:
         return None, f"{found[0]} has interface version {abi}, this package needs {_ABI}: reinstall fastkd"
-    if missing := [name for name in _ENTRIES if not hasattr(library, name)]:
+    if missing := [name for name in ENTRIES if not hasattr(library, name)]:
         return None, f"{found[0]} lacks {', '.join(missing)}, which this package calls: reinstall fastkd"
-    for name, (result, arguments) in _ENTRIES.items():
+    for name, (result, arguments) in ENTRIES.items():
         entry = getattr(library, name)
         entry.restype, entry.argtypes = result, arguments
     instruction_set = library.fastkd_isa()
@@ -183,7 +88,7 @@ def _open(found: list[pathlib.Path]) -> tuple[ctypes.CDLL | None, str]:
         return None, "this processor lacks AVX2 and FMA, which the native kernels need"
     if unknown := [name for name in TABLE if not library.fastkd_knows(name.encode())]:
         return None, f"{found[0]} does not know the divergence {', '.join(unknown)}: reinstall fastkd"
-    for name, structure in _STRUCTURES.items():
+    for name, structure in STRUCTURES.items():
         theirs, ours = library.fastkd_size(name.encode()), ctypes.sizeof(structure)
         if theirs != ours:
             return None, f"{found[0]} takes {name} of {theirs} bytes, this package passes {ours}: reinstall fastkd"
@@ -212,16 +117,16 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
         raise ValueError(f"the native library computes no divergence {arguments.divergence.decode()!r}{beside}")
 
 
-def _matrix(tensor: Tensor | None) -> _Matrix:
+def _matrix(tensor: Tensor | None) -> Matrix:
     if tensor is None:
-        return _Matrix()
+        return Matrix()
     layout = row_layout(tensor)
     if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or layout is None:
         raise TypeError(
             f"the cpu backend takes float32, bfloat16 and float16 tensors in main memory, got {tensor.dtype} on "
             f"{tensor.device}; fastkd.use_backend('reference') takes any"
         )
-    return _Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
+    return Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -249,12 +154,12 @@ def kd_rows(
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
     )
-    sparse = _SparseTeacher()
+    sparse = SparseTeacher()
     if isinstance(teacher, SparseRows):
-        sparse = _SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
+        sparse = SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
     _call(
         "fastkd_kd_rows",
-        _KDRows(
+        KDRows(
             _matrix(student),
             _matrix(teacher if isinstance(teacher, Tensor) else None),
             _matrix(grad),
@@ -293,6 +198,68 @@ def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_ex
     return torch.get_num_threads() * 4 * (rows * tile + 9 * 1024)
 
 
+def row_scales(
+    student: Tensor,
+    labels: Tensor | None,
+    weights: Tensor | None,
+    divisor: float | Tensor | None,
+    ignore_index: int,
+    shift: bool,
+    mask_soft: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """See `fastkd.backend.Backend.row_scales`."""
+    rows, both = row_count(student), labels is not None and not mask_soft
+    scales = _new(1 + both, rows)
+    moved = _new(rows, dtype=torch.int64) if shift and labels is not None else None
+    labels = None if labels is None else labels.contiguous()
+    weights = None if weights is None else weights.to(torch.float32).contiguous()
+    _call(
+        "fastkd_row_scales",
+        RowScales(
+            _pointer(labels),
+            _pointer(weights),
+            scales.data_ptr() if both else None,
+            scales.data_ptr() + both * rows * scales.element_size(),
+            _pointer(moved),
+            rows,
+            student.shape[-2] if shift else 0,
+            ignore_index,
+            divisor is None,
+            0.0 if divisor is None else float(divisor),
+        ),
+    )
+    return scales, moved
+
+
+def weighted_total(
+    soft: Tensor,
+    hard: Tensor,
+    soft_scale: Tensor | None,
+    hard_scale: Tensor | None,
+    soft_weight: float,
+    hard_weight: float,
+) -> Tensor:
+    """See `fastkd.backend.Backend.weighted_total`. Added up in float64."""
+    soft, hard = soft.contiguous(), hard.contiguous()
+    soft_scale = None if soft_scale is None or soft_weight == 0 else soft_scale.contiguous()
+    hard_scale = None if hard_scale is None or hard_weight == 0 else hard_scale.contiguous()
+    total = _new()
+    _call(
+        "fastkd_weighted_total",
+        WeightedTotal(
+            soft.data_ptr(),
+            hard.data_ptr(),
+            _pointer(soft_scale),
+            _pointer(hard_scale),
+            total.data_ptr(),
+            soft.numel(),
+            soft_weight,
+            hard_weight,
+        ),
+    )
+    return total
+
+
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """See `fastkd.backend.Backend.row_statistics`."""
     rows = row_count(logits)
@@ -301,7 +268,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     labels = None if labels is None else labels.contiguous()
     _call(
         "fastkd_row_statistics",
-        _Statistics(
+        Statistics(
             _matrix(logits),
             _pointer(labels),
             log_sum_exp.data_ptr(),
@@ -320,9 +287,9 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """See `fastkd.backend.Backend.log_softmax`."""
     rows = row_count(logits)
     normaliser = _new(rows, 2)
-    arguments = _LogSoftmax(
+    arguments = LogSoftmax(
         _matrix(logits),
-        _Matrix(),
+        Matrix(),
         _matrix(out),
         normaliser.data_ptr(),
         rows,
@@ -337,7 +304,7 @@ def log_softmax_backward(
     upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
 ) -> None:
     """See `fastkd.backend.Backend.log_softmax_backward`."""
-    arguments = _LogSoftmax(
+    arguments = LogSoftmax(
         _matrix(logits),
         _matrix(upstream),
         _matrix(grad),
@@ -364,7 +331,7 @@ def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None)
     ids, log_weights, summary = _new(rows, k, dtype=torch.int64), _new(rows, k), _new(rows)
     _call(
         "fastkd_select",
-        _Selection(
+        Selection(
             _matrix(logits),
             ids.data_ptr(),
             log_weights.data_ptr(),

@@ -135,6 +135,11 @@ def launch_options(block: Block) -> dict[str, Any]:
 
 def device_of(tensor: Tensor) -> AbstractContextManager[Any]:
     """Triton launches on the current device, which need not be the tensor's."""
-    if tensor.device.type == "cpu":
-        return nullcontext()
-    return getattr(torch, tensor.device.type).device(tensor.device)  # type: ignore[no-any-return]
+    device = tensor.device
+    if device.type == "cpu":
+        return _THIS_DEVICE
+    module = getattr(torch, device.type)
+    return _THIS_DEVICE if module.current_device() == device.index else module.device(device)
+
+
+_THIS_DEVICE = nullcontext()
