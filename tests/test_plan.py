@@ -55,10 +55,11 @@ def test_recomputation_is_counted() -> None:
     assert jsd.flops == unit * (10 * 256 + 6 * 768)
 
 
-def test_bf16_on_a_gpu_keeps_a_rounded_gradient_and_casts_nothing() -> None:
+def test_bf16_on_a_gpu_keeps_rounded_gradients_of_a_group_and_casts_nothing() -> None:
     plan = fastkd.plan(8192, 128256, 2048, 4096, dtype=torch.bfloat16, device="cuda")
-    per_token = 128256 * (4 + 4 + 2) + 4 * 2048
-    assert plan.working_bytes == plan.chunk * per_token
+    assert plan.chunk < plan.group
+    assert plan.working_bytes == plan.chunk * 128256 * (4 + 4) + plan.group * (128256 * 2 + 4 * 2048)
+    assert f"{plan.chunk} tokens × 128,256 columns at a time, their gradients of {plan.group:,}" in str(plan)
     assert plan.gradient_bytes == 8192 * 2048 * 2 + 128256 * 2048 * (4 + 2)
 
 

@@ -1,8 +1,10 @@
-"""The loss from hidden states: one loop over chunks of tokens and tiles of the vocabulary.
+"""The loss from hidden states: one loop over groups of tokens, tiles of the vocabulary and chunks of a group.
 
-Per chunk: logits of student and teacher into reused fp32 buffers, one fused row kernel that writes the gradient over
-the student's, then the products for hidden states and weight. Under the "tiles" plan the same for one tile of columns
-after another, once per stage of the kernel.
+Per chunk: logits of student and teacher into reused fp32 buffers, and one fused row kernel. It writes the gradient over
+the student's logits or, where products take 16 bits, beside them, rounded. Per group: the products for hidden states
+and weight. A group is one chunk, except where a product with the head's gradient, which is read and written in fp32,
+would be too short for its memory traffic. Under the "tiles" plan the same for one tile of columns after another, once
+per stage of the kernel.
 
 On the CPU, rows that nothing depends on (masked tokens) are left out before any product. On a GPU that would need
 their number, a synchronisation: there the kernel skips them, the products do not.
@@ -26,6 +28,7 @@ from fastkd.projection.sides import (
     RowIndex,
     autocast_dtype,
     head_size,
+    part_of,
     student_side,
     teacher_side,
 )
@@ -42,7 +45,7 @@ def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[T
     """
     with torch.no_grad(), torch.autocast(call.student.device.type, enabled=False):
         loop = _Loop(call, grad, wants)
-        for rows in loop.chunks():
+        for rows in loop.groups():
             loop.run(rows)
         return loop.soft, loop.hard, loop.student.gradients()
 
@@ -94,37 +97,37 @@ class _Loop:
         self.plan = _plan(call, sizes, _count(self.live), wants)
         for side in (self.student, self.teacher):
             if side is not None:
-                side.allocate(self.plan.chunk, self.plan.tile)
+                side.allocate(self.plan.chunk, self.plan.group, self.plan.tile)
         if self.plan.strategy == "tiles":
-            self.state = self.backend.tile_state(self.plan.chunk, device)
+            self.state = self.backend.tile_state(self.plan.group, device)
 
-    def chunks(self) -> Iterator[RowIndex]:
-        end, step = _count(self.live), self.plan.chunk
-        for start in range(0, end, step):
-            part = slice(start, min(start + step, end))
-            yield part if isinstance(self.live, slice) else self.live[part]
+    def groups(self) -> Iterator[RowIndex]:
+        for part in _steps(_count(self.live), self.plan.group):
+            yield part_of(self.live, part)
 
     def run(self, rows: RowIndex) -> None:
-        """Everything about one chunk of tokens."""
+        """Everything about one group of tokens."""
         self.student.start(rows)
         if self.teacher is not None:
             self.teacher.start(rows)
-        labels, soft_scale, hard_scale = (
-            None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)
-        )
+        given = [None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)]
         for stage in self._stages():
-            for columns in self._tiles():
-                student = self.student.logits(columns)
-                teacher = None if self.teacher is None else self.teacher.logits(columns)
-                place = None
-                if self.wants.any and stage in ("whole", "gradient"):
-                    place = self.student.gradient_place(columns, student)
-                tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[: _count(rows)]),)
-                values = self.backend.kd_rows(student, teacher, labels, soft_scale, hard_scale, self.spec, place, *tile)
-                if place is not None:
-                    self.student.add_gradient(columns, place)
-            if stage != "gradient":
-                self.soft[rows], self.hard[rows] = values
+            differentiates = self.wants.any and stage in ("whole", "gradient")
+            for columns in _steps(self.spec.vocab_size, self.plan.tile):
+                for part in _steps(_count(rows), self.plan.chunk):
+                    student = self.student.logits(columns, part)
+                    teacher = None if self.teacher is None else self.teacher.logits(columns, part)
+                    place = self.student.gradient_place(columns, part, student) if differentiates else None
+                    tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[part]),)
+                    labels, soft, hard = (None if x is None else x[part] for x in given)
+                    values = self.backend.kd_rows(student, teacher, labels, soft, hard, self.spec, place, *tile)
+                    if place is not None:
+                        self.student.take_gradient(columns, part, place)
+                    if stage != "gradient" and columns.stop == self.spec.vocab_size:
+                        where = part_of(rows, part)
+                        self.soft[where], self.hard[where] = values
+                if differentiates:
+                    self.student.multiply(columns)
         self.student.finish()
 
     def _stages(self) -> Iterator[Stage | Literal["whole"]]:
@@ -137,9 +140,11 @@ class _Loop:
         if self.wants.any:
             yield "gradient"
 
-    def _tiles(self) -> Iterator[slice]:
-        for start in range(0, self.spec.vocab_size, self.plan.tile):
-            yield slice(start, min(start + self.plan.tile, self.spec.vocab_size))
+
+def _steps(count: int, step: int) -> Iterator[slice]:
+    """0 … count in steps."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def _count(rows: RowIndex) -> int:
@@ -166,10 +171,9 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
         memory_budget=None,
         tiles_allowed=False,
     ).chunk
-    head.allocate(min(chunk, count), vocab_size)
-    for start in range(0, count, chunk):
-        rows = slice(start, min(start + chunk, count))
+    head.allocate(min(chunk, count), min(chunk, count), vocab_size)
+    for rows in _steps(count, chunk):
         with torch.autocast(device.type, enabled=False):
             head.start(rows)
-            logits = head.logits(slice(0, vocab_size))
+            logits = head.logits(slice(0, vocab_size), slice(0, rows.stop - rows.start))
         yield rows, logits

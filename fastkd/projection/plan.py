@@ -23,8 +23,14 @@ __all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan", 
 #: Working memory of a loss that is given no budget.
 _DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 1 << 30}
 #: If fewer tokens than this fit with their whole rows, tiles with recomputation are faster, since every chunk of tokens
-#: reads the head and reads and writes its gradient. Measured on 2 CPU cores; on GPUs it is a guess.
-_LEAST_CHUNK = {"cpu": 64, "cuda": 256}
+#: reads the head and reads and writes its gradient. Measured on 2 CPU cores; on GPUs it is a guess. For chunks in
+#: groups it is calculated: at an H100's rates chunks of 192 tokens, four to a group, take as long as tiles.
+_LEAST_CHUNK = {"cpu": 64, "cuda": 256, "grouped": 192}
+#: Tokens in a chunk at most, where there are groups: the product for their logits is bound by arithmetic.
+_CHUNK_OF_GROUP = 512
+#: Chunks in a group at least, where the budget is what limits both. Half the traffic with the head is that of its
+#: gradient; a token costs it a quarter or a half of the bytes that its logits take.
+_CHUNKS_OF_GROUP = 4
 #: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
 _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 #: Rows of logits begin at multiples of this many columns, and chunks have a multiple of it of tokens: matrix products
@@ -57,6 +63,9 @@ class Plan:
     #: Tokens whose logits exist at a time, and how many columns of them: all under "chunks".
     chunk: int
     tile: int
+    #: Tokens whose logits' gradient, rounded to 16 bits, is kept until it meets hidden states and head in one product.
+    #: That of one chunk where products take 32 bits, where the head gets no gradient, and on CPUs.
+    group: int
     #: Logits and their gradient, casts and what the kernels keep; freed when the loss returns.
     working_bytes: int
     #: d hidden, d weight and d bias, with fp32 accumulators where the parameters are narrower.
@@ -71,6 +80,8 @@ class Plan:
 
     def __str__(self) -> str:
         held = f"{self.chunk:,} tokens × {self.tile:,} columns at a time"
+        if self.group > self.chunk:
+            held += f", their gradients of {self.group:,}"
         how = "kept until their gradient is taken" if self.strategy == "chunks" else "computed again for each stage"
         return (
             f"{self.tokens:,} tokens × vocabulary {self.vocab_size:,}: logits of {held}, {how}; "
@@ -143,23 +154,31 @@ def plan_for(
     kind = "cpu" if device.type == "cpu" else "cuda"
     budget = _DEFAULT_BUDGET[kind] if memory_budget is None else int(memory_budget)
     request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential)
-    whole = request.largest_chunk(vocab_size, budget)
-    if whole >= min(tokens, _LEAST_CHUNK[kind]) or not tiles_allowed:
-        return request.planned("chunks", max(whole, 1), vocab_size)
+    whole = request.largest(vocab_size, budget)
+    if whole.chunk >= min(tokens, _LEAST_CHUNK["grouped" if request.grouped else kind]) or not tiles_allowed:
+        return request.planned("chunks", whole if whole.chunk else _Sizes(1, 1), vocab_size)
     # As many tokens as possible, since each chunk of them meets the whole head; tiles narrow only to allow that.
     tile = min(_WIDEST, vocab_size)
-    while tile > _NARROWEST and request.largest_chunk(tile, budget) < min(tokens, _ENOUGH):
+    while tile > _NARROWEST and request.largest(tile, budget).chunk < min(tokens, _ENOUGH):
         tile = max(tile // 2, _NARROWEST)
-    chunk, least = request.largest_chunk(tile, budget), min(tokens, _LEAST_TILED)
-    if chunk >= least:
-        return request.planned("tiles" if tile < vocab_size else "chunks", chunk, tile)
-    smallest = request.planned("tiles", least, tile).working_bytes
-    while _countable(smallest) < request.working_bytes(least, tile):
+    sizes, least = request.largest(tile, budget), min(tokens, _LEAST_TILED)
+    if sizes.chunk >= least:
+        return request.planned("tiles" if tile < vocab_size else "chunks", sizes, tile)
+    smallest = request.working_bytes(_Sizes(least, least), tile)
+    wanted = smallest
+    while _countable(smallest) < wanted:
         smallest += 1
     raise ValueError(
         f"memory_budget={budget} bytes ({_mib(budget)}) is too small: {least} tokens × {tile} columns at a time, the "
         f"least this loss works with, need {smallest} bytes ({_mib(smallest)}) beside the gradients"
     )
+
+
+class _Sizes(NamedTuple):
+    """Tokens at a time."""
+
+    chunk: int
+    group: int
 
 
 class _Request(NamedTuple):
@@ -177,23 +196,26 @@ class _Request(NamedTuple):
     def sides(self) -> list[HeadSize]:
         return [side for side in (self.student, self.teacher) if side is not None]
 
-    def working_bytes(self, chunk: int, tile: int) -> int:
-        """Memory beside the gradients while `chunk` tokens × `tile` columns are held."""
-        width = padded(tile)
-        buffers = 4 * len(self.sides)
-        hidden = 0
-        student = self.student
+    @property
+    def grouped(self) -> bool:
+        """Whether gradients of several chunks wait for one product, to read and write the head's less often."""
+        return self.student is not None and self.wants.weight and self.student.operand_bytes == 2
+
+    def working_bytes(self, sizes: _Sizes, tile: int) -> int:
+        """Memory beside the gradients while so many tokens × `tile` columns are held."""
+        student, width, tiled = self.student, padded(tile), tile < self.vocab_size
+        of_chunk = 4 * width * len(self.sides)
+        of_group = STATE_BYTES if tiled else 0
         if student is not None and self.wants.any:
             if student.softcap:
-                buffers += 4  # the slopes
+                of_chunk += 4 * width  # the slopes
             if student.operand_bytes == 2:
-                buffers += 2  # the gradient, rounded for the products
+                of_group += 2 * width  # the gradient, rounded for the products
         for side in self.sides:
             if side.hidden_bytes != side.operand_bytes:
-                hidden += side.hidden_size * side.operand_bytes
-        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tile < self.vocab_size):
-            hidden += 4 * student.hidden_size
-        state = STATE_BYTES if tile < self.vocab_size else 0
+                of_group += side.hidden_size * side.operand_bytes
+        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tiled):
+            of_group += 4 * student.hidden_size
         casts = [
             min(CAST_COLUMNS, tile) * side.hidden_size * side.operand_bytes
             for side in self.sides
@@ -202,20 +224,24 @@ class _Request(NamedTuple):
         scratch = scratch_bytes(
             self.device, self.divergence, tile, self.whole_teacher, self.own_exponential, self.wants.any
         )
-        return chunk * (buffers * width + hidden + state) + max(casts, default=0) + scratch
+        return sizes.chunk * of_chunk + sizes.group * of_group + max(casts, default=0) + scratch
 
-    def largest_chunk(self, tile: int, budget: int) -> int:
-        fixed = self.working_bytes(0, tile)
-        per_token = max(self.working_bytes(1, tile) - fixed, 1)  # 0 where no side computes its logits
-        chunk = min(self.tokens, max(0, _countable(budget) - fixed) // per_token)
-        if not _ALIGNMENT <= chunk < self.tokens:
-            return chunk
-        # Equal chunks rather than a small last one, of a length that products like: 205 tokens take longer than 208.
-        most = chunk // _ALIGNMENT * _ALIGNMENT
-        count = -(-self.tokens // most)
-        return min(padded(-(-self.tokens // count)), most)
+    def largest(self, tile: int, budget: int) -> _Sizes:
+        """What fits a budget."""
+        fixed = self.working_bytes(_Sizes(0, 0), tile)
+        of_chunk, of_group = (self.working_bytes(one, tile) - fixed for one in (_Sizes(1, 0), _Sizes(0, 1)))
+        free, tokens = max(0, _countable(budget) - fixed), self.tokens
+        if self.grouped:
+            chunk = min(_CHUNK_OF_GROUP, free // (of_chunk + _CHUNKS_OF_GROUP * of_group))
+            group = min(tokens, (free - chunk * of_chunk) // of_group)
+            chunk = min(_CHUNK_OF_GROUP, group, (free - group * of_group) // of_chunk)  # what a last group leaves
+            if chunk >= min(tokens, _LEAST_TILED):
+                group = _even(tokens, group)
+                return _Sizes(_even(group, min(chunk, group)), group)
+        chunk = _even(tokens, min(tokens, free // max(of_chunk + of_group, 1)))  # 0 where no side computes its logits
+        return _Sizes(chunk, chunk)
 
-    def planned(self, strategy: Literal["chunks", "tiles"], chunk: int, tile: int) -> Plan:
+    def planned(self, strategy: Literal["chunks", "tiles"], sizes: _Sizes, tile: int) -> Plan:
         student, wants = self.student, self.wants
         gradient = 0
         flops = 0
@@ -237,12 +263,25 @@ class _Request(NamedTuple):
             strategy,
             self.tokens,
             self.vocab_size,
-            chunk,
+            sizes.chunk,
             tile,
-            self.working_bytes(chunk, tile),
+            sizes.group,
+            self.working_bytes(sizes, tile),
             gradient,
             flops,
         )
+
+
+def _even(tokens: int, most: int) -> int:
+    """Equal parts of at most so many tokens rather than a small last one, of a length that products like.
+
+    205 tokens take longer than 208.
+    """
+    if not _ALIGNMENT <= most < tokens:
+        return most
+    most = most // _ALIGNMENT * _ALIGNMENT
+    count = -(-tokens // most)
+    return min(padded(-(-tokens // count)), most)
 
 
 def _countable(budget: int) -> int:
