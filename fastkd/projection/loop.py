@@ -12,7 +12,7 @@ their number, a synchronisation: there the kernel skips them, the products do no
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -21,7 +21,7 @@ from torch import Tensor
 from fastkd.backend import select
 from fastkd.call import Call
 from fastkd.divergences import TABLE, ForwardKL
-from fastkd.projection.plan import HeadSize, Plan, plan_for
+from fastkd.projection.plan import Plan, plan_for
 from fastkd.projection.sides import (
     Gradients,
     Head,
@@ -52,17 +52,15 @@ def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[T
 
 def check_budget(call: Call, wants: Wants) -> None:
     """ValueError where `memory_budget` is too small for these gradients: the loop itself would find it out later."""
-    sizes = [head_size(source, call.autocast) for source in (call.student_source(), call.teacher_source())]
-    _plan(call, sizes, _count(_live_rows(call)), wants)
+    _plan(call, _live_rows(call), wants)
 
 
-def _plan(call: Call, sizes: Sequence[HeadSize | None], rows: int, wants: Wants) -> Plan:
-    student, teacher = sizes
+def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
     return plan_for(
-        max(rows, 1),
+        max(_count(live), 1),
         call.vocab_size,
-        student,
-        teacher,
+        head_size(call.student_source(), call.autocast),
+        head_size(call.teacher_source(), call.autocast),
         wants,
         TABLE[call.divergence](*call.parameters),
         call.student.device,
@@ -85,16 +83,15 @@ def _live_rows(call: Call) -> RowIndex:
 
 class _Loop:
     def __init__(self, call: Call, grad: Tensor | None, wants: Wants) -> None:
+        self.live = _live_rows(call)
+        self.plan = _plan(call, self.live, wants)  # before gradients take what is free
         self.student, self.teacher = student_side(call, wants, grad), teacher_side(call)
         self.spec, self.wants = call.spec, wants
         self.labels, self.soft_scale, self.hard_scale = call.labels, call.soft_scale, call.hard_scale
         self.backend = select(call.student)
-        self.live = _live_rows(call)
         count, device = row_count(call.student), call.student.device
         dtype = row_dtype(call.student.dtype)
         self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
-        sizes = [None if side is None else side.size for side in (self.student, self.teacher)]
-        self.plan = _plan(call, sizes, _count(self.live), wants)
         for side in (self.student, self.teacher):
             if side is not None:
                 side.allocate(self.plan.chunk, self.plan.group, self.plan.tile)
@@ -159,11 +156,12 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
     one before.
     """
     count, device = source.shape[:-1].numel(), source.device
-    head = Head(source.detach(), vocab_size, autocast_dtype(device), NOTHING)
+    autocast = autocast_dtype(device)
+    head = Head(source.detach(), vocab_size, autocast, NOTHING)
     chunk = plan_for(
         max(count, 1),
         vocab_size,
-        head.size,
+        head_size(source, autocast),
         None,
         NOTHING,
         ForwardKL(),

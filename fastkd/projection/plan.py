@@ -13,21 +13,27 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fastkd import arguments
 from fastkd.backend import scratch_bytes
-from fastkd.divergences import Divergence, resolve
-from fastkd.rows import Wants, kept_dtype
+from fastkd.divergences import Divergence
+from fastkd.projection.devices import free_bytes
+from fastkd.rows import Wants
 
-__all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan", "plan_for"]
+__all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan_for"]
 
-#: Working memory of a loss that is given no budget.
-_DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 1 << 30}
+#: Working memory of a loss that is given no budget, on CPUs, and on GPUs that cannot be asked.
+_DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 2 << 30}
+#: Else one part in `_SHARE` of what a GPU has free beside the gradients, rounded down to a power of two, so that a
+#: little more or less free memory changes neither plan nor bits; but `_FLOOR` at least. No loss takes more than for
+#: `_HELPFUL` tokens: a product of so many with the head's gradient in fp32 is bound by arithmetic on every GPU of
+#: `devices`, and where products are of fp32 operands, or the head gets no gradient, fewer are enough.
+_SHARE, _FLOOR, _HELPFUL = 4, 64 << 20, {"grouped": 4096, "cuda": 1024}
 #: If fewer tokens than this fit with their whole rows, tiles with recomputation are faster, since every chunk of tokens
 #: reads the head and reads and writes its gradient. Measured on 2 CPU cores; on GPUs it is a guess. For chunks in
 #: groups it is calculated: at an H100's rates chunks of 192 tokens, four to a group, take as long as tiles.
 _LEAST_CHUNK = {"cpu": 64, "cuda": 256, "grouped": 192}
-#: Tokens in a chunk at most, where there are groups: the product for their logits is bound by arithmetic.
-_CHUNK_OF_GROUP = 512
+#: In a chunk at most, where there are groups: so many tokens, since the product for their logits is bound by
+#: arithmetic, or so many logits, since with few of them a GPU would wait for the host.
+_CHUNK_OF_GROUP, _LOGITS_OF_CHUNK = 512, 1 << 25
 #: Chunks in a group at least, where the budget is what limits both. Half the traffic with the head is that of its
 #: gradient; a token costs it a quarter or a half of the bytes that its logits take.
 _CHUNKS_OF_GROUP = 4
@@ -72,6 +78,8 @@ class Plan:
     gradient_bytes: int
     #: Of the matrix products.
     flops: int
+    #: Forward and backward, estimated from a GPU's rates; None on CPUs and on GPUs whose rates are not known.
+    milliseconds: float | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -83,54 +91,12 @@ class Plan:
         if self.group > self.chunk:
             held += f", their gradients of {self.group:,}"
         how = "kept until their gradient is taken" if self.strategy == "chunks" else "computed again for each stage"
+        time = "" if self.milliseconds is None else f", about {self.milliseconds:,.1f} ms"
         return (
             f"{self.tokens:,} tokens × vocabulary {self.vocab_size:,}: logits of {held}, {how}; "
             f"{_mib(self.working_bytes)} working memory + {_mib(self.gradient_bytes)} gradients, "
-            f"{self.flops / 1e9:,.1f} GFLOP"
+            f"{self.flops / 1e9:,.1f} GFLOP{time}"
         )
-
-
-def plan(
-    tokens: int,
-    vocab_size: int,
-    student_hidden: int | None,
-    teacher_hidden: int | None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    memory_budget: int | None = None,
-    divergence: str | Divergence = "forward_kl",
-) -> Plan:
-    """What `KDLoss` will do with projections of these sizes: chunk, strategy, bytes and FLOPs.
-
-    Args:
-        tokens: rows of the batch (unmasked ones, on the CPU: masked tokens are left out there).
-        vocab_size: columns of the output heads that count.
-        student_hidden: H of the student, or None where it comes as a tensor of logits.
-        teacher_hidden: H of the teacher, or None where it comes as logits or there is none.
-        dtype: of hidden states and weights.
-        device: where they are.
-        memory_budget: bytes of working memory, beside the gradients; None for the default of the device.
-        divergence: some keep more per token than others.
-
-    Assumes that both the student's hidden states and its head get a gradient, at an integer temperature up to 4.
-    Raises ValueError where the budget is too small for any strategy, naming the smallest that is not.
-    """
-    device = torch.device(device)
-    sizes = {"tokens": tokens, "vocab_size": vocab_size}
-    widths = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
-    for name, value in (sizes | {name: width for name, width in widths.items() if width is not None}).items():
-        arguments.integer(name, value, least=1)
-    if student_hidden is None and teacher_hidden is None:
-        raise ValueError("student_hidden and teacher_hidden are both None: losses on logits need no plan")
-    size = dtype.itemsize
-    operand = 4 if device.type == "cpu" and size == 2 else size
-    student, teacher = (
-        None if width is None else HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand)
-        for width in (student_hidden, teacher_hidden)
-    )
-    wants = Wants(hidden=True, weight=student is not None, bias=False)
-    return plan_for(tokens, vocab_size, student, teacher, wants, resolve(divergence), device, memory_budget)
 
 
 def plan_for(
@@ -145,17 +111,21 @@ def plan_for(
     whole_teacher: bool = True,
     own_exponential: bool = False,
     tiles_allowed: bool = True,
+    free: int | None = None,
 ) -> Plan:
     """The plan of one call.
 
     `whole_teacher`: every column of it is known, so its exponentials are stashed. `own_exponential`: the
-    cross-entropy's e^z is no power of e^(z/T), and is stashed too.
+    cross-entropy's e^z is no power of e^(z/T), and is stashed too. `free`: bytes of a device that is not to be asked.
     """
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    budget = _DEFAULT_BUDGET[kind] if memory_budget is None else int(memory_budget)
     request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential)
+    if memory_budget is not None:
+        budget = int(memory_budget)
+    else:
+        budget = request.default_budget(free)
+        request = request._replace(most=max(_HELPFUL.get(request.kind, tokens), _LOGITS_OF_CHUNK // vocab_size))
     whole = request.largest(vocab_size, budget)
-    if whole.chunk >= min(tokens, _LEAST_CHUNK["grouped" if request.grouped else kind]) or not tiles_allowed:
+    if whole.chunk >= min(tokens, _LEAST_CHUNK[request.kind]) or not tiles_allowed:
         return request.planned("chunks", whole if whole.chunk else _Sizes(1, 1), vocab_size)
     # As many tokens as possible, since each chunk of them meets the whole head; tiles narrow only to allow that.
     tile = min(_WIDEST, vocab_size)
@@ -191,6 +161,14 @@ class _Request(NamedTuple):
     device: torch.device
     whole_teacher: bool
     own_exponential: bool
+    most: int | None = None  # tokens in a group
+
+    @property
+    def kind(self) -> str:
+        """The row of the tables above."""
+        if self.grouped:
+            return "grouped"
+        return "cpu" if self.device.type == "cpu" else "cuda"
 
     @property
     def sides(self) -> list[HeadSize]:
@@ -231,19 +209,45 @@ class _Request(NamedTuple):
         fixed = self.working_bytes(_Sizes(0, 0), tile)
         of_chunk, of_group = (self.working_bytes(one, tile) - fixed for one in (_Sizes(1, 0), _Sizes(0, 1)))
         free, tokens = max(0, _countable(budget) - fixed), self.tokens
+        most = tokens if self.most is None else min(tokens, self.most)
         if self.grouped:
-            chunk = min(_CHUNK_OF_GROUP, free // (of_chunk + _CHUNKS_OF_GROUP * of_group))
-            group = min(tokens, (free - chunk * of_chunk) // of_group)
-            chunk = min(_CHUNK_OF_GROUP, group, (free - group * of_group) // of_chunk)  # what a last group leaves
+            longest = max(_CHUNK_OF_GROUP, _LOGITS_OF_CHUNK // tile)
+            chunk = min(longest, free // (of_chunk + _CHUNKS_OF_GROUP * of_group))
+            group = min(most, (free - chunk * of_chunk) // of_group)
+            chunk = min(longest, group, (free - group * of_group) // of_chunk)  # a group of all tokens leaves some
             if chunk >= min(tokens, _LEAST_TILED):
                 group = _even(tokens, group)
                 return _Sizes(_even(group, min(chunk, group)), group)
-        chunk = _even(tokens, min(tokens, free // max(of_chunk + of_group, 1)))  # 0 where no side computes its logits
+        chunk = _even(tokens, min(most, free // max(of_chunk + of_group, 1)))  # 0 where no side computes its logits
         return _Sizes(chunk, chunk)
+
+    def default_budget(self, free: int | None) -> int:
+        """For a loss that is given none; `free` as in `plan_for`."""
+        if self.device.type == "cpu":
+            return _DEFAULT_BUDGET["cpu"]
+        free = free_bytes(self.device) if free is None else free
+        if free is None:
+            return _DEFAULT_BUDGET["cuda"]
+        share = (free - self.gradient_bytes) // _SHARE
+        return max(_FLOOR, 1 << max(share, 1).bit_length() - 1)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """See `Plan`."""
+        student, wants, found = self.student, self.wants, 0
+        if student is not None:
+            # The accumulator and, at the end, what it is rounded into.
+            weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
+            narrowed = 0 if student.hidden_kept == student.hidden_bytes else student.hidden_bytes
+            found += wants.hidden * self.tokens * student.hidden_size * (student.hidden_kept + narrowed)
+            found += wants.weight * self.vocab_size * student.hidden_size * weight_bytes
+            found += wants.bias * self.vocab_size * weight_bytes
+        elif wants.hidden:
+            found += 4 * self.tokens * self.vocab_size
+        return found
 
     def planned(self, strategy: Literal["chunks", "tiles"], sizes: _Sizes, tile: int) -> Plan:
         student, wants = self.student, self.wants
-        gradient = 0
         flops = 0
         terms = self.divergence.normalised and self.whole_teacher
         passes = 1 if strategy == "chunks" else 1 + wants.any + terms
@@ -251,14 +255,6 @@ class _Request(NamedTuple):
             flops += 2 * self.tokens * self.vocab_size * side.hidden_size * passes
         if student is not None:
             flops += 2 * self.tokens * self.vocab_size * student.hidden_size * (wants.hidden + wants.weight)
-            # The accumulator and, at the end, what it is rounded into.
-            weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
-            narrowed = 0 if student.hidden_kept == student.hidden_bytes else student.hidden_bytes
-            gradient += wants.hidden * self.tokens * student.hidden_size * (student.hidden_kept + narrowed)
-            gradient += wants.weight * self.vocab_size * student.hidden_size * weight_bytes
-            gradient += wants.bias * self.vocab_size * weight_bytes
-        elif wants.hidden:
-            gradient += 4 * self.tokens * self.vocab_size
         return Plan(
             strategy,
             self.tokens,
@@ -267,7 +263,7 @@ class _Request(NamedTuple):
             tile,
             sizes.group,
             self.working_bytes(sizes, tile),
-            gradient,
+            self.gradient_bytes,
             flops,
         )
 

@@ -59,8 +59,6 @@ class Gradients(NamedTuple):
 class TeacherSide(Protocol):
     """What the loop asks of a teacher, and of a student too."""
 
-    #: What products take; None where logits are at hand.
-    size: HeadSize | None
     #: Whether every column is known.
     whole: bool
 
@@ -224,7 +222,6 @@ class Head:
         self.operand = operand_dtype(projection, autocast)
         self.result = row_dtype(self.operand)
         self.wants = wants
-        self.size: HeadSize | None = head_size(projection, autocast)
         self._projection = projection
         self._x = self.hidden[:0]
         self._slope: Tensor | None = None  # the softcap's derivative, shaped like the logits
@@ -344,7 +341,6 @@ class Head:
 class Logits:
     """A tensor of logits. The gradient goes to `grad`, which may be the logits."""
 
-    size: HeadSize | None = None
     whole: bool = True
 
     def __init__(self, logits: Tensor, grad: Tensor | None) -> None:
@@ -394,7 +390,6 @@ class Logits:
 class Sparse:
     """A sparse teacher: no logits, but what is known of each row."""
 
-    size: HeadSize | None = None
     whole: bool = False
 
     def __init__(self, rows: SparseRows) -> None:
