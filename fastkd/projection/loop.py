@@ -6,8 +6,9 @@ and weight. A group is one chunk, except where a product with the head's gradien
 would be too short for its memory traffic. Under the "tiles" plan the same for one tile of columns after another, once
 per stage of the kernel.
 
-On the CPU, rows that nothing depends on (masked tokens) are left out before any product. On a GPU that would need
-their number, a synchronisation: there the kernel skips them, the products do not.
+Rows that nothing depends on (masked tokens) are left out before any product. On a GPU that needs their number to be
+known on the host (`Call.live`), since finding it out would be a synchronisation. Where it is not known, the kernel
+skips them and the products do not.
 """
 
 from __future__ import annotations
@@ -68,17 +69,27 @@ def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
         whole_teacher=call.teacher_ids is None,
         own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
         tiles_allowed=hasattr(select(call.student), "tile_state"),
+        gathered=isinstance(live, Tensor) and not _tells(call),
     )
 
 
 def _live_rows(call: Call) -> RowIndex:
-    """The rows to compute: all, or on the CPU those with a scale."""
+    """The rows to compute: those with a scale, where their number is known, else all."""
     count = row_count(call.student)
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
-    if call.student.device.type != "cpu" or not scales:
+    if not scales or (not _tells(call) and (call.live is None or call.live >= count)):
         return slice(0, count)
-    live = torch.stack([scale != 0 for scale in scales]).any(0).nonzero()[:, 0]
+    counts = torch.stack([scale != 0 for scale in scales]).any(0)
+    if not _tells(call):
+        # Those that count come first, in their order. If they are fewer than `live`, what follows has no scale.
+        return torch.argsort(counts.logical_not().to(torch.uint8), stable=True)[: call.live]
+    live = counts.nonzero()[:, 0]
     return slice(0, count) if len(live) == count else live
+
+
+def _tells(call: Call) -> bool:
+    """Whether values of tensors can be looked at without waiting."""
+    return call.student.device.type == "cpu"
 
 
 class _Loop:

@@ -111,14 +111,19 @@ def plan_for(
     whole_teacher: bool = True,
     own_exponential: bool = False,
     tiles_allowed: bool = True,
+    gathered: bool = False,
     free: int | None = None,
 ) -> Plan:
     """The plan of one call.
 
     `whole_teacher`: every column of it is known, so its exponentials are stashed. `own_exponential`: the
-    cross-entropy's e^z is no power of e^(z/T), and is stashed too. `free`: bytes of a device that is not to be asked.
+    cross-entropy's e^z is no power of e^(z/T), and is stashed too. `gathered`: the rows are some of more,
+    and copied; on CPUs that is not counted, since groups are short there. `free`: bytes of a device that is not to be
+    asked.
     """
-    request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential)
+    request = _Request(
+        tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential, gathered
+    )
     if memory_budget is not None:
         budget = int(memory_budget)
     else:
@@ -161,6 +166,7 @@ class _Request(NamedTuple):
     device: torch.device
     whole_teacher: bool
     own_exponential: bool
+    gathered: bool
     most: int | None = None  # tokens in a group
 
     @property
@@ -192,7 +198,9 @@ class _Request(NamedTuple):
         for side in self.sides:
             if side.hidden_bytes != side.operand_bytes:
                 of_group += side.hidden_size * side.operand_bytes
-        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tiled):
+            if self.gathered:
+                of_group += side.hidden_size * side.hidden_bytes
+        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tiled or self.gathered):
             of_group += 4 * student.hidden_size
         casts = [
             min(CAST_COLUMNS, tile) * side.hidden_size * side.operand_bytes

@@ -384,7 +384,7 @@ class Logits:
             return rows, columns
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=tensor.device)
-        return (*torch.unravel_index(rows, tensor.shape[:-1]), columns)
+        return (*_unravelled(rows, tensor.shape[:-1]), columns)
 
 
 class Sparse:
@@ -408,6 +408,15 @@ class Sparse:
 def _held(buffer: Tensor, columns: slice, part: slice) -> Tensor:
     """What of a buffer for a chunk holds these columns of these tokens."""
     return buffer[: part.stop - part.start, : columns.stop - columns.start]
+
+
+def _unravelled(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Indices into leading dimensions; `torch.unravel_index` would copy the shape to the device, and wait for that."""
+    found = []
+    for size in reversed(shape):
+        found.append(rows % size)
+        rows = rows // size
+    return tuple(reversed(found))
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:
