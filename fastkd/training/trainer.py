@@ -84,7 +84,8 @@ class KDTrainer(Trainer):
             the sum of both weights stays the same.
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`. A label is −100 where it must not
-    be learnt. The first label of a row counts for nothing: no token predicts it.
+    be learnt. The first label of a row counts for nothing: no token predicts it. Whatever collator makes a batch, what
+    counts is counted there, for GPUs to leave the other tokens out; not where the dataset is an IterableDataset.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
     `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name.
