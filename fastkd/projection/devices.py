@@ -55,7 +55,8 @@ def free_bytes(device: torch.device) -> int | None:
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info") or not module.is_available():
         return None
-    if module.is_current_stream_capturing():
+    capturing = getattr(module, "is_current_stream_capturing", None)  # older versions of torch capture on CUDA alone
+    if capturing is not None and capturing():
         return _answers.get(device)
     try:
         free, _ = module.mem_get_info(device)
