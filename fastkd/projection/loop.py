@@ -124,15 +124,16 @@ class _Loop:
         if self.teacher is not None:
             self.teacher.start(rows)
         given = [None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)]
+        parts = list(_steps(_count(rows), self.plan.chunk))
+        scalars = [[None if x is None else x[part] for part in parts] for x in given]
         for stage in self._stages():
             differentiates = self.wants.any and stage in ("whole", "gradient")
             for columns in _steps(self.spec.vocab_size, self.plan.tile):
-                for part in _steps(_count(rows), self.plan.chunk):
+                for part, labels, soft, hard in zip(parts, *scalars, strict=True):
                     student = self.student.logits(columns, part)
                     teacher = None if self.teacher is None else self.teacher.logits(columns, part)
                     place = self.student.gradient_place(columns, part, student) if differentiates else None
                     tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[part]),)
-                    labels, soft, hard = (None if x is None else x[part] for x in given)
                     values = self.backend.kd_rows(student, teacher, labels, soft, hard, self.spec, place, *tile)
                     if place is not None:
                         self.student.take_gradient(columns, part, place)
