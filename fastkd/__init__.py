@@ -7,8 +7,9 @@ from fastkd import divergences
 from fastkd.backend import backends, use_backend
 from fastkd.divergences import *  # noqa: F403  the parameters of each
 from fastkd.losses import KDLoss, KDParts, kd_loss
+from fastkd.projection.estimate import plan
 from fastkd.projection.models import project
-from fastkd.projection.plan import Plan, plan
+from fastkd.projection.plan import Plan
 from fastkd.sources import Projection, SparseTargets
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 

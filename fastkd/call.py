@@ -21,7 +21,8 @@ class Call(NamedTuple):
 
     A source is the fields that begin with `student` or `teacher`, which `sources.parts` fills and `sources.of_parts`
     reads: logits; or hidden states with weight and bias, beside which `*_head` holds softcap (0: none) and logit scale;
-    or the parts of `SparseTargets`. The fields of `RowSpec` are here under their own names.
+    or the parts of `SparseTargets`. The fields of `RowSpec` are here under their own names. At most `live` rows
+    have a scale that is not 0, which matters from hidden states on devices that cannot be asked how many.
     """
 
     student: Tensor
@@ -49,6 +50,7 @@ class Call(NamedTuple):
     vocab_size: int
     autocast: torch.dtype | None
     memory_budget: int | None
+    live: int | torch.SymInt | None
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
@@ -99,6 +101,7 @@ _TYPES: dict[Any, tuple[str, Any]] = {
     float: ("float", 0.0),
     int: ("int", 0),
     int | None: ("int?", None),
+    int | torch.SymInt | None: ("SymInt?", None),  # another number of tokens is no reason to compile again
     torch.dtype | None: ("ScalarType?", None),
 }
 _FIELDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
@@ -125,6 +128,7 @@ def call_for(
     spec: RowSpec,
     autocast: torch.dtype | None = None,
     memory_budget: int | None = None,
+    live: int | torch.SymInt | None = None,
 ) -> Call:
     """The arguments for these sources; labels and scales are `[rows]`."""
     given = {
@@ -136,6 +140,7 @@ def call_for(
         "hard_scale": hard_scale,
         "autocast": autocast,
         "memory_budget": memory_budget,
+        "live": live,
     }
     for name in _SPEC_FIELDS:
         given[name] = getattr(spec, name)

@@ -18,6 +18,7 @@ from fastkd import arguments, gradients, served, sources
 from fastkd.autograd import InPlace
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
+from fastkd.live import Mask, checked, counted_on_host, moved
 from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
@@ -117,6 +118,7 @@ class KDLoss(nn.Module):
         *,
         weights: Tensor | None = None,
         num_items: float | Tensor | None = None,
+        live: int | None = None,
     ) -> Tensor | KDParts:
         """The loss of one batch.
 
@@ -130,6 +132,14 @@ class KDLoss(nn.Module):
                 gradient: ValueError if they require it.
             num_items: replaces the mean's divisor: the number of unmasked tokens of the whole optimiser step under
                 gradient accumulation. A number, or a 0-dim tensor on any device.
+            live: the number of tokens that count: not `ignore_index`, weight not 0, after the shift; all, where the
+                soft term is taken and `mask_soft=False`. From hidden states on a GPU the others are then left out of
+                every product, which a GPU cannot do by itself without making the host wait. On the CPU they always are,
+                and losses on logits skip them. A wrong number raises ValueError; on a GPU, where values are not looked
+                at, it makes loss and gradients NaN (ValueError with `FASTKD_DEBUG=1`).
+
+        Beside a `Projection` on a GPU, labels and weights may be on the CPU. They are counted there, and no `live` is
+        needed.
 
         Returns:
             fp32 (float64 for float64 logits): a scalar, or the leading shape for `reduction="none"`;
@@ -142,13 +152,18 @@ class KDLoss(nn.Module):
             teacher = teacher.as_subclass(Tensor)
         vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
         gradients.check(student, teacher, weights, num_items)
-        self._check_call(student, teacher, labels, weights, num_items)
+        self._check_call(student, teacher, labels, weights, num_items, live)
         if labels is not None:
             labels = labels.detach().to(torch.int64)
 
         want_soft = teacher is not None and (self.soft_weight > 0 or self.return_parts)
         want_hard = labels is not None and (self.hard_weight > 0 or self.return_parts)
+        mask = Mask(labels if self.mask_soft or not want_soft else None, weights, self.ignore_index, self.shift)
+        at_most = counted_on_host(mask, student.device, student.shape[:-1])
+        labels, weights = moved(labels, student.device), moved(weights, student.device)
         soft_scale, hard_scale, labels = self._row_scales(student, labels, weights, num_items)
+        if live is not None:
+            soft_scale, hard_scale = checked(live, mask, student.shape[:-1], soft_scale, hard_scale)
         t2 = float(self.temperature) ** 2 if self.scale_t2 and self.divergence.tempered else 1.0
         spec = RowSpec(
             self.divergence.name,
@@ -168,6 +183,7 @@ class KDLoss(nn.Module):
             spec,
             autocast_dtype(student.device),
             None if self.memory_budget is None else int(self.memory_budget),
+            at_most if live is None else live,
         )
         loss, soft, hard = self._run(call)
 
@@ -257,6 +273,7 @@ class KDLoss(nn.Module):
         labels: Tensor | None,
         weights: Tensor | None,
         num_items: float | Tensor | None,
+        live: int | None,
     ) -> None:
         if labels is None and self.hard_weight > 0:
             raise ValueError(f"labels are needed for hard_weight={self.hard_weight}; pass them or set hard_weight=0")
@@ -268,6 +285,10 @@ class KDLoss(nn.Module):
             raise ValueError(f"shift=True needs logits [..., sequence, vocab], got shape {tuple(student.shape)}")
         if self.reduction == "batchmean" and student.dim() < 2:
             raise ValueError(f"reduction='batchmean' needs a batch dimension, got logits {tuple(student.shape)}")
+        if live is not None:
+            arguments.integer("live", live, least=0)
+            if live > student.shape[:-1].numel():
+                raise ValueError(f"live={live}, but there are {student.shape[:-1].numel()} tokens")
         if num_items is not None:
             if self.reduction != "mean":
                 raise ValueError(
@@ -311,6 +332,7 @@ def kd_loss(
     *,
     weights: Tensor | None = None,
     num_items: float | Tensor | None = None,
+    live: int | None = None,
     temperature: float = 2.0,
     soft_weight: float = 0.5,
     hard_weight: float = 0.5,
@@ -328,7 +350,7 @@ def kd_loss(
     inplace: bool = False,
     return_parts: bool = False,
 ) -> Tensor | KDParts:
-    """`KDLoss(...)(student, teacher, labels, weights=weights, num_items=num_items)`; arguments are described there."""
+    """`KDLoss(...)(student, teacher, labels, weights=…, num_items=…, live=…)`; arguments are described there."""
     loss = KDLoss(
         temperature,
         soft_weight=soft_weight,
@@ -347,7 +369,7 @@ def kd_loss(
         inplace=inplace,
         return_parts=return_parts,
     )
-    return loss.forward(student, teacher, labels, weights=weights, num_items=num_items)
+    return loss.forward(student, teacher, labels, weights=weights, num_items=num_items, live=live)
 
 
 def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_on: str | None) -> tuple[float, float]:

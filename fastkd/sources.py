@@ -267,6 +267,7 @@ def check(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or size.
     """
     _check_source("student", student)
+    projected = isinstance(student, Projection) or isinstance(teacher, Projection)
     arguments.holds_values("student", student)
     if teacher is not None:
         if not isinstance(teacher, SparseTargets):
@@ -275,10 +276,10 @@ def check(
         _check_doubles(student, teacher)
     if labels is not None:
         arguments.integers("labels", labels)
-        _check_beside("labels", labels, student, labels.shape)
+        _check_beside("labels", labels, student, labels.shape, may_be_on_cpu=projected)
     if weights is not None:
         arguments.tensor("weights", weights)
-        _check_beside("weights", weights, student, weights.shape)
+        _check_beside("weights", weights, student, weights.shape, may_be_on_cpu=projected)
         arguments.check_counts("weights", weights)
     return _vocab_size(student, teacher, vocab_size)
 
@@ -331,13 +332,13 @@ def check_logits(logits: object, name: str = "logits") -> None:
         raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
 
 
-def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Size) -> None:
+def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Size, may_be_on_cpu: bool = False) -> None:
     if leading != student.shape[:-1]:
         raise ValueError(
             f"{name} has leading shape {tuple(leading)}, but the student logits {tuple(student.shape)} "
             f"have {tuple(student.shape[:-1])}"
         )
-    if value.device != student.device:
+    if value.device != student.device and not (may_be_on_cpu and value.device.type == "cpu"):
         raise ValueError(f"{name} is on {value.device}, but the student is on {student.device}")
 
 

@@ -25,7 +25,8 @@ def _restore_globals() -> Iterator[None]:
 @pytest.fixture
 def few_tokens_stand_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of as few tokens as are tested here would be too slow to be planned."""
-    monkeypatch.setitem(_LEAST_CHUNK, "cpu", 16)
+    for kind in _LEAST_CHUNK:
+        monkeypatch.setitem(_LEAST_CHUNK, kind, 16)
 
 
 @pytest.fixture(params=["cpu", "reference"])

@@ -107,6 +107,6 @@ def test_every_source_has_parts_fields_and_a_side() -> None:
         scale = torch.ones(3)
         side = teacher_side(call_for(torch.zeros(3, 5), source, None, scale, None, SPEC))
         assert side is not None
-        side.allocate(3, 5)
+        side.allocate(3, 3, 5)
         side.start(slice(0, 3))
-        assert side.logits(slice(0, 5)) is not None
+        assert side.logits(slice(0, 5), slice(0, 3)) is not None

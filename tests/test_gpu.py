@@ -160,6 +160,110 @@ def test_projections_do_not_synchronise_and_can_be_captured() -> None:
         assert torch.equal(a, c)
 
 
+def masked_half(rows: int = 4096) -> tuple[list[torch.Tensor], fastkd.Projection, torch.Tensor]:
+    """The same, with half of the labels masked."""
+    student, teacher, _ = projections(torch.bfloat16, rows)
+    return student, teacher, cases.labels(rows, 50257, ignored=tuple(range(0, rows, 2)))
+
+
+@pytest.mark.parametrize("known", ["live", "labels on the host"])
+@pytest.mark.parametrize("mib", [None, 512, 32])
+def test_masked_tokens_are_left_out_without_waiting(known: str, mib: int | None) -> None:
+    student, teacher, labels = masked_half()
+    options = {"memory_budget": None if mib is None else mib << 20}
+
+    def step(labels: torch.Tensor, **more: int) -> tuple[torch.Tensor, ...]:
+        loss = fastkd.kd_loss(fastkd.Projection(*student), teacher, labels, **options, **more)
+        return loss.detach(), *torch.autograd.grad(loss, student)
+
+    expected = step(labels.cuda())
+    told = (labels.cuda(), {"live": 2048}) if known == "live" else (labels.pin_memory(), {})
+    step(told[0], **told[1])
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        found = step(told[0], **told[1])
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(found, expected, strict=True):
+        assert compare.relative_error(a, b) < 4e-3
+    assert (found[1][::2] == 0).all()
+    wrong = step(labels.cuda(), live=2047)
+    assert all(value.isnan().any() for value in wrong)
+
+
+@pytest.mark.parametrize("mib", [None, 1024, 256, 32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_peak_memory_is_what_was_planned(dtype: torch.dtype, mib: int | None) -> None:
+    student, teacher, labels = projections(dtype, 8192)
+    budget = None if mib is None else mib << 20
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(
+            fastkd.kd_loss(fastkd.Projection(*student), teacher, labels, memory_budget=budget), student
+        )
+
+    step()
+    plan = fastkd.plan(8192, 50257, 256, 384, dtype=dtype, device="cuda", memory_budget=budget)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    step()
+    assert torch.cuda.max_memory_allocated() - before == pytest.approx(plan.peak_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("live", [None, 2048])
+def test_a_graph_of_the_default_budget_is_what_ran_before(live: int | None) -> None:
+    student, teacher, labels = masked_half()
+    labels = labels.cuda()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(fastkd.kd_loss(fastkd.Projection(*student), teacher, labels, live=live), student)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            expected = step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    with torch.no_grad():
+        student[0].neg_()
+    graph.replay()  # of the values that are there now
+    assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+
+
+def test_compiled_with_graphs() -> None:
+    student, teacher, labels = masked_half()
+    labels = labels.cuda()
+
+    def step(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        loss = fastkd.kd_loss(fastkd.Projection(hidden, weight), teacher, labels, live=2048, memory_budget=512 << 20)
+        assert isinstance(loss, torch.Tensor)
+        return loss
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    expected = torch.autograd.grad(step(*student), student)
+    for _ in range(4):  # the first two warm up and capture
+        torch.compiler.cudagraph_mark_step_begin()
+        found = [grad.clone() for grad in torch.autograd.grad(compiled(*student), student)]
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_projections_on_another_stream_and_twice_backward() -> None:
+    student, teacher, labels = masked_half()
+    expected = torch.autograd.grad(fastkd.kd_loss(fastkd.Projection(*student), teacher, labels), student)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        loss = fastkd.kd_loss(fastkd.Projection(*student), teacher, labels)  # labels are copied on this stream too
+        twice = [torch.autograd.grad(loss, student, retain_graph=True) for _ in range(2)]
+    torch.cuda.current_stream().wait_stream(stream)
+    for found in twice:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_projections_under_autocast() -> None:
     student, teacher, labels = projections(torch.float32)
     exact = torch.autograd.grad(fastkd.kd_loss(fastkd.Projection(*student), teacher, labels), student)

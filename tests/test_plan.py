@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 import fastkd
 from fastkd.kernels import cpu
-from fastkd.projection.plan import STATE_BYTES
+from fastkd.projection import plan as planner
+from fastkd.projection.devices import GPUS
+from fastkd.projection.estimate import _seconds, product_seconds
+from fastkd.projection.plan import STATE_BYTES, HeadSize
 from tests.memory import printed
 
 MIB = 1 << 20
@@ -55,11 +59,92 @@ def test_recomputation_is_counted() -> None:
     assert jsd.flops == unit * (10 * 256 + 6 * 768)
 
 
-def test_bf16_on_a_gpu_keeps_a_rounded_gradient_and_casts_nothing() -> None:
+def test_bf16_on_a_gpu_keeps_rounded_gradients_of_a_group_and_casts_nothing() -> None:
     plan = fastkd.plan(8192, 128256, 2048, 4096, dtype=torch.bfloat16, device="cuda")
-    per_token = 128256 * (4 + 4 + 2) + 4 * 2048
-    assert plan.working_bytes == plan.chunk * per_token
+    assert plan.chunk < plan.group
+    assert plan.working_bytes == plan.chunk * 128256 * (4 + 4) + plan.group * (128256 * 2 + 4 * 2048)
+    assert f"{plan.chunk} tokens × 128,256 columns at a time, their gradients of {plan.group:,}" in str(plan)
     assert plan.gradient_bytes == 8192 * 2048 * 2 + 128256 * 2048 * (4 + 2)
+
+
+# --- the default on GPUs, and the time --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("vocab", [32000, 128256, 262144])
+@pytest.mark.parametrize("gib", [1, 4, 6, 10, 24, 80])
+def test_a_default_takes_a_quarter_of_what_is_free_beside_the_gradients_and_no_more_than_helps(
+    gib: int, vocab: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(planner, "free_bytes", lambda device: gib << 30)
+    plan = fastkd.plan(32768, vocab, 2048, 4096, dtype=torch.bfloat16, device="cuda")
+    share = ((gib << 30) - plan.gradient_bytes) // 4
+    assert plan.working_bytes <= max(share, 64 * MIB)
+    assert plan.chunk * plan.tile <= max(512 * plan.tile, 1 << 25)
+    assert plan.group <= 4096
+    if gib == 80:
+        assert plan.group == 4096
+
+
+def test_a_little_less_free_memory_changes_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    plans = []
+    for free in (5 << 30, (5 << 30) - 200 * MIB):
+        monkeypatch.setattr(planner, "free_bytes", lambda device, free=free: free)
+        plans.append(fastkd.plan(32768, 128256, 2048, 4096, dtype=torch.bfloat16, device="cuda"))
+    assert plans[0] == plans[1]
+    assert plans[0].group < 4096
+
+
+def test_fp32_products_and_frozen_heads_need_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "free_bytes", lambda device: 80 << 30)
+    plan = fastkd.plan(32768, 128256, 2048, 4096, device="cuda")
+    assert plan.chunk == plan.group == 1024
+
+
+def test_a_small_vocabulary_is_not_cut_into_many_chunks() -> None:
+    plan = fastkd.plan(16384, 1000, 2048, 2048, dtype=torch.bfloat16, device="cuda", gpu="H100")
+    assert plan.chunk == plan.group == 16384
+
+
+def test_a_gpu_that_cannot_be_asked_has_a_stated_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planner, "free_bytes", lambda device: None)
+    plan = fastkd.plan(32768, 1 << 19, 2048, 4096, dtype=torch.bfloat16, device="cuda")
+    assert 0.75 * (2 << 30) < plan.working_bytes <= 2 << 30
+
+
+def test_the_bar_of_time_from_hidden_states() -> None:
+    """Forward and backward at most 1.2 times the four products alone: both by the same rates."""
+    tokens, vocab, hidden, gpu = 8192, 128256, 4096, GPUS["H100"]
+    plan = fastkd.plan(tokens, vocab, hidden, hidden, dtype=torch.bfloat16, device="cuda", gpu="H100")
+    shapes = [(tokens, hidden, vocab), (tokens, hidden, vocab), (tokens, vocab, hidden), (vocab, tokens, hidden)]
+    bare = 1e3 * sum(product_seconds(*shape, operand_bytes=2, result_bytes=4, gpu=gpu) for shape in shapes)
+    assert plan.milliseconds is not None
+    assert bare < plan.milliseconds <= 1.2 * bare
+    assert bare == pytest.approx(1e3 * plan.flops / gpu.flops_16)
+    assert str(plan).endswith(f"about {plan.milliseconds:,.1f} ms")
+    # In one level of chunks of 752 tokens, which 1 GiB held, the head's gradient alone would break it.
+    size = HeadSize(hidden, 2, 2, 2, 2)
+    assert 1e3 * _seconds(replace(plan, chunk=752, group=752), size, size, 2, False, gpu) > 1.25 * bare
+
+
+def test_time_follows_what_is_computed() -> None:
+    def milliseconds(*sizes: int | None, dtype: torch.dtype = torch.bfloat16, **options: object) -> float:
+        found = fastkd.plan(8192, 50257, *sizes, dtype=dtype, device="cuda", **options).milliseconds  # type: ignore[arg-type,misc]
+        assert found is not None
+        return found
+
+    base = milliseconds(2048, 2048, gpu="H100")
+    assert milliseconds(2048, 2048, gpu="B200") < milliseconds(2048, 2048, gpu="H200") < base
+    assert base < milliseconds(2048, 2048, gpu="H100", divergence="jsd") < milliseconds(2048, 4096, gpu="H100")
+    assert milliseconds(2048, None, gpu="H100") < base < milliseconds(2048, 2048, gpu="H100", memory_budget=32 * MIB)
+    assert milliseconds(2048, 2048, gpu="H100", dtype=torch.float32) > 8 * base
+    assert fastkd.plan(8192, 50257, 2048, 2048, device="cuda", gpu="H100", dtype=torch.float64).milliseconds is None
+    assert fastkd.plan(8192, 50257, 2048, 2048).milliseconds is None
+
+
+@pytest.mark.parametrize(("gpu", "device"), [("H1000", "cuda"), ("H100", "cpu")])
+def test_a_gpu_of_another_name(gpu: str, device: str) -> None:
+    with pytest.raises(ValueError, match=rf"A100, H100, .*got '{gpu}' with '{device}'"):
+        fastkd.plan(8192, 50257, 2048, 2048, device=device, gpu=gpu)
 
 
 @pytest.mark.parametrize(

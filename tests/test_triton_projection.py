@@ -13,8 +13,9 @@ from torch import Tensor
 
 import fastkd
 from fastkd.kernels import gpu
-from fastkd.projection import loop, sides
+from fastkd.projection import loop
 from tests import cases, compare
+from tests.as_on_gpus import Silent, sixteen_bit_products
 from tests.projections import FEW, TILES, H, from_projections, judge, operands, truth_and_eager
 from tests.triton_interpreter import interpreted
 
@@ -28,16 +29,7 @@ def like_a_gpu(
     """Products with operands of the parameter's dtype and fp32 results; the Triton backend, interpreted."""
     operand: torch.dtype = request.param
 
-    def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-        assert a.dtype == b.dtype == operand
-        assert out.dtype == torch.float32
-        exact = a.float() @ b.float()
-        out.copy_(out + exact if accumulate else exact)
-
-    monkeypatch.setattr(sides, "operand_dtype", lambda projection, autocast: operand)
-    monkeypatch.setattr(sides, "_product", product)
-    monkeypatch.setattr(loop, "select", lambda tensor: gpu)
-    monkeypatch.setattr(loop, "_live_rows", lambda call: slice(0, call.student.shape[:-1].numel()))
+    sixteen_bit_products(monkeypatch, operand, gpu)
     with interpreted():
         yield operand
 
@@ -109,7 +101,7 @@ def test_nothing_waits_for_the_device(like_a_gpu: torch.dtype, monkeypatch: pyte
     def guarded(self: loop._Loop, rows: slice) -> None:
         with monkeypatch.context() as patch:
             # The kernel's interpreter reads tensors; the loop around it must not.
-            patch.setattr(self, "backend", _Silent())
+            patch.setattr(self, "backend", Silent())
             for name in ("item", "tolist", "nonzero", "__bool__", "__int__", "__float__", "cpu"):
                 patch.setattr(Tensor, name, refuse)
             run(self, rows)
@@ -117,11 +109,3 @@ def test_nothing_waits_for_the_device(like_a_gpu: torch.dtype, monkeypatch: pyte
     monkeypatch.setattr(loop._Loop, "run", guarded)
     fastkd.kd_loss(student, teacher, cases.labels(N, V), memory_budget=FEW)
     assert hidden.shape[-1] == H
-
-
-class _Silent:
-    """A backend that computes nothing."""
-
-    @staticmethod
-    def kd_rows(student: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-        return student.new_zeros(len(student)), student.new_zeros(len(student))

@@ -1,16 +1,19 @@
-"""The loss from hidden states: one loop over chunks of tokens and tiles of the vocabulary.
+"""The loss from hidden states: one loop over groups of tokens, tiles of the vocabulary and chunks of a group.
 
-Per chunk: logits of student and teacher into reused fp32 buffers, one fused row kernel that writes the gradient over
-the student's, then the products for hidden states and weight. Under the "tiles" plan the same for one tile of columns
-after another, once per stage of the kernel.
+Per chunk: logits of student and teacher into reused fp32 buffers, and one fused row kernel. It writes the gradient over
+the student's logits or, where products take 16 bits, beside them, rounded. Per group: the products for hidden states
+and weight. A group is one chunk, except where a product with the head's gradient, which is read and written in fp32,
+would be too short for its memory traffic. Under the "tiles" plan the same for one tile of columns after another, once
+per stage of the kernel.
 
-On the CPU, rows that nothing depends on (masked tokens) are left out before any product. On a GPU that would need
-their number, a synchronisation: there the kernel skips them, the products do not.
+Rows that nothing depends on (masked tokens) are left out before any product. On a GPU that needs their number to be
+known on the host (`Call.live`), since finding it out would be a synchronisation. Where it is not known, the kernel
+skips them and the products do not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -19,13 +22,14 @@ from torch import Tensor
 from fastkd.backend import select
 from fastkd.call import Call
 from fastkd.divergences import TABLE, ForwardKL
-from fastkd.projection.plan import HeadSize, Plan, plan_for
+from fastkd.projection.plan import Plan, plan_for
 from fastkd.projection.sides import (
     Gradients,
     Head,
     RowIndex,
     autocast_dtype,
     head_size,
+    part_of,
     student_side,
     teacher_side,
 )
@@ -35,6 +39,11 @@ from fastkd.sources import Projection
 __all__ = ["check_budget", "from_hidden_states", "logit_chunks"]
 
 
+#: Where fewer than one row in so many could be left out on a GPU, all are computed: to copy the hidden states of those
+#: that count, and their gradients back, moves bytes for as long as the products of about 700 rows in V take.
+_FEW = 32
+
+
 def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
     """`Backend.kd_rows` where at least one of student and teacher is a `Projection`: soft and hard values, gradients.
 
@@ -42,24 +51,22 @@ def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[T
     """
     with torch.no_grad(), torch.autocast(call.student.device.type, enabled=False):
         loop = _Loop(call, grad, wants)
-        for rows in loop.chunks():
+        for rows in loop.groups():
             loop.run(rows)
         return loop.soft, loop.hard, loop.student.gradients()
 
 
 def check_budget(call: Call, wants: Wants) -> None:
     """ValueError where `memory_budget` is too small for these gradients: the loop itself would find it out later."""
-    sizes = [head_size(source, call.autocast) for source in (call.student_source(), call.teacher_source())]
-    _plan(call, sizes, _count(_live_rows(call)), wants)
+    _plan(call, _live_rows(call), wants)
 
 
-def _plan(call: Call, sizes: Sequence[HeadSize | None], rows: int, wants: Wants) -> Plan:
-    student, teacher = sizes
+def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
     return plan_for(
-        max(rows, 1),
+        max(_count(live), 1),
         call.vocab_size,
-        student,
-        teacher,
+        head_size(call.student_source(), call.autocast),
+        head_size(call.teacher_source(), call.autocast),
         wants,
         TABLE[call.divergence](*call.parameters),
         call.student.device,
@@ -67,64 +74,74 @@ def _plan(call: Call, sizes: Sequence[HeadSize | None], rows: int, wants: Wants)
         whole_teacher=call.teacher_ids is None,
         own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
         tiles_allowed=hasattr(select(call.student), "tile_state"),
+        gathered=isinstance(live, Tensor) and not _tells(call),
     )
 
 
 def _live_rows(call: Call) -> RowIndex:
-    """The rows to compute: all, or on the CPU those with a scale."""
+    """The rows to compute: those with a scale, where their number is known, else all."""
     count = row_count(call.student)
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
-    if call.student.device.type != "cpu" or not scales:
+    if not scales or (not _tells(call) and (call.live is None or call.live > count - count // _FEW)):
         return slice(0, count)
-    live = torch.stack([scale != 0 for scale in scales]).any(0).nonzero()[:, 0]
+    counts = torch.stack([scale != 0 for scale in scales]).any(0)
+    if not _tells(call):
+        # Those that count come first, in their order. If they are fewer than `live`, what follows has no scale.
+        return torch.argsort(counts.logical_not().to(torch.uint8), stable=True)[: call.live]
+    live = counts.nonzero()[:, 0]
     return slice(0, count) if len(live) == count else live
+
+
+def _tells(call: Call) -> bool:
+    """Whether values of tensors can be looked at without waiting."""
+    return call.student.device.type == "cpu"
 
 
 class _Loop:
     def __init__(self, call: Call, grad: Tensor | None, wants: Wants) -> None:
+        self.live = _live_rows(call)
+        self.plan = _plan(call, self.live, wants)  # before gradients take what is free
         self.student, self.teacher = student_side(call, wants, grad), teacher_side(call)
         self.spec, self.wants = call.spec, wants
         self.labels, self.soft_scale, self.hard_scale = call.labels, call.soft_scale, call.hard_scale
         self.backend = select(call.student)
-        self.live = _live_rows(call)
         count, device = row_count(call.student), call.student.device
         dtype = row_dtype(call.student.dtype)
         self.soft, self.hard = (torch.zeros(count, dtype=dtype, device=device) for _ in range(2))
-        sizes = [None if side is None else side.size for side in (self.student, self.teacher)]
-        self.plan = _plan(call, sizes, _count(self.live), wants)
         for side in (self.student, self.teacher):
             if side is not None:
-                side.allocate(self.plan.chunk, self.plan.tile)
+                side.allocate(self.plan.chunk, self.plan.group, self.plan.tile)
         if self.plan.strategy == "tiles":
-            self.state = self.backend.tile_state(self.plan.chunk, device)
+            self.state = self.backend.tile_state(self.plan.group, device)
 
-    def chunks(self) -> Iterator[RowIndex]:
-        end, step = _count(self.live), self.plan.chunk
-        for start in range(0, end, step):
-            part = slice(start, min(start + step, end))
-            yield part if isinstance(self.live, slice) else self.live[part]
+    def groups(self) -> Iterator[RowIndex]:
+        for part in _steps(_count(self.live), self.plan.group):
+            yield part_of(self.live, part)
 
     def run(self, rows: RowIndex) -> None:
-        """Everything about one chunk of tokens."""
+        """Everything about one group of tokens."""
         self.student.start(rows)
         if self.teacher is not None:
             self.teacher.start(rows)
-        labels, soft_scale, hard_scale = (
-            None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)
-        )
+        given = [None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)]
+        parts = list(_steps(_count(rows), self.plan.chunk))
+        scalars = [[None if x is None else x[part] for part in parts] for x in given]
         for stage in self._stages():
-            for columns in self._tiles():
-                student = self.student.logits(columns)
-                teacher = None if self.teacher is None else self.teacher.logits(columns)
-                place = None
-                if self.wants.any and stage in ("whole", "gradient"):
-                    place = self.student.gradient_place(columns, student)
-                tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[: _count(rows)]),)
-                values = self.backend.kd_rows(student, teacher, labels, soft_scale, hard_scale, self.spec, place, *tile)
-                if place is not None:
-                    self.student.add_gradient(columns, place)
-            if stage != "gradient":
-                self.soft[rows], self.hard[rows] = values
+            differentiates = self.wants.any and stage in ("whole", "gradient")
+            for columns in _steps(self.spec.vocab_size, self.plan.tile):
+                for part, labels, soft, hard in zip(parts, *scalars, strict=True):
+                    student = self.student.logits(columns, part)
+                    teacher = None if self.teacher is None else self.teacher.logits(columns, part)
+                    place = self.student.gradient_place(columns, part, student) if differentiates else None
+                    tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[part]),)
+                    values = self.backend.kd_rows(student, teacher, labels, soft, hard, self.spec, place, *tile)
+                    if place is not None:
+                        self.student.take_gradient(columns, part, place)
+                    if stage != "gradient" and columns.stop == self.spec.vocab_size:
+                        where = part_of(rows, part)
+                        self.soft[where], self.hard[where] = values
+                if differentiates:
+                    self.student.multiply(columns)
         self.student.finish()
 
     def _stages(self) -> Iterator[Stage | Literal["whole"]]:
@@ -137,9 +154,11 @@ class _Loop:
         if self.wants.any:
             yield "gradient"
 
-    def _tiles(self) -> Iterator[slice]:
-        for start in range(0, self.spec.vocab_size, self.plan.tile):
-            yield slice(start, min(start + self.plan.tile, self.spec.vocab_size))
+
+def _steps(count: int, step: int) -> Iterator[slice]:
+    """0 … count in steps."""
+    for start in range(0, count, step):
+        yield slice(start, min(start + step, count))
 
 
 def _count(rows: RowIndex) -> int:
@@ -154,11 +173,12 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
     one before.
     """
     count, device = source.shape[:-1].numel(), source.device
-    head = Head(source.detach(), vocab_size, autocast_dtype(device), NOTHING)
+    autocast = autocast_dtype(device)
+    head = Head(source.detach(), vocab_size, autocast, NOTHING)
     chunk = plan_for(
         max(count, 1),
         vocab_size,
-        head.size,
+        head_size(source, autocast),
         None,
         NOTHING,
         ForwardKL(),
@@ -166,10 +186,9 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
         memory_budget=None,
         tiles_allowed=False,
     ).chunk
-    head.allocate(min(chunk, count), vocab_size)
-    for start in range(0, count, chunk):
-        rows = slice(start, min(start + chunk, count))
+    head.allocate(min(chunk, count), min(chunk, count), vocab_size)
+    for rows in _steps(count, chunk):
         with torch.autocast(device.type, enabled=False):
             head.start(rows)
-            logits = head.logits(slice(0, vocab_size))
+            logits = head.logits(slice(0, vocab_size), slice(0, rows.stop - rows.start))
         yield rows, logits

@@ -13,18 +13,30 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from fastkd import arguments
 from fastkd.backend import scratch_bytes
-from fastkd.divergences import Divergence, resolve
-from fastkd.rows import Wants, kept_dtype
+from fastkd.divergences import Divergence
+from fastkd.projection.devices import free_bytes
+from fastkd.rows import Wants
 
-__all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan", "plan_for"]
+__all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan_for"]
 
-#: Working memory of a loss that is given no budget.
-_DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 1 << 30}
+#: Working memory of a loss that is given no budget, on CPUs, and on GPUs that cannot be asked.
+_DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 2 << 30}
+#: Else one part in `_SHARE` of what a GPU has free beside the gradients, rounded down to a power of two, so that a
+#: little more or less free memory changes neither plan nor bits; but `_FLOOR` at least. No loss takes more than for
+#: `_HELPFUL` tokens: a product of so many with the head's gradient in fp32 is bound by arithmetic on every GPU of
+#: `devices`, and where products are of fp32 operands, or the head gets no gradient, fewer are enough.
+_SHARE, _FLOOR, _HELPFUL = 4, 64 << 20, {"grouped": 4096, "cuda": 1024}
 #: If fewer tokens than this fit with their whole rows, tiles with recomputation are faster, since every chunk of tokens
-#: reads the head and reads and writes its gradient. Measured on 2 CPU cores; on GPUs it is a guess.
-_LEAST_CHUNK = {"cpu": 64, "cuda": 256}
+#: reads the head and reads and writes its gradient. Measured on 2 CPU cores; on GPUs it is a guess. For chunks in
+#: groups it is calculated: at an H100's rates chunks of 192 tokens, four to a group, take as long as tiles.
+_LEAST_CHUNK = {"cpu": 64, "cuda": 256, "grouped": 192}
+#: In a chunk at most, where there are groups: so many tokens, since the product for their logits is bound by
+#: arithmetic, or so many logits, since with few of them a GPU would wait for the host.
+_CHUNK_OF_GROUP, _LOGITS_OF_CHUNK = 512, 1 << 25
+#: Chunks in a group at least, where the budget is what limits both. Half the traffic with the head is that of its
+#: gradient; a token costs it a quarter or a half of the bytes that its logits take.
+_CHUNKS_OF_GROUP = 4
 #: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
 _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 #: Rows of logits begin at multiples of this many columns, and chunks have a multiple of it of tokens: matrix products
@@ -57,12 +69,17 @@ class Plan:
     #: Tokens whose logits exist at a time, and how many columns of them: all under "chunks".
     chunk: int
     tile: int
+    #: Tokens whose logits' gradient, rounded to 16 bits, is kept until it meets hidden states and head in one product.
+    #: That of one chunk where products take 32 bits, where the head gets no gradient, and on CPUs.
+    group: int
     #: Logits and their gradient, casts and what the kernels keep; freed when the loss returns.
     working_bytes: int
     #: d hidden, d weight and d bias, with fp32 accumulators where the parameters are narrower.
     gradient_bytes: int
     #: Of the matrix products.
     flops: int
+    #: Forward and backward, estimated from a GPU's rates; None on CPUs and on GPUs whose rates are not known.
+    milliseconds: float | None = None
 
     @property
     def peak_bytes(self) -> int:
@@ -71,55 +88,15 @@ class Plan:
 
     def __str__(self) -> str:
         held = f"{self.chunk:,} tokens × {self.tile:,} columns at a time"
+        if self.group > self.chunk:
+            held += f", their gradients of {self.group:,}"
         how = "kept until their gradient is taken" if self.strategy == "chunks" else "computed again for each stage"
+        time = "" if self.milliseconds is None else f", about {self.milliseconds:,.1f} ms"
         return (
             f"{self.tokens:,} tokens × vocabulary {self.vocab_size:,}: logits of {held}, {how}; "
             f"{_mib(self.working_bytes)} working memory + {_mib(self.gradient_bytes)} gradients, "
-            f"{self.flops / 1e9:,.1f} GFLOP"
+            f"{self.flops / 1e9:,.1f} GFLOP{time}"
         )
-
-
-def plan(
-    tokens: int,
-    vocab_size: int,
-    student_hidden: int | None,
-    teacher_hidden: int | None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    device: torch.device | str = "cpu",
-    memory_budget: int | None = None,
-    divergence: str | Divergence = "forward_kl",
-) -> Plan:
-    """What `KDLoss` will do with projections of these sizes: chunk, strategy, bytes and FLOPs.
-
-    Args:
-        tokens: rows of the batch (unmasked ones, on the CPU: masked tokens are left out there).
-        vocab_size: columns of the output heads that count.
-        student_hidden: H of the student, or None where it comes as a tensor of logits.
-        teacher_hidden: H of the teacher, or None where it comes as logits or there is none.
-        dtype: of hidden states and weights.
-        device: where they are.
-        memory_budget: bytes of working memory, beside the gradients; None for the default of the device.
-        divergence: some keep more per token than others.
-
-    Assumes that both the student's hidden states and its head get a gradient, at an integer temperature up to 4.
-    Raises ValueError where the budget is too small for any strategy, naming the smallest that is not.
-    """
-    device = torch.device(device)
-    sizes = {"tokens": tokens, "vocab_size": vocab_size}
-    widths = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
-    for name, value in (sizes | {name: width for name, width in widths.items() if width is not None}).items():
-        arguments.integer(name, value, least=1)
-    if student_hidden is None and teacher_hidden is None:
-        raise ValueError("student_hidden and teacher_hidden are both None: losses on logits need no plan")
-    size = dtype.itemsize
-    operand = 4 if device.type == "cpu" and size == 2 else size
-    student, teacher = (
-        None if width is None else HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand)
-        for width in (student_hidden, teacher_hidden)
-    )
-    wants = Wants(hidden=True, weight=student is not None, bias=False)
-    return plan_for(tokens, vocab_size, student, teacher, wants, resolve(divergence), device, memory_budget)
 
 
 def plan_for(
@@ -134,32 +111,49 @@ def plan_for(
     whole_teacher: bool = True,
     own_exponential: bool = False,
     tiles_allowed: bool = True,
+    gathered: bool = False,
+    free: int | None = None,
 ) -> Plan:
     """The plan of one call.
 
     `whole_teacher`: every column of it is known, so its exponentials are stashed. `own_exponential`: the
-    cross-entropy's e^z is no power of e^(z/T), and is stashed too.
+    cross-entropy's e^z is no power of e^(z/T), and is stashed too. `gathered`: the rows are some of more,
+    and copied; on CPUs that is not counted, since groups are short there. `free`: bytes of a device that is not to be
+    asked.
     """
-    kind = "cpu" if device.type == "cpu" else "cuda"
-    budget = _DEFAULT_BUDGET[kind] if memory_budget is None else int(memory_budget)
-    request = _Request(tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential)
-    whole = request.largest_chunk(vocab_size, budget)
-    if whole >= min(tokens, _LEAST_CHUNK[kind]) or not tiles_allowed:
-        return request.planned("chunks", max(whole, 1), vocab_size)
+    request = _Request(
+        tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential, gathered
+    )
+    if memory_budget is not None:
+        budget = int(memory_budget)
+    else:
+        budget = request.default_budget(free)
+        request = request._replace(most=max(_HELPFUL.get(request.kind, tokens), _LOGITS_OF_CHUNK // vocab_size))
+    whole = request.largest(vocab_size, budget)
+    if whole.chunk >= min(tokens, _LEAST_CHUNK[request.kind]) or not tiles_allowed:
+        return request.planned("chunks", whole if whole.chunk else _Sizes(1, 1), vocab_size)
     # As many tokens as possible, since each chunk of them meets the whole head; tiles narrow only to allow that.
     tile = min(_WIDEST, vocab_size)
-    while tile > _NARROWEST and request.largest_chunk(tile, budget) < min(tokens, _ENOUGH):
+    while tile > _NARROWEST and request.largest(tile, budget).chunk < min(tokens, _ENOUGH):
         tile = max(tile // 2, _NARROWEST)
-    chunk, least = request.largest_chunk(tile, budget), min(tokens, _LEAST_TILED)
-    if chunk >= least:
-        return request.planned("tiles" if tile < vocab_size else "chunks", chunk, tile)
-    smallest = request.planned("tiles", least, tile).working_bytes
-    while _countable(smallest) < request.working_bytes(least, tile):
+    sizes, least = request.largest(tile, budget), min(tokens, _LEAST_TILED)
+    if sizes.chunk >= least:
+        return request.planned("tiles" if tile < vocab_size else "chunks", sizes, tile)
+    smallest = request.working_bytes(_Sizes(least, least), tile)
+    wanted = smallest
+    while _countable(smallest) < wanted:
         smallest += 1
     raise ValueError(
         f"memory_budget={budget} bytes ({_mib(budget)}) is too small: {least} tokens × {tile} columns at a time, the "
         f"least this loss works with, need {smallest} bytes ({_mib(smallest)}) beside the gradients"
     )
+
+
+class _Sizes(NamedTuple):
+    """Tokens at a time."""
+
+    chunk: int
+    group: int
 
 
 class _Request(NamedTuple):
@@ -172,28 +166,42 @@ class _Request(NamedTuple):
     device: torch.device
     whole_teacher: bool
     own_exponential: bool
+    gathered: bool
+    most: int | None = None  # tokens in a group
+
+    @property
+    def kind(self) -> str:
+        """The row of the tables above."""
+        if self.grouped:
+            return "grouped"
+        return "cpu" if self.device.type == "cpu" else "cuda"
 
     @property
     def sides(self) -> list[HeadSize]:
         return [side for side in (self.student, self.teacher) if side is not None]
 
-    def working_bytes(self, chunk: int, tile: int) -> int:
-        """Memory beside the gradients while `chunk` tokens × `tile` columns are held."""
-        width = padded(tile)
-        buffers = 4 * len(self.sides)
-        hidden = 0
-        student = self.student
+    @property
+    def grouped(self) -> bool:
+        """Whether gradients of several chunks wait for one product, to read and write the head's less often."""
+        return self.student is not None and self.wants.weight and self.student.operand_bytes == 2
+
+    def working_bytes(self, sizes: _Sizes, tile: int) -> int:
+        """Memory beside the gradients while so many tokens × `tile` columns are held."""
+        student, width, tiled = self.student, padded(tile), tile < self.vocab_size
+        of_chunk = 4 * width * len(self.sides)
+        of_group = STATE_BYTES if tiled else 0
         if student is not None and self.wants.any:
             if student.softcap:
-                buffers += 4  # the slopes
+                of_chunk += 4 * width  # the slopes
             if student.operand_bytes == 2:
-                buffers += 2  # the gradient, rounded for the products
+                of_group += 2 * width  # the gradient, rounded for the products
         for side in self.sides:
             if side.hidden_bytes != side.operand_bytes:
-                hidden += side.hidden_size * side.operand_bytes
-        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tile < self.vocab_size):
-            hidden += 4 * student.hidden_size
-        state = STATE_BYTES if tile < self.vocab_size else 0
+                of_group += side.hidden_size * side.operand_bytes
+            if self.gathered:
+                of_group += side.hidden_size * side.hidden_bytes
+        if student is not None and self.wants.hidden and (student.hidden_bytes != 4 or tiled or self.gathered):
+            of_group += 4 * student.hidden_size
         casts = [
             min(CAST_COLUMNS, tile) * side.hidden_size * side.operand_bytes
             for side in self.sides
@@ -202,22 +210,52 @@ class _Request(NamedTuple):
         scratch = scratch_bytes(
             self.device, self.divergence, tile, self.whole_teacher, self.own_exponential, self.wants.any
         )
-        return chunk * (buffers * width + hidden + state) + max(casts, default=0) + scratch
+        return sizes.chunk * of_chunk + sizes.group * of_group + max(casts, default=0) + scratch
 
-    def largest_chunk(self, tile: int, budget: int) -> int:
-        fixed = self.working_bytes(0, tile)
-        per_token = max(self.working_bytes(1, tile) - fixed, 1)  # 0 where no side computes its logits
-        chunk = min(self.tokens, max(0, _countable(budget) - fixed) // per_token)
-        if not _ALIGNMENT <= chunk < self.tokens:
-            return chunk
-        # Equal chunks rather than a small last one, of a length that products like: 205 tokens take longer than 208.
-        most = chunk // _ALIGNMENT * _ALIGNMENT
-        count = -(-self.tokens // most)
-        return min(padded(-(-self.tokens // count)), most)
+    def largest(self, tile: int, budget: int) -> _Sizes:
+        """What fits a budget."""
+        fixed = self.working_bytes(_Sizes(0, 0), tile)
+        of_chunk, of_group = (self.working_bytes(one, tile) - fixed for one in (_Sizes(1, 0), _Sizes(0, 1)))
+        free, tokens = max(0, _countable(budget) - fixed), self.tokens
+        most = tokens if self.most is None else min(tokens, self.most)
+        if self.grouped:
+            longest = max(_CHUNK_OF_GROUP, _LOGITS_OF_CHUNK // tile)
+            chunk = min(longest, free // (of_chunk + _CHUNKS_OF_GROUP * of_group))
+            group = min(most, (free - chunk * of_chunk) // of_group)
+            chunk = min(longest, group, (free - group * of_group) // of_chunk)  # a group of all tokens leaves some
+            if chunk >= min(tokens, _LEAST_TILED):
+                group = _even(tokens, group)
+                return _Sizes(_even(group, min(chunk, group)), group)
+        chunk = _even(tokens, min(most, free // max(of_chunk + of_group, 1)))  # 0 where no side computes its logits
+        return _Sizes(chunk, chunk)
 
-    def planned(self, strategy: Literal["chunks", "tiles"], chunk: int, tile: int) -> Plan:
+    def default_budget(self, free: int | None) -> int:
+        """For a loss that is given none; `free` as in `plan_for`."""
+        if self.device.type == "cpu":
+            return _DEFAULT_BUDGET["cpu"]
+        free = free_bytes(self.device) if free is None else free
+        if free is None:
+            return _DEFAULT_BUDGET["cuda"]
+        share = (free - self.gradient_bytes) // _SHARE
+        return max(_FLOOR, 1 << max(share, 1).bit_length() - 1)
+
+    @property
+    def gradient_bytes(self) -> int:
+        """See `Plan`."""
+        student, wants, found = self.student, self.wants, 0
+        if student is not None:
+            # The accumulator and, at the end, what it is rounded into.
+            weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
+            narrowed = 0 if student.hidden_kept == student.hidden_bytes else student.hidden_bytes
+            found += wants.hidden * self.tokens * student.hidden_size * (student.hidden_kept + narrowed)
+            found += wants.weight * self.vocab_size * student.hidden_size * weight_bytes
+            found += wants.bias * self.vocab_size * weight_bytes
+        elif wants.hidden:
+            found += 4 * self.tokens * self.vocab_size
+        return found
+
+    def planned(self, strategy: Literal["chunks", "tiles"], sizes: _Sizes, tile: int) -> Plan:
         student, wants = self.student, self.wants
-        gradient = 0
         flops = 0
         terms = self.divergence.normalised and self.whole_teacher
         passes = 1 if strategy == "chunks" else 1 + wants.any + terms
@@ -225,24 +263,29 @@ class _Request(NamedTuple):
             flops += 2 * self.tokens * self.vocab_size * side.hidden_size * passes
         if student is not None:
             flops += 2 * self.tokens * self.vocab_size * student.hidden_size * (wants.hidden + wants.weight)
-            # The accumulator and, at the end, what it is rounded into.
-            weight_bytes = student.weight_bytes if student.weight_bytes >= 4 else student.weight_bytes + 4
-            narrowed = 0 if student.hidden_kept == student.hidden_bytes else student.hidden_bytes
-            gradient += wants.hidden * self.tokens * student.hidden_size * (student.hidden_kept + narrowed)
-            gradient += wants.weight * self.vocab_size * student.hidden_size * weight_bytes
-            gradient += wants.bias * self.vocab_size * weight_bytes
-        elif wants.hidden:
-            gradient += 4 * self.tokens * self.vocab_size
         return Plan(
             strategy,
             self.tokens,
             self.vocab_size,
-            chunk,
+            sizes.chunk,
             tile,
-            self.working_bytes(chunk, tile),
-            gradient,
+            sizes.group,
+            self.working_bytes(sizes, tile),
+            self.gradient_bytes,
             flops,
         )
+
+
+def _even(tokens: int, most: int) -> int:
+    """Equal parts of at most so many tokens rather than a small last one, of a length that products like.
+
+    205 tokens take longer than 208.
+    """
+    if not _ALIGNMENT <= most < tokens:
+        return most
+    most = most // _ALIGNMENT * _ALIGNMENT
+    count = -(-tokens // most)
+    return min(padded(-(-tokens // count)), most)
 
 
 def _countable(budget: int) -> int:

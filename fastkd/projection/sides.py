@@ -1,7 +1,8 @@
 """The two sides of a loss from hidden states: where the logits of some tokens and columns come from, and the way back.
 
 A side is the product of a `Projection` (`Head`), a tensor of logits (`Logits`), or what is known of a sparse teacher
-(`Sparse`). `student_side` and `teacher_side` choose; the loop asks none of them what it is.
+(`Sparse`). `student_side` and `teacher_side` choose; the loop asks none of them what it is. Tokens come in groups, and
+the tokens of a group in parts, the chunks: a slice of the group each.
 
 Products accumulate in fp32 and leave fp32, also from 16-bit operands: on GPUs by asking the product for it, elsewhere
 by casting the operands, a part of the head's rows at a time. Nothing here has the size of the vocabulary times that of
@@ -32,6 +33,7 @@ __all__ = [
     "TeacherSide",
     "autocast_dtype",
     "head_size",
+    "part_of",
     "rows_at_hand",
     "student_side",
     "teacher_side",
@@ -39,6 +41,11 @@ __all__ = [
 
 #: Some rows of all, by their numbers.
 RowIndex = slice | Tensor
+
+
+def part_of(rows: RowIndex, part: slice) -> RowIndex:
+    """A part of some rows; `part` counts from the first of them."""
+    return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
 
 
 class Gradients(NamedTuple):
@@ -52,39 +59,41 @@ class Gradients(NamedTuple):
 class TeacherSide(Protocol):
     """What the loop asks of a teacher, and of a student too."""
 
-    #: What products take; None where logits are at hand.
-    size: HeadSize | None
     #: Whether every column is known.
     whole: bool
 
-    def allocate(self, chunk: int, tile: int) -> None:
-        """Make the buffers for so many tokens and columns at a time."""
+    def allocate(self, chunk: int, group: int, tile: int) -> None:
+        """Make the buffers: for logits of `chunk` tokens and their gradient of `group`, `tile` columns each."""
         ...
 
     def start(self, rows: RowIndex) -> None:
-        """Turn to these tokens."""
+        """Turn to these tokens, a group."""
         ...
 
-    def logits(self, columns: slice) -> Tensor | SparseRows:
-        """What a backend is given of the tokens' logits in these columns."""
+    def logits(self, columns: slice, part: slice) -> Tensor | SparseRows:
+        """What a backend is given of the logits in these columns, of a part of the group."""
         ...
 
 
 class StudentSide(TeacherSide, Protocol):
     """What the loop asks of a student."""
 
-    def logits(self, columns: slice) -> Tensor: ...
+    def logits(self, columns: slice, part: slice) -> Tensor: ...
 
-    def gradient_place(self, columns: slice, logits: Tensor) -> Tensor:
+    def gradient_place(self, columns: slice, part: slice, logits: Tensor) -> Tensor:
         """Where the kernel is to write the gradient of these logits; may be over them."""
         ...
 
-    def add_gradient(self, columns: slice, grad: Tensor) -> None:
-        """Take over the gradient of these columns' logits; may overwrite it."""
+    def take_gradient(self, columns: slice, part: slice, grad: Tensor) -> None:
+        """Take over the gradient of these logits; may overwrite it."""
+        ...
+
+    def multiply(self, columns: slice) -> None:
+        """Every part's gradient of these columns has been taken: add what it means for the operands of the logits."""
         ...
 
     def finish(self) -> None:
-        """Done with these tokens."""
+        """Done with this group."""
         ...
 
     def gradients(self) -> Gradients:
@@ -213,11 +222,11 @@ class Head:
         self.operand = operand_dtype(projection, autocast)
         self.result = row_dtype(self.operand)
         self.wants = wants
-        self.size: HeadSize | None = head_size(projection, autocast)
         self._projection = projection
         self._x = self.hidden[:0]
         self._slope: Tensor | None = None  # the softcap's derivative, shaped like the logits
-        self._narrow: Tensor | None = None  # the logits' gradient, rounded for the products
+        self._narrow: Tensor | None = None  # the gradient of a group's logits, rounded for the products
+        self._dx = self._grad = self._x  # of hidden states and logits, of the group at hand
         self._weight_met = 0  # columns of the weight gradient that hold something
         if wants.hidden:
             kept = kept_dtype(self.hidden.dtype)
@@ -227,18 +236,19 @@ class Head:
         if wants.bias:
             self._bias_grad = torch.zeros(len(self.weight), dtype=self.result, device=self.weight.device)
 
-    def allocate(self, chunk: int, tile: int) -> None:
-        def buffer(dtype: torch.dtype) -> Tensor:
-            return torch.empty(chunk, padded(tile), dtype=dtype, device=self.hidden.device)
+    def allocate(self, chunk: int, group: int, tile: int) -> None:
+        def buffer(rows: int, dtype: torch.dtype) -> Tensor:
+            return torch.empty(rows, padded(tile), dtype=dtype, device=self.hidden.device)
 
-        self._buffer = buffer(self.result)
+        self._buffer = buffer(chunk, self.result)
         if self.wants.any and self.softcap is not None:
-            self._slope = buffer(self.result)
-        elif self.wants.any and self.operand != self.result:
-            self._narrow = buffer(self.operand)
+            self._slope = buffer(chunk, self.result)
+        if self.wants.any and self.operand != self.result:
+            self._narrow = buffer(group, self.operand)
 
     def start(self, rows: RowIndex) -> None:
         self._rows = rows
+        self._x = self._dx = self._grad = self.hidden[:0]  # frees the last group's before this one's are made
         self._x = self.hidden[rows].to(self.operand)
         if self.wants.hidden:
             # The gradient itself where it is in reach and sums may be kept in it, else rounded once in the end.
@@ -246,11 +256,11 @@ class Head:
             self._dx = self._hidden_grad[rows] if direct else torch.empty_like(self._x, dtype=self.result)
             self._direct = direct
 
-    def logits(self, columns: slice) -> Tensor:
-        out = self._held(self._buffer, columns)
-        for part in self._parts(columns):
-            weight = self.weight[part].to(self.operand)
-            _product(self._x, weight.t(), out[:, part.start - columns.start : part.stop - columns.start])
+    def logits(self, columns: slice, part: slice) -> Tensor:
+        out = _held(self._buffer, columns, part)
+        for some in self._parts(columns):
+            weight = self.weight[some].to(self.operand)
+            _product(self._x[part], weight.t(), out[:, some.start - columns.start : some.stop - columns.start])
         if self.bias is not None:
             out.add_(self.bias[columns])
         if self.scale != 1:
@@ -258,41 +268,46 @@ class Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_()
             if self._slope is not None:
-                slope = self._held(self._slope, columns)
+                slope = _held(self._slope, columns, part)
                 torch.mul(out, out, out=slope)
                 slope.neg_().add_(1)
             out.mul_(self.softcap)
         return out
 
-    def _held(self, buffer: Tensor, columns: slice) -> Tensor:
-        """The part of a buffer that holds these columns of the tokens at hand."""
-        return buffer[: len(self._x), : columns.stop - columns.start]
+    def gradient_place(self, columns: slice, part: slice, logits: Tensor) -> Tensor:
+        if self._narrow is None or self._slope is not None:
+            return logits
+        return self._narrow[part, : columns.stop - columns.start]
 
-    def gradient_place(self, columns: slice, logits: Tensor) -> Tensor:
-        return logits if self._narrow is None else self._held(self._narrow, columns)
-
-    def add_gradient(self, columns: slice, grad: Tensor) -> None:
-        """Add what `grad` means for hidden states, weight and bias."""
+    def take_gradient(self, columns: slice, part: slice, grad: Tensor) -> None:
+        """Keep it in the operands' dtype: where that is the logits' own, over them, and the part is the group."""
+        width = columns.stop - columns.start
         if self._slope is not None:
-            grad.mul_(self._held(self._slope, columns))
-            grad = grad.to(self.operand)
+            out = grad if self._narrow is None else self._narrow[part, :width]
+            torch.mul(grad, _held(self._slope, columns, part), out=out)
+        self._grad = grad if self._narrow is None else self._narrow[: len(self._x), :width]
+
+    def multiply(self, columns: slice) -> None:
+        """Add what the gradient of the group's logits means for hidden states, weight and bias."""
         if self.wants.bias:
-            self._bias_grad[columns] += grad.sum(0, dtype=self.result)
+            self._bias_grad[columns] += self._grad.sum(0, dtype=self.result)
         first_of_weight = columns.start >= self._weight_met
         self._weight_met = max(self._weight_met, columns.stop)
-        for part in self._parts(columns):
-            g = grad[:, part.start - columns.start : part.stop - columns.start]
+        for some in self._parts(columns):
+            g = self._grad[:, some.start - columns.start : some.stop - columns.start]
             if self.wants.hidden:
-                _product(g, self.weight[part].to(self.operand), self._dx, accumulate=part.start > 0)
+                _product(g, self.weight[some].to(self.operand), self._dx, accumulate=some.start > 0)
             if self.wants.weight:
-                _product(g.t(), self._x, self._weight_grad[part], accumulate=not first_of_weight)
+                _product(g.t(), self._x, self._weight_grad[some], accumulate=not first_of_weight)
 
     def finish(self) -> None:
         if self.wants.hidden:
             if self.scale != 1:
                 self._dx.mul_(self.scale)
-            if not self._direct:
+            if isinstance(self._rows, Tensor):
                 self._hidden_grad[self._rows] = self._dx.to(self._hidden_grad.dtype)
+            elif not self._direct:
+                self._hidden_grad[self._rows] = self._dx  # rounds on the way
 
     def gradients(self) -> Gradients:
         """Of hidden states, weight and bias, shaped like them, in the dtype they are kept in."""
@@ -326,30 +341,32 @@ class Head:
 class Logits:
     """A tensor of logits. The gradient goes to `grad`, which may be the logits."""
 
-    size: HeadSize | None = None
     whole: bool = True
 
     def __init__(self, logits: Tensor, grad: Tensor | None) -> None:
         self._logits, self._grad = _as_matrix(logits), None if grad is None else _as_matrix(grad)
 
-    def allocate(self, chunk: int, tile: int) -> None:
+    def allocate(self, chunk: int, group: int, tile: int) -> None:
         """Nothing is needed."""
 
     def start(self, rows: RowIndex) -> None:
         self._rows = rows
 
-    def logits(self, columns: slice) -> Tensor:
-        return self._logits[self._index(self._logits, columns)]
+    def logits(self, columns: slice, part: slice) -> Tensor:
+        return self._logits[self._index(self._logits, columns, part)]
 
-    def gradient_place(self, columns: slice, logits: Tensor) -> Tensor:
+    def gradient_place(self, columns: slice, part: slice, logits: Tensor) -> Tensor:
         """The gradient itself, or over rows that had to be gathered."""
         assert self._grad is not None
-        return self._grad[self._rows, columns] if self._in_reach(self._grad) else logits
+        return self._grad[self._index(self._grad, columns, part)] if self._in_reach(self._grad) else logits
 
-    def add_gradient(self, columns: slice, grad: Tensor) -> None:
+    def take_gradient(self, columns: slice, part: slice, grad: Tensor) -> None:
         assert self._grad is not None
         if not self._in_reach(self._grad):
-            self._grad[self._index(self._grad, columns)] = grad
+            self._grad[self._index(self._grad, columns, part)] = grad
+
+    def multiply(self, columns: slice) -> None:
+        """They are no product."""
 
     def finish(self) -> None:
         """Nothing is left to do."""
@@ -361,32 +378,45 @@ class Logits:
     def _in_reach(self, tensor: Tensor) -> bool:
         return isinstance(self._rows, slice) and tensor.dim() == 2
 
-    def _index(self, tensor: Tensor, columns: slice) -> tuple[RowIndex, ...]:
-        rows = self._rows
+    def _index(self, tensor: Tensor, columns: slice, part: slice) -> tuple[RowIndex, ...]:
+        rows = part_of(self._rows, part)
         if tensor.dim() == 2:
             return rows, columns
         if isinstance(rows, slice):
             rows = torch.arange(rows.start, rows.stop, dtype=torch.int64, device=tensor.device)
-        return (*torch.unravel_index(rows, tensor.shape[:-1]), columns)
+        return (*_unravelled(rows, tensor.shape[:-1]), columns)
 
 
 class Sparse:
-    """A sparse teacher: no logits, but what is known of each row of a chunk."""
+    """A sparse teacher: no logits, but what is known of each row."""
 
-    size: HeadSize | None = None
     whole: bool = False
 
     def __init__(self, rows: SparseRows) -> None:
         self._all = rows
 
-    def allocate(self, chunk: int, tile: int) -> None:
+    def allocate(self, chunk: int, group: int, tile: int) -> None:
         """Nothing is needed."""
 
     def start(self, rows: RowIndex) -> None:
-        self._chunk = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
+        self._group = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
 
-    def logits(self, columns: slice) -> SparseRows:
-        return self._chunk
+    def logits(self, columns: slice, part: slice) -> SparseRows:
+        return self._group.part(part)
+
+
+def _held(buffer: Tensor, columns: slice, part: slice) -> Tensor:
+    """What of a buffer for a chunk holds these columns of these tokens."""
+    return buffer[: part.stop - part.start, : columns.stop - columns.start]
+
+
+def _unravelled(rows: Tensor, shape: torch.Size) -> tuple[Tensor, ...]:
+    """Indices into leading dimensions; `torch.unravel_index` would copy the shape to the device, and wait for that."""
+    found = []
+    for size in reversed(shape):
+        found.append(rows % size)
+        rows = rows // size
+    return tuple(reversed(found))
 
 
 def _as_matrix(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.utils.data import IterableDataset
 from transformers import EvalPrediction, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
@@ -83,7 +84,8 @@ class KDTrainer(Trainer):
             the sum of both weights stays the same.
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`. A label is −100 where it must not
-    be learnt. The first label of a row counts for nothing: no token predicts it.
+    be learnt. The first label of a row counts for nothing: no token predicts it. Whatever collator makes a batch, what
+    counts is counted there, for GPUs to leave the other tokens out; not where the dataset is an IterableDataset.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
     `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name.
@@ -131,6 +133,7 @@ class KDTrainer(Trainer):
         self._total_weight = kd.soft_weight + kd.hard_weight
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
         self.model_accepts_loss_kwargs = True
+        self._counted: tuple[Tensor | None, int | None] = None, None  # labels of the batch at hand, how many count
         self._parts: Tensor | None = None  # sums of soft and hard since the last line of logs
         self._tokens, self._steps_logged, self._since, self._paused = 0, 0, time.perf_counter(), 0.0
 
@@ -144,7 +147,9 @@ class KDTrainer(Trainer):
         if isinstance(model, FSDPModule):
             model.unshard()  # the output head, which stays whole until its gradient is reduced
         student = fastkd.project(model, **inputs)
-        parts: fastkd.KDParts = self.kd(student, teacher, labels, num_items=num_items)
+        counted, live = self._counted
+        known = live if labels is counted else None  # an override may have masked others
+        parts: fastkd.KDParts = self.kd(student, teacher, labels, num_items=num_items, live=known)
         if not len(self.terms):
             return parts
         added = self.terms(Batch(student, teacher, labels, inputs, num_items))
@@ -180,6 +185,7 @@ class KDTrainer(Trainer):
         if inputs.get("output_router_logits"):
             raise ValueError(_ROUTER)
         labels, calls = inputs.pop("labels"), self.terms.calls
+        self._counted = labels, inputs.pop(_COUNT, None)
         parts = self.distillation_loss(model, inputs, self.soft_targets(inputs), labels, num_items_in_batch)
         if len(self.terms) and self.terms.calls == calls:
             raise ValueError(
@@ -223,7 +229,8 @@ class KDTrainer(Trainer):
         """Sums of the hard loss and counts of tokens per row, `[batch]` each, for Trainer to gather."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")[:, 1:]
-        inputs.pop("teacher", None)
+        for name in ("teacher", _COUNT):
+            inputs.pop(name, None)
         with torch.no_grad():
             if isinstance(model, FSDPModule):
                 model.unshard()
@@ -258,6 +265,21 @@ class KDTrainer(Trainer):
             for weight in self.terms.parameters():
                 dist.broadcast(weight.data, 0)  # the same everywhere, as DDP makes the student
         return super().train(*args, **kwargs)
+
+    def get_train_dataloader(self) -> Any:
+        """As Trainer's, whose batches bring the number of tokens that count, for GPUs to leave the others out.
+
+        Not where every token counts in the soft loss, nor where batches are cut apart after they were made.
+        """
+        dispatched = self.accelerator.dispatch_batches or isinstance(self.train_dataset, IterableDataset)
+        if dispatched or not self.kd.mask_soft:
+            return super().get_train_dataloader()
+        given = self.data_collator
+        self.data_collator = _Counting(given, self.kd.ignore_index)
+        try:
+            return super().get_train_dataloader()
+        finally:
+            self.data_collator = given
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """As Trainer's, with `eval_collator`; an incomplete last batch is dropped in training alone."""
@@ -358,6 +380,25 @@ class KDTrainer(Trainer):
             return work(*args, **kwargs)
         finally:
             self._paused += time.perf_counter() - started
+
+
+#: Where a batch has the number of its tokens that count.
+_COUNT = "live_tokens"
+
+
+@dataclass(frozen=True)
+class _Counting:
+    """A collator that counts labels while they are on the CPU. The first of a row counts for nothing."""
+
+    collator: Callable[[Any], Any]
+    ignore_index: int
+
+    def __call__(self, examples: Any) -> Any:
+        batch = self.collator(examples)
+        labels = batch.get("labels") if isinstance(batch, Mapping) else None
+        if not isinstance(labels, Tensor) or labels.device.type != "cpu":
+            return batch
+        return {**batch, _COUNT: int((labels[..., 1:] != self.ignore_index).sum())}
 
 
 def _predicting(logits: fastkd.Projection, vocab_size: int | None) -> fastkd.Projection:

@@ -351,3 +351,83 @@ def test_two_processes_are_one(tmp_path):
     for found in gradients:
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
     assert expected.abs().max() > 0.01
+
+
+# --- the number of tokens that count ----------------------------------------------------------------------------
+
+
+class Told(fastkd.KDLoss):
+    """Keeps what it is told, and how many tokens count."""
+
+    def __init__(self, **settings):
+        super().__init__(2.0, **settings)
+        self.told = []
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, student, teacher, labels, **options):
+        self.told.append((options["live"], int((labels[:, 1:] != -100).sum())))
+        return super().forward(student, teacher, labels, **options)
+
+
+def as_lists(examples):
+    """A collator of the user's own, whose batches are no dicts."""
+    return transformers.BatchEncoding(collate(examples))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"gradient_accumulation_steps": 2, "max_steps": 2},
+        {"dataloader_num_workers": 1, "dataloader_persistent_workers": True},
+        {"data_collator": as_lists},
+        {"split_batches": True},
+    ],
+    ids=["one batch", "accumulated", "in a worker", "own collator", "split"],
+)
+def test_the_loss_is_told_how_many_tokens_count(tmp_path, settings):
+    """Counted by the collator; on the CPU a wrong number raises."""
+    kd = Told()
+    if settings.pop("split_batches", False):
+        settings["accelerator_config"] = {"split_batches": True}
+    found = trainer(tmp_path, model(0), kd=kd, teacher=teacher(), eval_dataset=Windows(windows(8)), **settings)
+    found.train()
+    assert len(kd.told) >= 3
+    assert all(live == counted for live, counted in kd.told)
+    assert len({live for live, _ in kd.told}) > 1
+    found.evaluate()
+    collator = settings.get("data_collator", collate)
+    assert found.data_collator is collator
+
+
+class Streamed(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        yield from (Ragged(windows())[index] for index in range(32))
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"data": Streamed()},
+        {"accelerator_config": {"dispatch_batches": True}, "data": Streamed()},
+        {"mask_soft": False},
+    ],
+    ids=["streamed", "dispatched", "all count"],
+)
+def test_batches_that_are_cut_apart_later_are_not_counted(tmp_path, settings):
+    kd = Told(mask_soft=settings.pop("mask_soft", True))
+    trainer(tmp_path, model(0), kd=kd, teacher=teacher(), **settings).train()
+    assert [live for live, _ in kd.told] == [None] * 3
+
+
+def test_an_override_that_masks_more_is_not_told_a_wrong_number(tmp_path):
+    class Masking(KDTrainer):
+        def distillation_loss(self, model, inputs, teacher, labels, num_items):
+            masked = torch.where(torch.arange(labels.shape[1]) < 6, -100, labels)
+            return super().distillation_loss(model, inputs, teacher, masked, num_items)
+
+    kd = Told()
+    trainer(tmp_path, model(0), kd=kd, teacher=teacher(), kind=Masking).train()
+    assert [live for live, _ in kd.told] == [None] * 3
