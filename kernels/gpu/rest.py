@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
+from fastkd.kernels.gpu.blocks import edge_columns, last_columns, load_logits, whole_columns, whole_steps
 from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
 from fastkd.kernels.gpu.sweeps import hard_exp, pair_of_totals
 
@@ -83,10 +83,11 @@ def rest_of(student, span, excluded, entries, numbers, MODE: tl.constexpr, BLOCK
         rest = _observe(rest, student, edge_columns(span, BLOCK), excluded, 0, entries, numbers, MODE)
     STEP: tl.constexpr = BLOCK.vectors * BLOCK.threads * BLOCK.width
     start = _below(excluded, 0)
-    for step in range(steps_of(span, BLOCK)):
+    for step in tl.range(0, whole_steps(span, BLOCK), num_stages=BLOCK.stages):
         stop = _below(excluded, (step + 1) * STEP)
-        rest = _observe(rest, student, vector_columns(step, span, BLOCK), excluded, start, stop, numbers, MODE)
+        rest = _observe(rest, student, whole_columns(step, BLOCK), excluded, start, stop, numbers, MODE)
         start = stop
+    rest = _observe(rest, student, last_columns(span, BLOCK), excluded, start, entries, numbers, MODE)
     rest = _moved(rest, tl.max(rest.max, 0), numbers, MODE)
     soft_sum, hard_sum = tl.reduce((rest.soft_sum, rest.hard_sum), 0, pair_of_totals)
     return Rest(rest.max, soft_sum, hard_sum)
@@ -124,8 +125,9 @@ def _write_step(grad, student, at, top, factors, numbers, MODE: tl.constexpr):
 @triton.jit
 def write_rest_gradient(grad, student, span, top, factors, numbers, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """The last sweep, last column to first, as if every column belonged to the rest."""
-    steps = steps_of(span, BLOCK)
-    for step in range(steps):
-        _write_step(grad, student, vector_columns(steps - 1 - step, span, BLOCK), top, factors, numbers, MODE)
+    _write_step(grad, student, last_columns(span, BLOCK), top, factors, numbers, MODE)
+    steps = whole_steps(span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        _write_step(grad, student, whole_columns(steps - 1 - step, BLOCK), top, factors, numbers, MODE)
     if BLOCK.edges:
         _write_step(grad, student, edge_columns(span, BLOCK), top, factors, numbers, MODE)

@@ -44,7 +44,12 @@ def kd_rows(
     sparse = isinstance(teacher, SparseRows)
     width = spec.vocab_size if tile is None else student.shape[-1]
     swept = [tensor for tensor in (student, teacher, grad) if isinstance(tensor, Tensor)]
-    block = block_for(swept, width) if sparse else block_for(swept, width, divergence.vectors)
+    with device_of(student):
+        if sparse:
+            block = block_for(swept, width)
+        else:
+            busy = divergence.sweeps == "normalised"
+            block = block_for(swept, width, divergence.vectors, loaded=1 + (teacher is not None), busy=busy)
     launch = Launch(
         rows_of(student),
         Kept(*teacher, teacher.ids.shape[-1]) if isinstance(teacher, SparseRows) else _rows_or_none(teacher),

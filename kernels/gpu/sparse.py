@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.gpu.blocks import clear_tail
-from fastkd.kernels.gpu.divergences import exp, weighted
+from fastkd.kernels.gpu.elementary import exp, weighted
 from fastkd.kernels.gpu.frame import hard_term, label_of, place_of, scales_of, skip_row
 from fastkd.kernels.gpu.lanes import finite
 from fastkd.kernels.gpu.rest import Excluded, RestFactors, merged_rest, rest_gradient, rest_of, write_rest_gradient
@@ -49,6 +49,9 @@ def _category(log_q, log_p, q):
     log_q = tl.where(nowhere, 0.0, log_q).to(tl.float32)
     p = exp(log_p.to(tl.float32))
     log_p = tl.where(nowhere, 0.0, log_p).to(tl.float32)
+    # As `sweeps.normalisers_of`: a NaN in one shows in the other.
+    p = tl.where(q == q, p, q)
+    q = tl.where(p == p, q, p)
     return p, q, log_p, log_q, d
 
 

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.gpu.divergences import expm1
+from fastkd.kernels.gpu.elementary import expm1
 from fastkd.kernels.gpu.rest import Rest
 from fastkd.kernels.gpu.sweeps import Maxima, Statistics, max_gap_of, moved, tempered_gap
 

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
-from fastkd.kernels.gpu.divergences import LOG2E, exp, log_near_one, probability_gap
+from fastkd.kernels.gpu.blocks import edge_columns, last_columns, load_logits, whole_columns, whole_steps
+from fastkd.kernels.gpu.divergences import probability_gap
+from fastkd.kernels.gpu.elementary import LOG2E, exp, log_near_one
 from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
 from fastkd.kernels.gpu.launch import Numbers
 
@@ -167,12 +168,18 @@ def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr):
-    """Student's and teacher's logits of a step, fp32; −inf where there is no column or the teacher is not wanted."""
+    """Student's and teacher's logits of a step, fp32; −inf where there is no column.
+
+    A teacher that is not wanted is not read: its logits are then anything, and what follows from them is not used.
+    """
     columns, present = at
     s = load_logits(logits.student, columns, present, POLICY)
     t = s
     if MODE.soft != "absent":
-        t = load_logits(logits.teacher, columns, present & logits.soft_on, POLICY)
+        if present is None:
+            t = tl.load(logits.teacher + columns, logits.soft_on, eviction_policy=POLICY).to(tl.float32)
+        else:
+            t = load_logits(logits.teacher, columns, present & logits.soft_on, POLICY)
     return s, t
 
 
@@ -184,8 +191,9 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
     found = Statistics(Maxima(lowest, lowest, lowest), none, none, none, none, none, none, none)
     if BLOCK.edges:
         found = _observe(found, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE)
-    for step in range(steps_of(logits.span, BLOCK)):
-        found = _observe(found, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE)
+    for step in tl.range(0, whole_steps(logits.span, BLOCK), num_stages=BLOCK.stages):
+        found = _observe(found, logits, whole_columns(step, BLOCK), numbers, TERM, MODE)
+    found = _observe(found, logits, last_columns(logits.span, BLOCK), numbers, TERM, MODE)
 
     student_max, teacher_max = tl.reduce((found.maxima.student, found.maxima.teacher), 0, _maxima)
     there = float("-inf")
@@ -239,6 +247,8 @@ def max_gap_of(maxima):
 def normalisers_of(statistics):
     """`Normalisers` of a row from its `Statistics`."""
     max_gap, max_gap_lost = max_gap_of(statistics.maxima)
+    # A NaN on either side is to make all of p and all of q NaN, for functors look at d through bounds that hide one.
+    nothing = statistics.sum_gap - statistics.sum_gap
     return Normalisers(
         statistics.maxima.student,
         statistics.maxima.teacher,
@@ -250,8 +260,8 @@ def normalisers_of(statistics):
             statistics.student_sum / statistics.teacher_sum,
             statistics.sum_gap / statistics.teacher_sum,
         ),
-        1 / statistics.student_sum,
-        1 / statistics.teacher_sum,
+        1 / statistics.student_sum + nothing,
+        1 / statistics.teacher_sum + nothing,
     )
 
 
@@ -277,7 +287,10 @@ def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
 
 @triton.jit
 def point(s, t, normalisers, numbers, MODE: tl.constexpr):
-    """What a divergence's functions take first: p, q, gap, log p, log q, d; the last three 0 where both are −inf."""
+    """What a divergence's functions take first: p, q, gap, log p, log q, d.
+
+    Where both logits are −inf, d is NaN or 0 and the logarithms are 0.
+    """
     if MODE.soft == "raw":
         return 0.0, 0.0, 0.0, 0.0, 0.0, raw_gap(s, t)
     else:
@@ -295,7 +308,6 @@ def point(s, t, normalisers, numbers, MODE: tl.constexpr):
             difference *= numbers.student_inverse
         d = difference - normalisers.log_sum_gap
         nowhere = tl.maximum(s, t) == float("-inf")
-        d = tl.where(nowhere, 0.0, d)
         log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - normalisers.student_log_sum)
         log_p = tl.where(nowhere, 0.0, y * numbers.teacher_inverse - normalisers.teacher_log_sum)
         return p, q, gap_of(p, q, d, numbers, MODE.fine, MODE), log_p, log_q, d
@@ -355,11 +367,10 @@ def sum_terms(
     BLOCK: tl.constexpr,
 ):
     """Sweep 2, last column to first: Σ term and Σ centered slope."""
-    term = per_thread(BLOCK)
-    slope = per_thread(BLOCK)
-    steps = steps_of(logits.span, BLOCK)
-    for step in range(steps):
-        at = vector_columns(steps - 1 - step, logits.span, BLOCK)
+    term, slope = _terms(logits, last_columns(logits.span, BLOCK), normalisers, center, numbers, TERM, SLOPE, MODE)
+    steps = whole_steps(logits.span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        at = whole_columns(steps - 1 - step, BLOCK)
         more, steeper = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE)
         term += more
         slope += steeper
@@ -410,10 +421,15 @@ def _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE: tl.const
 def write_gradient(
     grad, logits, normalisers, factors, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """The last sweep, last column to first."""
-    steps = steps_of(logits.span, BLOCK)
-    for step in range(steps):
-        at = vector_columns(steps - 1 - step, logits.span, BLOCK)
+    """The last sweep, last column to first.
+
+    In place a step writes the columns that it has read. Where the next step's are copied ahead, none of them has been
+    written: steps have no column in common, and the wait before a step's columns are used is every thread's.
+    """
+    _write_step(grad, logits, last_columns(logits.span, BLOCK), normalisers, factors, numbers, SLOPE, MODE)
+    steps = whole_steps(logits.span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        at = whole_columns(steps - 1 - step, BLOCK)
         _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE, MODE)
     if BLOCK.edges:
         _write_step(grad, logits, edge_columns(logits.span, BLOCK), normalisers, factors, numbers, SLOPE, MODE)
