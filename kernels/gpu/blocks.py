@@ -108,8 +108,8 @@ def _vectors(step, BLOCK: tl.constexpr):
 
 @triton.jit
 def whole_columns(step, BLOCK: tl.constexpr):
-    """Columns [vectors, threads, width] of a whole step, all of them present: no load needs a mask."""
-    return _vectors(step, BLOCK) * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :], None
+    """Columns [vectors, threads, width] of a whole step. All are present: None stands beside them for a mask."""
+    return _vectors(step, BLOCK) * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :]
 
 
 @triton.jit
@@ -155,7 +155,7 @@ def _clear_step(pointer, at):
 def clear_row(pointer, span, BLOCK: tl.constexpr):
     """Write 0 to the row whose first vector is at `pointer`."""
     for step in range(whole_steps(span, BLOCK)):
-        _clear_step(pointer, whole_columns(step, BLOCK))
+        _clear_step(pointer, (whole_columns(step, BLOCK), None))
     _clear_step(pointer, last_columns(span, BLOCK))
     if BLOCK.edges:
         _clear_step(pointer, edge_columns(span, BLOCK))

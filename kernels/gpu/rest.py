@@ -85,9 +85,10 @@ def rest_of(student, span, excluded, entries, numbers, MODE: tl.constexpr, BLOCK
     start = _below(excluded, 0)
     for step in tl.range(0, whole_steps(span, BLOCK), num_stages=BLOCK.stages):
         stop = _below(excluded, (step + 1) * STEP)
-        rest = _observe(rest, student, whole_columns(step, BLOCK), excluded, start, stop, numbers, MODE)
+        rest = _observe(rest, student, (whole_columns(step, BLOCK), None), excluded, start, stop, numbers, MODE)
         start = stop
-    rest = _observe(rest, student, last_columns(span, BLOCK), excluded, start, entries, numbers, MODE)
+    stop = _below(excluded, (whole_steps(span, BLOCK) + 1) * STEP)
+    rest = _observe(rest, student, last_columns(span, BLOCK), excluded, start, stop, numbers, MODE)
     rest = _moved(rest, tl.max(rest.max, 0), numbers, MODE)
     soft_sum, hard_sum = tl.reduce((rest.soft_sum, rest.hard_sum), 0, pair_of_totals)
     return Rest(rest.max, soft_sum, hard_sum)
@@ -128,6 +129,6 @@ def write_rest_gradient(grad, student, span, top, factors, numbers, MODE: tl.con
     _write_step(grad, student, last_columns(span, BLOCK), top, factors, numbers, MODE)
     steps = whole_steps(span, BLOCK)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        _write_step(grad, student, whole_columns(steps - 1 - step, BLOCK), top, factors, numbers, MODE)
+        _write_step(grad, student, (whole_columns(steps - 1 - step, BLOCK), None), top, factors, numbers, MODE)
     if BLOCK.edges:
         _write_step(grad, student, edge_columns(span, BLOCK), top, factors, numbers, MODE)

@@ -58,7 +58,7 @@ def _sweep(logits, span, scale, BLOCK: tl.constexpr):
     found = (none - float("inf"), none, none, none.to(tl.int32))
     steps = whole_steps(span, BLOCK)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        found = _observe(logits, whole_columns(step, BLOCK), step, found, scale)
+        found = _observe(logits, (whole_columns(step, BLOCK), None), step, found, scale)
     found = _observe(logits, last_columns(span, BLOCK), steps, found, scale)
     place = (found[0], found[3])
     if BLOCK.edges:
@@ -178,7 +178,7 @@ def _log_softmax_kernel(
     _write_step(out, logits, last_columns(span, BLOCK), top, log_total, inverse)
     steps = whole_steps(span, BLOCK)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        _write_step(out, logits, whole_columns(steps - 1 - step, BLOCK), top, log_total, inverse)
+        _write_step(out, logits, (whole_columns(steps - 1 - step, BLOCK), None), top, log_total, inverse)
     if BLOCK.edges:
         _write_step(out, logits, edge_columns(span, BLOCK), top, log_total, inverse)
 
@@ -258,14 +258,14 @@ def _log_softmax_backward_kernel(
         above = lane_sum(_load_upstream(upstream, edge_columns(span, BLOCK), "evict_last"))
     steps = whole_steps(span, BLOCK)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        above += lane_sum(_load_upstream(upstream, whole_columns(step, BLOCK), "evict_last"))
+        above += lane_sum(_load_upstream(upstream, (whole_columns(step, BLOCK), None), "evict_last"))
     above += lane_sum(_load_upstream(upstream, last_columns(span, BLOCK), "evict_last"))
     total = tl.sum(above, 0)
 
     last = last_columns(span, BLOCK)
     _backward_step(grad, upstream, logits, last, normaliser, total, inverse, scale)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        at = whole_columns(steps - 1 - step, BLOCK)
+        at = (whole_columns(steps - 1 - step, BLOCK), None)
         _backward_step(grad, upstream, logits, at, normaliser, total, inverse, scale)
     if BLOCK.edges:
         _backward_step(grad, upstream, logits, edge_columns(span, BLOCK), normaliser, total, inverse, scale)

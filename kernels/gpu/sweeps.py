@@ -192,7 +192,7 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
     if BLOCK.edges:
         found = _observe(found, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE)
     for step in tl.range(0, whole_steps(logits.span, BLOCK), num_stages=BLOCK.stages):
-        found = _observe(found, logits, whole_columns(step, BLOCK), numbers, TERM, MODE)
+        found = _observe(found, logits, (whole_columns(step, BLOCK), None), numbers, TERM, MODE)
     found = _observe(found, logits, last_columns(logits.span, BLOCK), numbers, TERM, MODE)
 
     student_max, teacher_max = tl.reduce((found.maxima.student, found.maxima.teacher), 0, _maxima)
@@ -370,7 +370,7 @@ def sum_terms(
     term, slope = _terms(logits, last_columns(logits.span, BLOCK), normalisers, center, numbers, TERM, SLOPE, MODE)
     steps = whole_steps(logits.span, BLOCK)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        at = whole_columns(steps - 1 - step, BLOCK)
+        at = (whole_columns(steps - 1 - step, BLOCK), None)
         more, steeper = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE)
         term += more
         slope += steeper
@@ -429,7 +429,7 @@ def write_gradient(
     _write_step(grad, logits, last_columns(logits.span, BLOCK), normalisers, factors, numbers, SLOPE, MODE)
     steps = whole_steps(logits.span, BLOCK)
     for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        at = whole_columns(steps - 1 - step, BLOCK)
+        at = (whole_columns(steps - 1 - step, BLOCK), None)
         _write_step(grad, logits, at, normalisers, factors, numbers, SLOPE, MODE)
     if BLOCK.edges:
         _write_step(grad, logits, edge_columns(logits.span, BLOCK), normalisers, factors, numbers, SLOPE, MODE)
