@@ -3,8 +3,9 @@
 One program owns one row. A row is read as vectors of `width` elements (16 bytes of the widest dtype involved), each by
 one thread, `vectors` per thread and step. Rows of an odd vocabulary start anywhere, so the columns before the first
 aligned vector and after the last whole one, at most 2·(width − 1), are the row's edges and are read one by one, in a
-step of their own. What remains is masked in whole vectors, which keeps the loads wide. Blocks are [vectors, threads,
-width] and sums are kept per thread, [threads]: inside the loop no thread waits for another.
+step of their own. What remains are whole steps, without masks, and a last one that is masked in whole vectors, which
+keeps its loads wide. Blocks are [vectors, threads, width] and sums are kept per thread, [threads]: inside the loop no
+thread waits for another.
 
 `rows` is a `launch.Rows` and `BLOCK` a `launch.Block`.
 """
@@ -64,7 +65,7 @@ def span_of(pointer, offset, count, BLOCK: tl.constexpr):
 
 @triton.jit
 def first_vector(pointer, offset, span, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
-    """Pointer to the first aligned column of a row, which `edge_columns` and `vector_columns` count from.
+    """Pointer to the first aligned column of a row, which the columns of all steps are counted from.
 
     The compiler is told what it cannot see. For AMD's buffer instructions it looks at the offset, not at the pointer.
     """
@@ -98,25 +99,54 @@ def row_beside(rows, index, span, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def steps_of(span, BLOCK: tl.constexpr):
-    return tl.cdiv(span.vectors, BLOCK.vectors * BLOCK.threads)
+def whole_steps(span, BLOCK: tl.constexpr):
+    """How many steps have a vector for every thread: the loop of a sweep. One more step takes what they leave."""
+    return span.vectors // (BLOCK.vectors * BLOCK.threads)
 
 
 @triton.jit
-def vector_columns(step, span, BLOCK: tl.constexpr):
-    """Columns [vectors, threads, width] of a step and which vectors [vectors, threads, 1] exist.
+def _vectors(step, BLOCK: tl.constexpr):
+    thread = tl.arange(0, BLOCK.threads)[None, :, None]
+    return (step * BLOCK.vectors + tl.arange(0, BLOCK.vectors)[:, None, None]) * BLOCK.threads + thread
+
+
+@triton.jit
+def whole_columns(step, BLOCK: tl.constexpr):
+    """Columns [vectors, threads, width] of a whole step. All are present: None stands beside them for a mask.
 
     For a cluster flat, and in the order thread block, vector, thread, column: Triton spreads the outermost columns of a
     flat block over a cluster, and of other blocks the innermost. `as_vectors` makes of it what the others have.
     """
     if BLOCK.ctas > 1:
         LANES: tl.constexpr = BLOCK.vectors * BLOCK.threads * BLOCK.width
-        column = step * LANES + tl.arange(0, LANES)
+        return step * LANES + tl.arange(0, LANES)
+    else:
+        return _vectors(step, BLOCK) * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :]
+
+
+@triton.jit
+def columns_of(step, span, BLOCK: tl.constexpr):
+    """Columns [vectors, threads, width] of any step and which vectors [vectors, threads, 1] exist; or flat as above."""
+    column = whole_columns(step, BLOCK)
+    if BLOCK.ctas > 1:
         return column, column < span.vectors * BLOCK.width
     else:
-        thread = tl.arange(0, BLOCK.threads)[None, :, None]
-        vector = (step * BLOCK.vectors + tl.arange(0, BLOCK.vectors)[:, None, None]) * BLOCK.threads + thread
-        return vector * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :], vector < span.vectors
+        return column, _vectors(step, BLOCK) < span.vectors
+
+
+@triton.jit
+def has_last(span, BLOCK: tl.constexpr):
+    """Whether whole steps leave anything. Rows are taken to, but slices of rows have a few whole steps each."""
+    if BLOCK.slices == 1:
+        return True
+    else:
+        return span.vectors % (BLOCK.vectors * BLOCK.threads) > 0
+
+
+@triton.jit
+def last_columns(span, BLOCK: tl.constexpr):
+    """The step behind the whole ones."""
+    return columns_of(whole_steps(span, BLOCK), span, BLOCK)
 
 
 @triton.jit
@@ -151,8 +181,11 @@ def as_columns(x, columns, BLOCK: tl.constexpr):
 
 @triton.jit
 def load_logits(pointer, columns, present, POLICY: tl.constexpr):
-    """Logits in fp32, −inf (probability 0) where `present` is false."""
-    return tl.load(pointer + columns, present, other=float("-inf"), eviction_policy=POLICY).to(tl.float32)
+    """Logits in fp32, −inf (probability 0) where `present` is false; None: all are present."""
+    if present is None:
+        return tl.load(pointer + columns, eviction_policy=POLICY).to(tl.float32)
+    else:
+        return tl.load(pointer + columns, present, other=float("-inf"), eviction_policy=POLICY).to(tl.float32)
 
 
 # --- writing zeros ----------------------------------------------------------------------------------------------
@@ -167,8 +200,9 @@ def _clear_step(pointer, at):
 @triton.jit
 def clear_row(pointer, span, BLOCK: tl.constexpr):
     """Write 0 to the row whose first vector is at `pointer`."""
-    for step in range(steps_of(span, BLOCK)):
-        _clear_step(pointer, vector_columns(step, span, BLOCK))
+    for step in range(whole_steps(span, BLOCK)):
+        _clear_step(pointer, (whole_columns(step, BLOCK), None))
+    _clear_step(pointer, last_columns(span, BLOCK))
     if BLOCK.edges:
         _clear_step(pointer, edge_columns(span, BLOCK))
 

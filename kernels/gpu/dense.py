@@ -25,16 +25,14 @@ from fastkd.kernels.gpu.divergences import Divergence
 from fastkd.kernels.gpu.frame import Launch, hard_term, label_of, place_of, scales_of, skip_row
 from fastkd.kernels.gpu.launch import Block, launch_options
 from fastkd.kernels.gpu.mode import Mode
+from fastkd.kernels.gpu.points import about_top, normalisers_of, slope_center
 from fastkd.kernels.gpu.state import load_state, merged, store_statistics, store_terms
 from fastkd.kernels.gpu.sweeps import (
     Logits,
     OneHot,
-    about_top,
     closed_terms,
     factors_of,
     gradient_of,
-    normalisers_of,
-    slope_center,
     statistics_of,
     sum_terms,
     write_gradient,

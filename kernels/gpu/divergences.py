@@ -2,8 +2,8 @@
 
 A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope` of the
 same arguments, the derivative of the term with respect to log q. p is the teacher's probability, q the student's,
-gap = q − p, d = log q − log p (0 where both probabilities are 0, ±inf where one is), a and b the divergence's
-parameters; everything fp32. Where `about_top`, gap and b mean something else: see `Divergence`.
+gap = q − p, d = log q − log p (±inf where one probability is 0; where both are, NaN or 0, and log p = log q = 0), a and
+b the divergence's parameters; everything fp32. Where `about_top`, gap and b mean something else: see `Divergence`.
 
 The student-logit gradient is `(slope − q·Σ slope) / temperature`. A multiple of q added to every slope does not change
 it. That freedom is used to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
@@ -15,72 +15,86 @@ follow from sums that need no normaliser, which saves one sweep over the logits.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+from fastkd.kernels.gpu.elementary import LN2, exp, expm1, log2, reciprocal, weighted
 
-
-# --- elementary functions ---------------------------------------------------------------------------------------
-# From basic operations: libdevice exists neither in Triton's interpreter nor in the same form for AMD.
+# --- what several divergences are made of -----------------------------------------------------------------------
 
 
 @triton.jit
-def exp(x):
-    return tl.exp2(x * LOG2E)
+def bounded(d):
+    """d between ±80, where e^d is a number and nothing beside 1; something between them where d is NaN.
 
-
-@triton.jit
-def expm1(x):
-    """e^x − 1 to about 3e-7 of itself."""
-    tail = 0.5 + x * (0.166664466 + x * (0.0416659825 + x * (0.00837764330 + x * 0.00139655964)))
-    return tl.where(tl.abs(x) < 0.4, x + x * x * tail, exp(x) - 1)
-
-
-@triton.jit
-def log_near_one(x, x_minus_one):
-    """log x of a positive x to about 2e-7 of itself, given x − 1 more accurately than x tells it."""
-    bits = x.to(tl.int32, bitcast=True)
-    power = (bits - 0x3F2AAAAB) & -0x800000  # x = 2^e·m with m in [2/3, 4/3): e, where a float has its exponent
-    m = (bits - power).to(tl.float32, bitcast=True)
-    f = tl.where(tl.abs(x_minus_one) > 0.3, m - 1, x_minus_one)  # NaN chooses x_minus_one, and stays
-    tail = -0.164193973 + f * (0.139209390 + f * (-0.153725162 + f * 0.143740639))
-    tail = -0.499999404 + f * (0.333331078 + f * (-0.250075966 + f * (0.200160578 + f * tail)))
-    return power.to(tl.float32) * (LN2 / 0x800000) + (f + f * f * tail)
-
-
-@triton.jit
-def weighted(probability, value):
-    """probability · value, and 0 where the probability is 0 even if the value is infinite there."""
-    return tl.where(probability == 0, 0.0, probability * value)
+    That is where both probabilities are 0. Another NaN is one of p and q too.
+    """
+    return tl.clamp(d, -80.0, 80.0)
 
 
 @triton.jit
 def probability_gap(p, q, d):
     """q − p where the two nearly cancel."""
+    d = bounded(d)
     return tl.where(d > 0, -q, p) * expm1(-tl.abs(d))
 
 
-@triton.jit
-def mixture(d, lam):
-    """(λp + (1−λ)q) / max(p, q), in (0, 1]."""
-    x = exp(-tl.abs(d))
-    return lam * tl.where(d > 0, x, 1.0) + (1 - lam) * tl.where(d > 0, 1.0, x)
+class Mixture(NamedTuple):
+    """m = λp + μq, λ + μ = 1, of tokens of which d is known."""
+
+    d: Any  # bounded
+    near: Any  # p ≈ q: log (m / q) is a power series of d, for there a logarithm has few digits
+    ratio: Any  # min(p, q) / max(p, q)
+    log_share: Any  # log2 (m / max(p, q))
 
 
 @triton.jit
-def log_mixture(d, lam):
-    return log_near_one(mixture(d, lam), tl.where(d > 0, lam, 1 - lam) * expm1(-tl.abs(d)))
+def mixture(d, lam, mu):
+    d = bounded(d)
+    ratio = exp(-tl.abs(d))
+    share = tl.where(d > 0, lam * ratio + mu, mu * ratio + lam)
+    return Mixture(d, tl.abs(d) < 0.5, ratio, log2(share))
 
 
 @triton.jit
-def mixture_gap(d, lam):
-    """(q − p) / (λp + (1−λ)q)."""
-    e = expm1(-tl.abs(d)) / mixture(d, lam)
-    return tl.where(d > 0, -e, e)
+def cumulants(lam, mu):
+    """The first eight of a choice between 0 and 1, 1 with probability λ: log (μ + λe^t) = Σ κₙ tⁿ / n!."""
+    v = lam * mu
+    s = mu - lam
+    return (
+        lam,
+        v,
+        v * s,
+        v * (1 - 6 * v),
+        v * s * (1 - 12 * v),
+        v * (1 - v * (30 - 120 * v)),
+        v * s * (1 - v * (60 - 360 * v)),
+        v * (1 - v * (126 - v * (1680 - 5040 * v))),
+    )
+
+
+@triton.jit
+def series(t, c1, c2, c3, c4, c5, c6, c7):
+    """Σ cₙ tⁿ / n!"""
+    tail = c4 * (1 / 24) + t * (c5 * (1 / 120) + t * (c6 * (1 / 720) + t * (c7 * (1 / 5040))))
+    return t * (c1 + t * (c2 * (1 / 2) + t * (c3 * (1 / 6) + t * tail)))
+
+
+@triton.jit
+def log_over_student(m, lam, mu):
+    """log (m / q), to 5e-7 of itself near p = q and to 2e-7 elsewhere."""
+    k1, k2, k3, k4, k5, k6, k7, _ = cumulants(lam, mu)
+    return tl.where(m.near, series(-m.d, k1, k2, k3, k4, k5, k6, k7), m.log_share * LN2 + tl.maximum(-m.d, 0.0))
+
+
+@triton.jit
+def log_over_teacher(m, lam, mu):
+    """log (m / p) likewise."""
+    k1, k2, k3, k4, k5, k6, k7, _ = cumulants(lam, mu)
+    near = series(-m.d, k1, k2, k3, k4, k5, k6, k7) + m.d
+    return tl.where(m.near, near, m.log_share * LN2 + tl.maximum(m.d, 0.0))
 
 
 # --- Kullback-Leibler family ------------------------------------------------------------------------------------
@@ -121,20 +135,19 @@ def symmetric_kl_slope(p, q, gap, log_p, log_q, d, weight, b):
 
 @triton.jit
 def jsd_term(p, q, gap, log_p, log_q, d, beta, b):
-    shared = log_mixture(d, beta)
-    to_teacher = weighted(p, tl.maximum(d, 0.0) + shared)
-    to_student = weighted(q, tl.maximum(-d, 0.0) + shared)
-    return -beta * to_teacher - (1 - beta) * to_student
+    m = mixture(d, beta, 1 - beta)
+    to_student = q * log_over_student(m, beta, 1 - beta)
+    return (beta - 1) * to_student - beta * (p * log_over_teacher(m, beta, 1 - beta))
 
 
 @triton.jit
 def jsd_slope(p, q, gap, log_p, log_q, d, beta, b):
-    return (beta - 1) * weighted(q, tl.maximum(-d, 0.0) + log_mixture(d, beta))
+    return (beta - 1) * (q * log_over_student(mixture(d, beta, 1 - beta), beta, 1 - beta))
 
 
 @triton.jit
 def skew_kl_term(p, q, gap, log_p, log_q, d, lam, ratio):
-    return -weighted(p, tl.maximum(d, 0.0) + log_mixture(d, lam))
+    return -p * log_over_teacher(mixture(d, lam, 1 - lam), lam, 1 - lam)
 
 
 @triton.jit
@@ -145,18 +158,26 @@ def skew_kl_slope(p, q, gap, log_p, log_q, d, lam, ratio):
     sure of, w is near 0 at the student's top. Only the constant w_top keeps the digits of both.
     """
     scale = (1 - lam) * (1 - lam) / (lam + (1 - lam) * ratio)
-    return scale * gap * (q / tl.maximum(lam * p + (1 - lam) * q, 1e-37))
+    return scale * gap * (q * reciprocal(tl.maximum(lam * p + (1 - lam) * q, 1e-37)))
 
 
 @triton.jit
 def skew_reverse_kl_term(p, q, gap, log_p, log_q, d, lam, b):
-    return -weighted(q, tl.maximum(-d, 0.0) + log_mixture(-d, lam))
+    return -q * log_over_student(mixture(d, 1 - lam, lam), 1 - lam, lam)
 
 
 @triton.jit
 def skew_reverse_kl_slope(p, q, gap, log_p, log_q, d, lam, b):
-    falling = tl.maximum(-d, 0.0) + log_mixture(-d, lam)
-    return weighted(q, lam * (1 - lam) * mixture_gap(-d, lam) - falling)
+    """q·(λ·(p − m) / m − log (m / q)), both of which fall from (1 − λ)·d: near p = q their series are one."""
+    mu = lam
+    lam = 1 - lam
+    m = mixture(d, lam, mu)
+    _, k2, k3, k4, k5, k6, k7, k8 = cumulants(lam, mu)
+    near = series(-m.d, -lam * lam, k3 - k2, k4 - k3, k5 - k4, k6 - k5, k7 - k6, k8 - k7)
+    gap_share = (1 - m.ratio) * tl.exp2(-m.log_share)  # |p − q| / m
+    gap_share = tl.where(m.d > 0, -gap_share, gap_share)
+    far = lam * mu * gap_share - (m.log_share * LN2 + tl.maximum(-m.d, 0.0))
+    return q * tl.where(m.near, near, far)
 
 
 # --- others -----------------------------------------------------------------------------------------------------
@@ -164,7 +185,7 @@ def skew_reverse_kl_slope(p, q, gap, log_p, log_q, d, lam, b):
 
 @triton.jit
 def tvd_term(p, q, gap, log_p, log_q, d, a, b):
-    return -0.5 * tl.maximum(p, q) * expm1(-tl.abs(d))
+    return -0.5 * tl.maximum(p, q) * expm1(-tl.abs(bounded(d)))
 
 
 @triton.jit
@@ -174,13 +195,13 @@ def tvd_slope(p, q, gap, log_p, log_q, d, a, b):
 
 @triton.jit
 def squared_hellinger_term(p, q, gap, log_p, log_q, d, a, b):
-    root = expm1(-0.5 * tl.abs(d))
-    return 0.5 * weighted(tl.maximum(p, q), root * root)
+    root = expm1(-0.5 * tl.abs(bounded(d)))
+    return 0.5 * tl.maximum(p, q) * root * root
 
 
 @triton.jit
 def squared_hellinger_slope(p, q, gap, log_p, log_q, d, a, b):
-    return weighted(q, -0.5 * expm1(-0.5 * d))
+    return q * (-0.5 * expm1(-0.5 * bounded(d)))
 
 
 # With s = α + β the α-β term is d² exp[s·log q, α·log p + β·log q, s·log p] and its slope d exp[s·log q, α·log p +
@@ -200,6 +221,12 @@ def decline(rate, inverse_rate, size):
 
 
 @triton.jit
+def alpha_beta_gap(log_p, log_q, d):
+    """d, and 0 where both probabilities are 0. Another NaN stays: the logarithms' larger one may not show it."""
+    return tl.where(log_p + log_q == 0, 0.0, d)
+
+
+@triton.jit
 def alpha_beta_larger(log_p, log_q, alpha, beta):
     """The larger of the first two exponents."""
     return tl.maximum(weighted(alpha + beta, log_q), weighted(alpha, log_p) + weighted(beta, log_q))
@@ -207,6 +234,7 @@ def alpha_beta_larger(log_p, log_q, alpha, beta):
 
 @triton.jit
 def alpha_beta_term(p, q, gap, log_p, log_q, d, alpha, beta):
+    d = alpha_beta_gap(log_p, log_q, d)
     total = alpha + beta
     x, y, z = tl.abs(alpha), tl.abs(beta), tl.abs(total)  # the rates of the exponents' three distances
     span = tl.maximum(tl.maximum(x, y), z)
@@ -240,6 +268,7 @@ def alpha_beta_term(p, q, gap, log_p, log_q, d, alpha, beta):
 
 @triton.jit
 def alpha_beta_slope(p, q, gap, log_p, log_q, d, alpha, beta):
+    d = alpha_beta_gap(log_p, log_q, d)
     larger = alpha_beta_larger(log_p, log_q, alpha, beta)
     rate = tl.abs(alpha)
     slope = weighted(exp(larger), decline(rate, inverse(rate), tl.abs(d)))

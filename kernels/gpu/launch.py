@@ -11,7 +11,8 @@ import torch
 import triton
 from torch import Tensor
 
-from fastkd.kernels.gpu.divergences import LOG2E, Divergence
+from fastkd.kernels.gpu.divergences import Divergence
+from fastkd.kernels.gpu.elementary import LOG2E
 from fastkd.rows import RowSpec, row_layout
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -47,6 +48,7 @@ class Block:
     width: int
     edges: bool  # False: every row is known to consist of whole vectors
     aligned: bool  # a vector may start at element 0
+    stages: int  # of the loops over a row; above 1 a step's logits are copied to shared memory during the step before
     ctas: int = 1  # thread blocks that have the threads: a cluster, where there are several
     shared: bool = False  # several thread blocks write a row
     slices: int = 1  # that a row is cut into, a power of two, and how often each is visited: see `tickets`
@@ -61,17 +63,35 @@ SHARING = 2
 # allow.
 _THREADS = ((16384, 512), (4096, 256), (0, 128))
 
+# From a compute capability on, loops have so many stages where a thread loads fewer bytes in a step than that. To move
+# B bytes a second with a latency of 800 ns, B · 800 ns must be on the way. Of 512 threads on each multiprocessor an
+# A100 wants 30 bytes each, an H100 40, an H200 57 and a B200 84. Plain loads have a step's bytes on the way, 64 of a
+# student and a teacher; those of a student alone are met by as many that are stored. A stage more adds a step's bytes,
+# for an instruction per logit and a barrier per step. Reasoned so, and not measured on any GPU.
+_STAGES = ((100, 96, 2),)
 
-def block_for(tensors: Sequence[Tensor], count: int, vectors: int = 2) -> Block:
+
+def block_for(tensors: Sequence[Tensor], count: int, vectors: int = 2, *, loaded: int = 1, busy: bool = False) -> Block:
     """The block for rows of `count` columns of `tensors`, of which the first decides where vectors start.
 
-    `vectors` is how many vectors of each row a thread takes in a step.
+    A thread takes so many `vectors` of each row in a step, which reads as many of the tensors as are `loaded`. A kernel
+    is `busy` if its instructions take longer than its loads: copies ahead would only add to them. The block is for the
+    current device.
     """
     width = 16 // max(tensor.element_size() for tensor in tensors)
     threads = next(threads for above, threads in _THREADS if count > above)
     starts = [_starts(tensor, width) for tensor in tensors]
     whole = count % width == 0 and all(start == (0, None) for start in starts)
-    return Block(threads, vectors, width, not whole, aligned=starts[0][0] == 0)
+    stages = 1 if busy else _stages(16 * vectors * loaded)
+    return Block(threads, vectors, width, not whole, starts[0][0] == 0, stages)
+
+
+def _stages(step_bytes: int) -> int:
+    """Of loops in which a thread loads so many bytes in a step. AMD's compiler would keep them all in registers."""
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend != "cuda":
+        return 1
+    return next((stages for since, below, stages in _STAGES if target.arch >= since and step_bytes < below), 1)
 
 
 def co_aligned(tensor: Tensor | None, leader: Tensor, block: Block) -> bool:
@@ -120,14 +140,17 @@ def numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:
 # --- the launch itself ------------------------------------------------------------------------------------------
 
 
-def launch_options(block: Block) -> dict[str, Any]:
-    """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64."""
+def launch_options(block: Block, rows: int = 1) -> dict[str, Any]:
+    """Keyword arguments of a launch; a warp has 32 threads or, on AMD's CDNA, 64.
+
+    `rows` is how many rows of 512 threads a multiprocessor is to hold at least.
+    """
     target = triton.runtime.driver.active.get_current_target()
     threads = block.threads // block.ctas
     options = {"num_warps": threads // target.warp_size, "num_stages": 1, "enable_fp_fusion": True}
     if target.backend == "cuda":
         # Left alone, ptxas prefers spilling to fewer rows in flight.
-        options["maxnreg"] = min(255, 65536 // (threads * (SHARING if block.shared else 1)))
+        options["maxnreg"] = min(255, 65536 // (threads * (SHARING if block.shared else rows)))
     if block.ctas > 1:
         options["num_ctas"] = block.ctas
     return options

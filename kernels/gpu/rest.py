@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.blocks import edge_columns, load_logits, steps_of, vector_columns
+from fastkd.kernels.gpu.blocks import edge_columns, last_columns, load_logits, whole_columns, whole_steps
 from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, pair_sums, per_thread
-from fastkd.kernels.gpu.sweeps import hard_exp
+from fastkd.kernels.gpu.points import hard_exp
 
 
 class Rest(NamedTuple):
@@ -59,12 +59,40 @@ def _moved(old, to, numbers, MODE: tl.constexpr):
 
 
 @triton.jit
-def _observe(old, student, at, excluded, start, stop, numbers, MODE: tl.constexpr):
-    """`Rest` after one more step, among whose columns are the ids from `start` to `stop`."""
+def _observe_edges(old, student, at, excluded, entries, numbers, MODE: tl.constexpr):
+    """`Rest` with the row's edges, any of whose columns may be an id."""
     columns, present = at
     s = load_logits(student, columns, present, "evict_last")
-    for entry in range(start, stop):
+    for entry in range(entries):
         s = tl.where(columns == (tl.load(excluded.ids + entry) - excluded.origin).to(tl.int32), float("-inf"), s)
+    return _with(old, s, numbers, MODE)
+
+
+@triton.jit
+def _observe(old, student, at, step, excluded, start, stop, numbers, MODE: tl.constexpr, BLOCK: tl.constexpr):
+    """`Rest` after one more step, among whose columns are the ids from `start` to `stop`, and no others of them.
+
+    An id sets a bit in the thread that holds its column. Comparing it with every column took as long as the sweep.
+    """
+    columns, present = at
+    s = load_logits(student, columns, present, "evict_last")
+    THREADS: tl.constexpr = BLOCK.threads
+    thread = tl.arange(0, THREADS)
+    bits = tl.zeros([THREADS], tl.int32)
+    first = excluded.origin + step * BLOCK.vectors * BLOCK.threads * BLOCK.width
+    for entry in range(start, stop):
+        column = (tl.load(excluded.ids + entry) - first).to(tl.int32)
+        vector = column // BLOCK.width
+        bit = 1 << (vector // BLOCK.threads * BLOCK.width + column % BLOCK.width)
+        bits = tl.where(thread == vector % BLOCK.threads, bits | bit, bits)
+    lane = tl.arange(0, BLOCK.vectors)[:, None, None] * BLOCK.width + tl.arange(0, BLOCK.width)[None, None, :]
+    s = tl.where(((bits[None, :, None] >> lane) & 1) != 0, float("-inf"), s)
+    return _with(old, s, numbers, MODE)
+
+
+@triton.jit
+def _with(old, s, numbers, MODE: tl.constexpr):
+    """`Rest` with a step's logits."""
     new = _moved(old, tl.maximum(old.max, lane_max(s)), numbers, MODE)
     z = s - finite(new.max)[None, :, None]
     soft_exp = tl.exp2(z * numbers.student_scale)
@@ -80,13 +108,17 @@ def rest_of(student, span, excluded, entries, numbers, MODE: tl.constexpr, BLOCK
     none = per_thread(BLOCK)
     rest = Rest(none - float("inf"), none, none)
     if BLOCK.edges:
-        rest = _observe(rest, student, edge_columns(span, BLOCK), excluded, 0, entries, numbers, MODE)
+        rest = _observe_edges(rest, student, edge_columns(span, BLOCK), excluded, entries, numbers, MODE)
     STEP: tl.constexpr = BLOCK.vectors * BLOCK.threads * BLOCK.width
     start = _below(excluded, 0)
-    for step in range(steps_of(span, BLOCK)):
+    steps = whole_steps(span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
         stop = _below(excluded, (step + 1) * STEP)
-        rest = _observe(rest, student, vector_columns(step, span, BLOCK), excluded, start, stop, numbers, MODE)
+        at = (whole_columns(step, BLOCK), None)
+        rest = _observe(rest, student, at, step, excluded, start, stop, numbers, MODE, BLOCK)
         start = stop
+    stop = _below(excluded, (steps + 1) * STEP)
+    rest = _observe(rest, student, last_columns(span, BLOCK), steps, excluded, start, stop, numbers, MODE, BLOCK)
     rest = _moved(rest, tl.max(rest.max, 0), numbers, MODE)
     soft_sum, hard_sum = pair_sums(rest.soft_sum, rest.hard_sum)
     return Rest(rest.max, soft_sum, hard_sum)
@@ -124,8 +156,9 @@ def _write_step(grad, student, at, top, factors, numbers, MODE: tl.constexpr):
 @triton.jit
 def write_rest_gradient(grad, student, span, top, factors, numbers, MODE: tl.constexpr, BLOCK: tl.constexpr):
     """The last sweep, last column to first, as if every column belonged to the rest."""
-    steps = steps_of(span, BLOCK)
-    for step in range(steps):
-        _write_step(grad, student, vector_columns(steps - 1 - step, span, BLOCK), top, factors, numbers, MODE)
+    _write_step(grad, student, last_columns(span, BLOCK), top, factors, numbers, MODE)
+    steps = whole_steps(span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        _write_step(grad, student, (whole_columns(steps - 1 - step, BLOCK), None), top, factors, numbers, MODE)
     if BLOCK.edges:
         _write_step(grad, student, edge_columns(span, BLOCK), top, factors, numbers, MODE)

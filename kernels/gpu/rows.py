@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.kernels.gpu.dense import run_sweeps
 from fastkd.kernels.gpu.divergences import DIVERGENCES
 from fastkd.kernels.gpu.frame import Launch
 from fastkd.kernels.gpu.launch import (
@@ -18,7 +17,7 @@ from fastkd.kernels.gpu.launch import (
 from fastkd.kernels.gpu.mode import mode_for
 from fastkd.kernels.gpu.sparse import Kept, run_sparse
 from fastkd.kernels.gpu.state import VocabularyTile
-from fastkd.kernels.gpu.walks import Walk, walk_for
+from fastkd.kernels.gpu.walks import Swept, Walk, sweeping, walk_for
 from fastkd.rows import RowSpec, SparseRows, Tile
 
 
@@ -42,13 +41,13 @@ def kd_rows(
         return soft, hard
     divergence = DIVERGENCES[spec.divergence]
     width = spec.vocab_size if tile is None else student.shape[-1]
-    swept = [tensor for tensor in (student, teacher, grad) if isinstance(tensor, Tensor)]
-    if isinstance(teacher, SparseRows):
-        walk = Walk(run_sparse, block_for(swept, width))
-    elif tile is not None:
-        walk = Walk(run_sweeps, block_for(swept, width, divergence.vectors))
-    else:
-        walk = walk_for(swept, width, divergence, grad is not None)
+    logits = [tensor for tensor in (student, teacher) if isinstance(tensor, Tensor)]
+    with device_of(student):
+        if isinstance(teacher, SparseRows):
+            walk = Walk(run_sparse, block_for([*logits, *([] if grad is None else [grad])], width))
+        else:
+            swept = Swept(logits, grad, width, divergence)
+            walk = walk_for(swept) if tile is None else sweeping(swept)
     launch = Launch(
         rows_of(student),
         Kept(*teacher, teacher.ids.shape[-1]) if isinstance(teacher, SparseRows) else _rows_or_none(teacher),

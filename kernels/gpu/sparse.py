@@ -19,14 +19,15 @@ import triton
 import triton.language as tl
 
 from fastkd.kernels.gpu.blocks import clear_tail
-from fastkd.kernels.gpu.divergences import Divergence, exp, weighted
+from fastkd.kernels.gpu.divergences import Divergence
+from fastkd.kernels.gpu.elementary import exp, weighted
 from fastkd.kernels.gpu.frame import Launch, hard_term, label_of, place_of, scales_of, skip_row
 from fastkd.kernels.gpu.lanes import finite
 from fastkd.kernels.gpu.launch import Block, launch_options
 from fastkd.kernels.gpu.mode import Mode
+from fastkd.kernels.gpu.points import gap_of, hard_exp, with_ratio
 from fastkd.kernels.gpu.rest import Excluded, RestFactors, merged_rest, rest_gradient, rest_of, write_rest_gradient
 from fastkd.kernels.gpu.state import load_rest, store_rest
-from fastkd.kernels.gpu.sweeps import gap_of, hard_exp, with_ratio
 
 
 class Kept(NamedTuple):
@@ -51,6 +52,9 @@ def _category(log_q, log_p, q):
     log_q = tl.where(nowhere, 0.0, log_q).to(tl.float32)
     p = exp(log_p.to(tl.float32))
     log_p = tl.where(nowhere, 0.0, log_p).to(tl.float32)
+    # As `sweeps.normalisers_of`: a NaN in one shows in the other.
+    p = tl.where(q == q, p, q)
+    q = tl.where(p == p, q, p)
     return p, q, log_p, log_q, d
 
 

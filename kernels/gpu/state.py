@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.gpu.divergences import expm1
+from fastkd.kernels.gpu.elementary import expm1
+from fastkd.kernels.gpu.points import max_gap_of, tempered_gap
 from fastkd.kernels.gpu.rest import Rest
-from fastkd.kernels.gpu.sweeps import Maxima, Statistics, max_gap_of, moved, tempered_gap
+from fastkd.kernels.gpu.sweeps import Maxima, Statistics, moved
 
 
 class VocabularyTile(NamedTuple):

@@ -13,8 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.gpu.blocks import edge_columns, leading_row, load_logits, row_beside, steps_of, vector_columns
-from fastkd.kernels.gpu.divergences import LOG2E, weighted
+from fastkd.kernels.gpu.blocks import (
+    columns_of,
+    edge_columns,
+    last_columns,
+    leading_row,
+    load_logits,
+    row_beside,
+    whole_columns,
+    whole_steps,
+)
+from fastkd.kernels.gpu.elementary import LOG2E, weighted
 from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, per_thread
 from fastkd.kernels.gpu.launch import block_for, co_aligned, device_of, launch_options, rows_of
 
@@ -30,37 +39,58 @@ def _moved(old, new, total, mean, scale):
 
 
 @triton.jit
-def _observe(logits, at, span, highest, total, mean, first, scale, vocab_size):
+def _observe(logits, at, step, found, scale):
+    """Per thread: maximum, sums, and the step in which the maximum last rose."""
+    highest, total, mean, since = found
     columns, present = at
     x = load_logits(logits, columns, present, "evict_last")
     new = tl.maximum(highest, lane_max(x))
     total, mean = _moved(highest, new, total, mean, scale)
     z = x - finite(new)[None, :, None]
     e = tl.exp2(z * scale)
-    here = tl.where(present & (x == new[None, :, None]), columns + span.head, vocab_size)
-    here = tl.min(tl.min(here, 2), 0)
-    first = tl.where(new > highest, here, tl.minimum(first, here))
-    return new, total + lane_sum(e), mean + lane_sum(weighted(e, z)), first
+    return new, total + lane_sum(e), mean + lane_sum(weighted(e, z)), tl.where(new > highest, step, since)
 
 
 @triton.jit
-def _sweep(logits, span, scale, vocab_size, BLOCK: tl.constexpr):
-    """Maximum, Σ e^(z/T), Σ e^(z/T)·z and the first column of the maximum; z = logit − maximum."""
-    highest = per_thread(BLOCK) - float("inf")
-    total = per_thread(BLOCK)
-    mean = per_thread(BLOCK)
-    first = per_thread(BLOCK).to(tl.int32) + vocab_size
+def _sweep(logits, span, scale, BLOCK: tl.constexpr):
+    """Maximum, Σ e^(z/T), Σ e^(z/T)·z with z = logit − maximum; and where `_argmax` has to look."""
+    none = per_thread(BLOCK)
+    found = (none - float("inf"), none, none, none.to(tl.int32))
+    steps = whole_steps(span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        found = _observe(logits, (whole_columns(step, BLOCK), None), step, found, scale)
+    found = _observe(logits, last_columns(span, BLOCK), steps, found, scale)
+    place = (found[0], found[3])
     if BLOCK.edges:
-        highest, total, mean, first = _observe(
-            logits, edge_columns(span, BLOCK), span, highest, total, mean, first, scale, vocab_size
-        )
-    for step in range(steps_of(span, BLOCK)):
-        at = vector_columns(step, span, BLOCK)
-        highest, total, mean, first = _observe(logits, at, span, highest, total, mean, first, scale, vocab_size)
+        found = _observe(logits, edge_columns(span, BLOCK), steps, found, scale)
+    highest, total, mean, _ = found
     top = tl.max(highest, 0)
     total, mean = _moved(highest, top, total, mean, scale)
-    first = tl.min(tl.where(highest == top, first, vocab_size), 0)
-    return top, tl.sum(total, 0), tl.sum(mean, 0), first
+    return top, tl.sum(total, 0), tl.sum(mean, 0), place
+
+
+@triton.jit
+def _first(logits, at, wanted, top, vocab_size):
+    """The first of a step's columns, counted from the first vector, that is `top`; `vocab_size` if none is."""
+    columns, present = at
+    x = load_logits(logits, columns, present & wanted, "evict_first")
+    return tl.min(tl.min(tl.min(tl.where(present & (x == top), columns, vocab_size), 2), 1), 0)
+
+
+@triton.jit
+def _argmax(logits, span, top, place, vocab_size, BLOCK: tl.constexpr):
+    """The first column of the maximum, `vocab_size` or more if there is none.
+
+    `place`: per thread, the maximum of its vectors and the step in which it was first met. To read that step again in
+    the threads that hold the row's maximum costs less than to carry a column along with every maximum.
+    """
+    highest, since = place
+    steps = tl.where(highest == top, since, whole_steps(span, BLOCK) + 1)  # a step without columns
+    step = tl.min(steps, 0)
+    column = _first(logits, columns_of(step, span, BLOCK), (steps == step)[None, :, None], top, vocab_size)
+    if BLOCK.edges:
+        column = tl.minimum(column, _first(logits, edge_columns(span, BLOCK), True, top, vocab_size))
+    return column + span.head
 
 
 @triton.jit
@@ -78,7 +108,8 @@ def _statistics_kernel(
 ):
     index = tl.program_id(0)
     row, span = leading_row(rows, index, vocab_size, BLOCK)
-    top, total, mean, first = _sweep(row.vectors, span, scale, vocab_size, BLOCK)
+    top, total, mean, place = _sweep(row.vectors, span, scale, BLOCK)
+    first = _argmax(row.vectors, span, top, place, vocab_size, BLOCK)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
     tl.store(entropies + index, log_total - mean / total * inverse)
@@ -103,8 +134,8 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     if labels is None:
         label_logprob.fill_(torch.nan)
     if count > 0:
-        block = block_for([logits], vocab_size)
         with device_of(logits):
+            block = block_for([logits], vocab_size, busy=True)
             _statistics_kernel[(count,)](
                 rows_of(logits),
                 labels,
@@ -116,7 +147,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
                 LOG2E.value / temperature,
                 vocab_size,
                 block,
-                **launch_options(block),
+                **launch_options(block, rows=2),
             )
     return log_sum_exp, entropy, argmax, label_logprob
 
@@ -138,15 +169,16 @@ def _log_softmax_kernel(
     index = tl.program_id(0)
     row, span = leading_row(rows, index, vocab_size, BLOCK)
     logits = row.vectors
-    top, total, _, _ = _sweep(logits, span, scale, vocab_size, BLOCK)
+    top, total, _, _ = _sweep(logits, span, scale, BLOCK)
     log_total = tl.log(total)
     tl.store(normalisers + 2 * index, top)
     tl.store(normalisers + 2 * index + 1, log_total * LOG2E)
 
     out = row_beside(out_rows, index, span, OUT_ALIGNED, BLOCK).vectors
-    steps = steps_of(span, BLOCK)
-    for step in range(steps):
-        _write_step(out, logits, vector_columns(steps - 1 - step, span, BLOCK), top, log_total, inverse)
+    _write_step(out, logits, last_columns(span, BLOCK), top, log_total, inverse)
+    steps = whole_steps(span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        _write_step(out, logits, (whole_columns(steps - 1 - step, BLOCK), None), top, log_total, inverse)
     if BLOCK.edges:
         _write_step(out, logits, edge_columns(span, BLOCK), top, log_total, inverse)
 
@@ -159,8 +191,8 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     count = logits[..., 0].numel()
     normaliser = torch.empty(count, 2, dtype=torch.float32, device=logits.device)
     if count > 0:
-        block = block_for([logits, out], logits.shape[-1])
         with device_of(logits):
+            block = block_for([logits, out], logits.shape[-1])
             _log_softmax_kernel[(count,)](
                 rows_of(logits),
                 rows_of(out),
@@ -176,19 +208,22 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 @triton.jit
+def _load_upstream(upstream, at, POLICY: tl.constexpr):
+    columns, present = at
+    if present is None:
+        return tl.load(upstream + columns, eviction_policy=POLICY).to(tl.float32)
+    else:
+        return tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32)
+
+
+@triton.jit
 def _load_pair(upstream, logits, at, normaliser, scale, POLICY: tl.constexpr):
     """Upstream gradient and probability."""
     top, log_total = normaliser
     columns, present = at
-    above = tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32)
+    above = _load_upstream(upstream, at, POLICY)
     x = load_logits(logits, columns, present, POLICY)
     return above, tl.exp2((x - finite(top)) * scale - log_total)
-
-
-@triton.jit
-def _sum_step(upstream, at, POLICY: tl.constexpr):
-    columns, present = at
-    return lane_sum(tl.load(upstream + columns, present, other=0.0, eviction_policy=POLICY).to(tl.float32))
 
 
 @triton.jit
@@ -220,14 +255,17 @@ def _log_softmax_backward_kernel(
 
     above = per_thread(BLOCK)
     if BLOCK.edges:
-        above = _sum_step(upstream, edge_columns(span, BLOCK), "evict_last")
-    steps = steps_of(span, BLOCK)
-    for step in range(steps):
-        above += _sum_step(upstream, vector_columns(step, span, BLOCK), "evict_last")
+        above = lane_sum(_load_upstream(upstream, edge_columns(span, BLOCK), "evict_last"))
+    steps = whole_steps(span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        above += lane_sum(_load_upstream(upstream, (whole_columns(step, BLOCK), None), "evict_last"))
+    above += lane_sum(_load_upstream(upstream, last_columns(span, BLOCK), "evict_last"))
     total = tl.sum(above, 0)
 
-    for step in range(steps):
-        at = vector_columns(steps - 1 - step, span, BLOCK)
+    last = last_columns(span, BLOCK)
+    _backward_step(grad, upstream, logits, last, normaliser, total, inverse, scale)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        at = (whole_columns(steps - 1 - step, BLOCK), None)
         _backward_step(grad, upstream, logits, at, normaliser, total, inverse, scale)
     if BLOCK.edges:
         _backward_step(grad, upstream, logits, edge_columns(span, BLOCK), normaliser, total, inverse, scale)
@@ -239,8 +277,8 @@ def log_softmax_backward(
     """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`; `upstream` `[..., V]` like `logits`."""
     count = logits[..., 0].numel()
     if count > 0:
-        block = block_for([logits, upstream, grad], logits.shape[-1])
         with device_of(logits):
+            block = block_for([logits, upstream, grad], logits.shape[-1], loaded=2)
             _log_softmax_backward_kernel[(count,)](
                 rows_of(upstream),
                 rows_of(logits),

@@ -11,10 +11,18 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.blocks import as_columns, as_vectors, edge_columns, load_logits, steps_of, vector_columns
-from fastkd.kernels.gpu.divergences import LOG2E, exp, log_near_one, probability_gap
+from fastkd.kernels.gpu.blocks import (
+    as_columns,
+    as_vectors,
+    edge_columns,
+    has_last,
+    last_columns,
+    load_logits,
+    whole_columns,
+    whole_steps,
+)
 from fastkd.kernels.gpu.lanes import finite, lane_max, lane_sum, pair_maxima, pair_sums, per_thread, row_sums
-from fastkd.kernels.gpu.launch import Numbers
+from fastkd.kernels.gpu.points import hard_exp, point, raw_gap, tempered_gap
 
 
 class Logits(NamedTuple):
@@ -47,20 +55,6 @@ class Statistics(NamedTuple):
     square: Any  # Σ term of a raw divergence
 
 
-class Normalisers(NamedTuple):
-    """What turns a row's logits into probabilities."""
-
-    student_max: Any
-    teacher_max: Any
-    max_gap: Any  # student_max − teacher_max = max_gap + max_gap_lost
-    max_gap_lost: Any
-    student_log_sum: Any
-    teacher_log_sum: Any
-    log_sum_gap: Any
-    student_share: Any  # 1 / student_sum
-    teacher_share: Any
-
-
 class Factors(NamedTuple):
     """What turns probabilities into the gradient.
 
@@ -82,26 +76,6 @@ class OneHot(NamedTuple):
 
 
 # --- statistics -------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def hard_exp(z, tempered, MODE: tl.constexpr):
-    """e^z of the student, from `tempered` = e^(z/T) where T allows."""
-    if MODE.hard_power == 1:
-        return tempered
-    elif MODE.hard_power == 2:
-        return tempered * tempered
-    else:
-        return tl.exp2(z * LOG2E)
-
-
-@triton.jit
-def tempered_gap(s, t, numbers, MODE: tl.constexpr):
-    """s/T − t/T of a student's and a teacher's logit, in units of 1/T where the temperatures are the same."""
-    if MODE.same_temperature:
-        return s - t
-    else:
-        return s * numbers.student_inverse - t * numbers.teacher_inverse
 
 
 @triton.jit
@@ -174,12 +148,18 @@ def _observe(old, logits, at, numbers, TERM: tl.constexpr, MODE: tl.constexpr, B
 
 @triton.jit
 def _load(logits, at, POLICY: tl.constexpr, MODE: tl.constexpr, BLOCK: tl.constexpr):
-    """Student's and teacher's logits of a step, fp32; −inf where there is no column or the teacher is not wanted."""
+    """Student's and teacher's logits of a step, fp32; −inf where there is no column.
+
+    A teacher that is not wanted is not read: its logits are then anything, and what follows from them is not used.
+    """
     columns, present = at
     s = load_logits(logits.student, columns, present, POLICY)
     t = s
     if MODE.soft != "absent":
-        t = load_logits(logits.teacher, columns, present & logits.soft_on, POLICY)
+        if present is None:
+            t = tl.load(logits.teacher + columns, logits.soft_on, eviction_policy=POLICY).to(tl.float32)
+        else:
+            t = load_logits(logits.teacher, columns, present & logits.soft_on, POLICY)
     return as_vectors(s, BLOCK), as_vectors(t, BLOCK)
 
 
@@ -191,8 +171,10 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
     found = Statistics(Maxima(lowest, lowest, lowest), none, none, none, none, none, none, none)
     if BLOCK.edges:
         found = _observe(found, logits, edge_columns(logits.span, BLOCK), numbers, TERM, MODE, BLOCK)
-    for step in range(steps_of(logits.span, BLOCK)):
-        found = _observe(found, logits, vector_columns(step, logits.span, BLOCK), numbers, TERM, MODE, BLOCK)
+    for step in tl.range(0, whole_steps(logits.span, BLOCK), num_stages=BLOCK.stages):
+        found = _observe(found, logits, (whole_columns(step, BLOCK), None), numbers, TERM, MODE, BLOCK)
+    if has_last(logits.span, BLOCK):
+        found = _observe(found, logits, last_columns(logits.span, BLOCK), numbers, TERM, MODE, BLOCK)
 
     student_max, teacher_max = pair_maxima(found.maxima.student, found.maxima.teacher)
     there = float("-inf")
@@ -216,39 +198,7 @@ def statistics_of(logits, numbers, TERM: tl.constexpr, MODE: tl.constexpr, BLOCK
     return Statistics(maxima, student_sum, teacher_sum, sum_gap, hard_sum, forward, reverse, square)
 
 
-@triton.jit
-def _lost(x, y, difference):
-    """What rounding took from `difference` = x − y (Knuth's two-sum): x − y = difference + lost."""
-    back = difference - x
-    lost = (x - (difference - back)) - (y + back)
-    return tl.where(tl.abs(difference) < float("inf"), lost, 0.0)
-
-
-@triton.jit
-def max_gap_of(maxima):
-    """The student's maximum minus the teacher's, and what rounding took from it."""
-    gap = maxima.student - maxima.teacher
-    return gap, _lost(maxima.student, maxima.teacher, gap)
-
-
-@triton.jit
-def normalisers_of(statistics):
-    """`Normalisers` of a row from its `Statistics`."""
-    max_gap, max_gap_lost = max_gap_of(statistics.maxima)
-    return Normalisers(
-        statistics.maxima.student,
-        statistics.maxima.teacher,
-        max_gap,
-        max_gap_lost,
-        tl.log(statistics.student_sum),
-        tl.log(statistics.teacher_sum),
-        log_near_one(
-            statistics.student_sum / statistics.teacher_sum,
-            statistics.sum_gap / statistics.teacher_sum,
-        ),
-        1 / statistics.student_sum,
-        1 / statistics.teacher_sum,
-    )
+# --- terms ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -262,86 +212,9 @@ def closed_terms(statistics, normalisers, numbers, CLOSE: tl.constexpr, MODE: tl
     return CLOSE(forward, reverse, numbers.a, numbers.b)
 
 
-# --- terms ------------------------------------------------------------------------------------------------------
-
-
-@triton.jit
-def raw_gap(s, t):
-    return tl.where(tl.maximum(s, t) == float("-inf"), 0.0, s - t)
-
-
-@triton.jit
-def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
-    """q − p or, for a divergence that is `about_top`, q − b·p, which is 0 at the student's likeliest token."""
-    if MODE.about_top:
-        p *= numbers.b
-        d -= log_near_one(numbers.b, numbers.b - 1)
-    if FINE or MODE.about_top:  # q − b·p cancels, too, where p and q are equal and their rows' sums are not
-        return probability_gap(p, q, d)
-    else:
-        return q - p
-
-
-@triton.jit
-def point(s, t, normalisers, numbers, MODE: tl.constexpr):
-    """What a divergence's functions take first: p, q, gap, log p, log q, d; the last three 0 where both are −inf."""
-    if MODE.soft == "raw":
-        return 0.0, 0.0, 0.0, 0.0, 0.0, raw_gap(s, t)
-    else:
-        z = s - normalisers.student_max
-        y = t - normalisers.teacher_max
-        q = tl.exp2(z * numbers.student_scale) * normalisers.student_share
-        p = tl.exp2(y * numbers.teacher_scale) * normalisers.teacher_share
-        difference = tempered_gap(z, y, numbers, MODE)
-        if MODE.same_temperature:
-            if MODE.fine:
-                # Between nearly equal rows z − y would be little more than the rounding of z and y.
-                difference = s - t
-                lost = _lost(s, t, difference) - normalisers.max_gap_lost
-                difference = (difference - normalisers.max_gap) + lost
-            difference *= numbers.student_inverse
-        d = difference - normalisers.log_sum_gap
-        nowhere = tl.maximum(s, t) == float("-inf")
-        d = tl.where(nowhere, 0.0, d)
-        log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - normalisers.student_log_sum)
-        log_p = tl.where(nowhere, 0.0, y * numbers.teacher_inverse - normalisers.teacher_log_sum)
-        return p, q, gap_of(p, q, d, numbers, MODE.fine, MODE), log_p, log_q, d
-
-
-@triton.jit
-def with_ratio(numbers, top_d):
-    """The numbers with b = e^top_d, clamped so that neither b nor 1 / b overflows."""
-    return Numbers(
-        numbers.student_inverse,
-        numbers.teacher_inverse,
-        numbers.student_scale,
-        numbers.teacher_scale,
-        numbers.soft_weight,
-        numbers.hard_weight,
-        numbers.a,
-        exp(tl.minimum(tl.maximum(top_d, -60.0), 60.0)),
-    )
-
-
-@triton.jit
-def about_top(maxima, normalisers, numbers, MODE: tl.constexpr):
-    """The numbers of a row for a divergence that is `about_top`."""
-    gap = tempered_gap(0.0, maxima.teacher_there - normalisers.teacher_max, numbers, MODE)
-    if MODE.same_temperature:
-        gap *= numbers.student_inverse
-    return with_ratio(numbers, gap - normalisers.log_sum_gap)
-
-
-@triton.jit
-def slope_center(maxima, normalisers, numbers, SLOPE: tl.constexpr, MODE: tl.constexpr):
-    """slope / q at the student's likeliest token; 0 where that is infinite, as the divergence then is."""
-    p, q, gap, log_p, log_q, d = point(maxima.student, maxima.teacher_there, normalisers, numbers, MODE)
-    center = SLOPE(p, q, gap, log_p, log_q, d, numbers.a, numbers.b) / q
-    return tl.where(tl.abs(center) < float("inf"), center, 0.0)
-
-
 @triton.jit
 def _terms(
+    old,
     logits,
     at,
     normalisers,
@@ -352,12 +225,12 @@ def _terms(
     MODE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Per thread, the sums of a step's terms and centered slopes."""
+    """Per thread, the sums of terms and centered slopes after one more step."""
     s, t = _load(logits, at, "evict_last", MODE, BLOCK)
     p, q, gap, log_p, log_q, d = point(s, t, normalisers, numbers, MODE)
     term = TERM(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
     slope = SLOPE(p, q, gap, log_p, log_q, d, numbers.a, numbers.b)
-    return lane_sum(term), lane_sum(slope - q * center)
+    return old[0] + lane_sum(term), old[1] + lane_sum(slope - q * center)
 
 
 @triton.jit
@@ -372,20 +245,18 @@ def sum_terms(
     BLOCK: tl.constexpr,
 ):
     """Sweep 2, last column to first: Σ term and Σ centered slope."""
-    term = per_thread(BLOCK)
-    slope = per_thread(BLOCK)
-    steps = steps_of(logits.span, BLOCK)
-    for step in range(steps):
-        at = vector_columns(steps - 1 - step, logits.span, BLOCK)
-        more, steeper = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
-        term += more
-        slope += steeper
+    sums = (per_thread(BLOCK), per_thread(BLOCK))
+    if has_last(logits.span, BLOCK):
+        last = last_columns(logits.span, BLOCK)
+        sums = _terms(sums, logits, last, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
+    steps = whole_steps(logits.span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        at = (whole_columns(steps - 1 - step, BLOCK), None)
+        sums = _terms(sums, logits, at, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
     if BLOCK.edges:
-        at = edge_columns(logits.span, BLOCK)
-        last, steepest = _terms(logits, at, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
-        term += last
-        slope += steepest
-    return pair_sums(term, slope)
+        edges = edge_columns(logits.span, BLOCK)
+        sums = _terms(sums, logits, edges, normalisers, center, numbers, TERM, SLOPE, MODE, BLOCK)
+    return pair_sums(sums[0], sums[1])
 
 
 # --- gradient ---------------------------------------------------------------------------------------------------
@@ -444,12 +315,18 @@ def write_gradient(
 ):
     """The last sweep, last column to first.
 
+    In place a step writes the columns that it has read. Where the next step's are copied ahead, none of them has been
+    written: steps have no column in common, and the wait before a step's columns are used is every thread's.
+
     Thread blocks that share a row subtract the `one_hot` here: a store after the sweep would race with the others'.
     """
-    steps = steps_of(logits.span, BLOCK)
-    for step in range(steps):
-        at = vector_columns(steps - 1 - step, logits.span, BLOCK)
+    if has_last(logits.span, BLOCK):
+        last = last_columns(logits.span, BLOCK)
+        _write_step(grad, logits, last, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
+    steps = whole_steps(logits.span, BLOCK)
+    for step in tl.range(0, steps, num_stages=BLOCK.stages):
+        at = (whole_columns(steps - 1 - step, BLOCK), None)
         _write_step(grad, logits, at, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
     if BLOCK.edges:
-        at = edge_columns(logits.span, BLOCK)
-        _write_step(grad, logits, at, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)
+        edges = edge_columns(logits.span, BLOCK)
+        _write_step(grad, logits, edges, one_hot, normalisers, factors, numbers, SLOPE, MODE, BLOCK)

@@ -19,21 +19,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastkd.kernels.gpu.blocks import Span, clear_row, clear_tail, row_beside, steps_of
+from fastkd.kernels.gpu.blocks import Span, clear_row, clear_tail, row_beside
 from fastkd.kernels.gpu.divergences import Divergence
 from fastkd.kernels.gpu.frame import Launch, hard_term, label_of, place_of, scales_of
 from fastkd.kernels.gpu.lanes import per_thread
 from fastkd.kernels.gpu.launch import SHARING, Block, launch_options
 from fastkd.kernels.gpu.mode import Mode
+from fastkd.kernels.gpu.points import about_top, normalisers_of, slope_center
 from fastkd.kernels.gpu.state import VocabularyTile, load_state, merged_parts, store_statistics, store_terms, tile_state
 from fastkd.kernels.gpu.sweeps import (
     Logits,
     OneHot,
-    about_top,
     closed_terms,
     factors_of,
-    normalisers_of,
-    slope_center,
     statistics_of,
     sum_terms,
     write_gradient,
@@ -192,7 +190,8 @@ def _serve(launch, queue, ticket, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE:
         part = slot % BLOCK.slices
         scales = scales_of(launch, row, MODE)
         place = place_of(launch, row, MODE, BLOCK)
-        most = tl.cdiv(steps_of(place.span, BLOCK), BLOCK.slices) * BLOCK.vectors * BLOCK.threads  # vectors of a slice
+        step = BLOCK.vectors * BLOCK.threads
+        most = tl.cdiv(tl.cdiv(place.span.vectors, step), BLOCK.slices) * step  # vectors of a slice
         own = tl.minimum(tl.maximum(place.span.vectors - part * most, 0), most)
         span = Span(place.span.head, own, tl.where(part == 0, place.span.edges, 0), place.span.tail)
         slice = Slice(slot, row, part, part * most * BLOCK.width)

@@ -33,7 +33,7 @@ from fastkd.kernels.gpu.launch import Block, block_for
 from fastkd.kernels.gpu.mode import Mode
 from fastkd.kernels.gpu.tickets import run_tickets
 
-__all__ = ["CLUSTER_TRITON", "WALKS", "Walk", "walk_for"]
+__all__ = ["CLUSTER_TRITON", "WALKS", "Swept", "Walk", "sweeping", "walk_for"]
 
 #: Bytes of both rows in a slice. Of a cluster two fit into the L1 cache of 256 KiB. With tickets, those that lie
 #: between two phases, some 300 or 600, fit into what an L2 cache of 50 MB can hold of different data.
@@ -44,6 +44,19 @@ CLUSTER_TRITON = (3, 8)
 _SLICES, _THREADS = (2, 4, 8, 16, 32), 256
 
 
+class Swept(NamedTuple):
+    """What a loss kernel walks over."""
+
+    logits: Sequence[Tensor]  # of the student and, if there is one, of the teacher
+    grad: Tensor | None
+    columns: int
+    divergence: Divergence
+
+    @property
+    def tensors(self) -> Sequence[Tensor]:
+        return [*self.logits, *([] if self.grad is None else [self.grad])]
+
+
 class Walk(NamedTuple):
     """A kernel and its block."""
 
@@ -51,30 +64,38 @@ class Walk(NamedTuple):
     block: Block
 
 
-def _sweeps(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk:
-    return Walk(run_sweeps, block_for(tensors, count, divergence.vectors))
+def sweeping(swept: Swept) -> Walk:
+    """A thread block per row, or per tile of it."""
+    divergence = swept.divergence
+    busy = divergence.sweeps == "normalised"
+    block = block_for(swept.tensors, swept.columns, divergence.vectors, loaded=len(swept.logits), busy=busy)
+    return Walk(run_sweeps, block)
 
 
-def _cluster(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk | None:
+def _clusters(swept: Swept) -> Walk | None:
     target = triton.runtime.driver.active.get_current_target()
     if target.backend != "cuda" or not 90 <= target.arch < 120 or _triton() < CLUSTER_TRITON:
         return None
-    ctas = min(_slices(tensors, count, _CLUSTER_SLICE), 16)
-    block = block_for(tensors, count, divergence.vectors)
-    return Walk(run_sweeps, replace(block, threads=ctas * _THREADS, ctas=ctas, shared=True))
+    ctas = min(_slices(swept, _CLUSTER_SLICE), 16)
+    return Walk(run_sweeps, _shared(swept, threads=ctas * _THREADS, ctas=ctas))
 
 
-def _tickets(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk | None:
-    if not gradient:
+def _tickets(swept: Swept) -> Walk | None:
+    if swept.grad is None:
         return None
-    block = replace(block_for(tensors, count, divergence.vectors), threads=_THREADS, shared=True)
-    phases = 3 if divergence.sweeps == "normalised" else 2
-    return Walk(run_tickets, replace(block, slices=_slices(tensors, count, _TICKET_SLICE), phases=phases))
+    phases = 3 if swept.divergence.sweeps == "normalised" else 2
+    block = _shared(swept, threads=_THREADS, slices=_slices(swept, _TICKET_SLICE), phases=phases)
+    return Walk(run_tickets, block)
 
 
-def _slices(tensors: Sequence[Tensor], count: int, size: int) -> int:
-    """How many slices a row is cut into, so that none has more than `size` bytes of student and teacher."""
-    row = count * sum(tensor.element_size() for tensor in tensors[:2])
+def _shared(swept: Swept, **fields: int) -> Block:
+    """A block of thread blocks that share rows. While one waits the other loads: nothing is copied ahead."""
+    return replace(sweeping(swept).block, stages=1, shared=True, **fields)
+
+
+def _slices(swept: Swept, size: int) -> int:
+    """How many slices a row is cut into, so that none has more than `size` bytes of logits."""
+    row = swept.columns * sum(tensor.element_size() for tensor in swept.logits)
     return next((slices for slices in _SLICES if row <= slices * size), _SLICES[-1])
 
 
@@ -83,22 +104,17 @@ def _triton() -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
 
 
-_WALKS: dict[str, Callable[[Sequence[Tensor], int, Divergence, bool], Walk | None]] = {
-    "sweeps": _sweeps,
-    "cluster": _cluster,
-    "tickets": _tickets,
-}
+_WALKS: dict[str, Callable[[Swept], Walk | None]] = {"sweeps": sweeping, "cluster": _clusters, "tickets": _tickets}
 #: Values of FASTKD_WALK.
 WALKS = tuple(_WALKS)
 
 
-def walk_for(tensors: Sequence[Tensor], count: int, divergence: Divergence, gradient: bool) -> Walk:
-    """How to walk rows of `count` columns of student, teacher and, if it is wanted, `gradient`.
+def walk_for(swept: Swept) -> Walk:
+    """How to walk whole rows on the current device.
 
     Raises ValueError where FASTKD_WALK is none of `WALKS`.
     """
     name = os.environ.get("FASTKD_WALK", "sweeps")
     if name not in _WALKS:
         raise ValueError(f"FASTKD_WALK={name!r}: choose one of {', '.join(WALKS)}, or unset it")
-    walk = _WALKS[name](tensors, count, divergence, gradient)
-    return _sweeps(tensors, count, divergence, gradient) if walk is None else walk
+    return _WALKS[name](swept) or sweeping(swept)

@@ -29,6 +29,8 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver as triton_driver
 from triton.runtime.jit import JITFunction
 
+from tools.machine_code.loops import Jump, loops
+
 __all__ = [
     "TARGETS",
     "Resources",
@@ -113,24 +115,26 @@ def threads(kernel: Any) -> int:
 
 @dataclass(frozen=True)
 class Resources:
-    """Per thread; `spills` counts instructions (NVIDIA) or registers and bytes (AMD) that spill to memory.
+    """Registers per thread, bytes of shared memory per program. `spills` counts what goes to memory instead of
+    registers: instructions (NVIDIA), or registers and bytes (AMD).
 
     AMD's scalar registers spill to lanes of vector registers, which is not counted.
     """
 
     registers: int
     spills: int
+    shared: int
 
 
 def resources(kernel: Any) -> Resources:
     if _is_nvidia(kernel):
         usage = _nvidia_tool("cuobjdump", "-res-usage", cubin=kernel.asm["cubin"])
         spills = sum(line.startswith(("LDL", "STL")) for line in _machine_code(kernel)[0])
-        return Resources(_only(r"REG:(\d+)", usage), spills + _only(r"LOCAL:(\d+)", usage))
+        return Resources(_only(r"REG:(\d+)", usage), spills + _only(r"LOCAL:(\d+)", usage), int(kernel.metadata.shared))
     text = kernel.asm["amdgcn"]
     spills = _only(r"\.vgpr_spill_count:\s*(\d+)", text)
     spills += _only(r"\.private_segment_fixed_size:\s*(\d+)", text)
-    return Resources(_only(r"\.vgpr_count:\s*(\d+)", text), spills)
+    return Resources(_only(r"\.vgpr_count:\s*(\d+)", text), spills, int(kernel.metadata.shared))
 
 
 def resident(kernel: Any) -> int:
@@ -178,7 +182,8 @@ class Sweep:
     """A loop over the columns of a row: one thread's work in one iteration."""
 
     columns: int  # steps that the compiler unrolled included
-    load_bytes: tuple[int, ...]  # of each load of columns
+    load_bytes: tuple[int, ...]  # of each load of columns, copies to shared memory that nothing waits for included
+    copies: int  # loads that are such copies
     store_bytes: tuple[int, ...]
     instructions: int
     exponentials: int  # all that the special-function unit executes
@@ -195,19 +200,20 @@ def sweeps(kernel: Any) -> list[Sweep]:
     How many columns a thread loads in a step is taken from Triton's intermediate code, where nothing is unrolled yet.
     """
     steps = _steps(kernel)
-    code, labels = _machine_code(kernel)
-    spans = _spans(code, labels)
+    code, jumps = _machine_code(kernel)
+    found_loops = loops(len(code), jumps)
     least = min(step.load_bytes for step in steps)
-    found: dict[int, tuple[list[str], list[list[str]]]] = {}
-    for span in sorted(spans or [range(len(code))], key=len):
-        within = [other for other in spans if other != span and other[0] in span and other[-1] in span]
-        own = [code[index] for index in span if not any(index in other for other in within)]
-        nested = [code[other.start : other.stop] for other in within]
+    found: list[tuple[frozenset[int], list[str], list[list[str]]]] = []
+    for loop in sorted(found_loops or [frozenset(range(len(code)))], key=len):
+        within = [other for other in found_loops if other < loop]
+        own = [code[index] for index in sorted(loop.difference(*within))]
+        nested = [[code[index] for index in sorted(other)] for other in within]
         # A loop around sweeps, over tickets, loads a little too.
-        if sum(_widths(own, _LOAD)) >= least and not any(start in span for start in found):
-            found[span.start] = own, nested
+        if sum(_widths(own, _LOAD)) >= least and not any(sweep < loop for sweep, *_ in found):
+            found.append((loop, own, nested))
+    found.sort(key=lambda sweep: min(sweep[0]))
     assert len(found) == len(steps), f"{len(found)} loops of machine code load columns, {len(steps)} in the source"
-    return [_sweep(own, nested, step) for (_, (own, nested)), step in zip(sorted(found.items()), steps, strict=True)]
+    return [_sweep(own, nested, step) for (_, own, nested), step in zip(found, steps, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -218,6 +224,9 @@ class _Step:
     load_bytes: int
 
 
+_LOAD_OF_BLOCK = r"tt\.load|buffer_load|async_copy_global_to_local|buffer_load_to_local"
+
+
 def _steps(kernel: Any) -> list[_Step]:
     """The outermost loops that load blocks of columns, or else the loads of a kernel without loops."""
     depth = 0
@@ -226,7 +235,7 @@ def _steps(kernel: Any) -> list[_Step]:
     for number, line in enumerate(kernel.asm["ttgir"].splitlines()):
         while loops and depth < loops[-1][1]:
             loops.pop()
-        block = re.search(r"(?:tt\.load|buffer_load) .*tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)", line)
+        block = re.search(rf"(?:{_LOAD_OF_BLOCK}) .*?tensor<((?:\d+x)+)(?:!tt\.ptr<)?[a-z]+(\d+)", line)
         if block:
             columns = math.prod(map(int, block[1].split("x")[:-1])) // threads(kernel)
             loaded.setdefault(loops[0][0] if loops else -1, []).append((columns, int(block[2]) // 8))
@@ -238,36 +247,32 @@ def _steps(kernel: Any) -> list[_Step]:
 
 
 @functools.cache
-def _machine_code(kernel: Any) -> tuple[list[str], dict[str, int]]:
-    """Instructions in order, without predicates, and the index of the instruction each label stands before."""
+def _machine_code(kernel: Any) -> tuple[list[str], dict[int, Jump]]:
+    """Instructions in order, without predicates, and which of them jump."""
     if _is_nvidia(kernel):
         text = _nvidia_tool("nvdisasm", "-c", cubin=kernel.asm["cubin"])
-        label, instruction = r"\s*(\.L_x_\d+):", r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(.*?);"
+        label, instruction = r"\s*(\.L_x_\d+):", r"\s*/\*[0-9a-f]{4,}\*/\s+(@!?U?P\w+\s+)?(.*?);"
     else:
         text = kernel.asm["amdgcn"]
-        label, instruction = r"(\.LBB\d+_\d+):", r"\s+([a-z]\w+(?: .*)?)$"
+        label, instruction = r"(\.LBB\d+_\d+):", r"\s+()([a-z]\w+(?: .*)?)$"
     instructions: list[str] = []
+    conditional: list[bool] = []
     labels: dict[str, int] = {}
     for line in text.splitlines():
         if found := re.match(label, line):
             labels[found.group(1)] = len(instructions)
         elif found := re.match(instruction, line):
-            instructions.append(found.group(1).strip())
-    return instructions, labels
-
-
-def _spans(code: list[str], labels: dict[str, int]) -> list[range]:
-    """From the target of a jump back to the last jump there.
-
-    AMD's compiler moves rare steps behind the code and jumps back from them: not every span is a loop.
-    """
-    stops: dict[int, int] = {}
-    for index, text in enumerate(code):
+            conditional.append(bool(found.group(1)))
+            instructions.append(found.group(2).strip())
+    jumps = {}
+    for index, text in enumerate(instructions):
         if re.match(r"BRA\b|s_c?branch", text) and ".L" in text:
-            start = labels.get(re.findall(r"\.L\w+", text)[-1], index)
-            if start < index - 1:  # a jump to itself is the trap behind the last EXIT
-                stops[start] = index + 1
-    return [range(start, stop) for start, stop in sorted(stops.items())]
+            # "BRA.U UP0, `(.L_x_1)" has its condition among its operands.
+            always = not conditional[index] and not re.match(r"BRA.*,|s_cbranch", text)
+            jumps[index] = Jump(labels.get(re.findall(r"\.L\w+", text)[-1]), always)
+        elif re.match(r"EXIT\b|RET\b|s_endpgm", text) and not conditional[index]:
+            jumps[index] = Jump(None, always=True)
+    return instructions, jumps
 
 
 def loads(kernel: Any) -> tuple[int, ...]:
@@ -275,7 +280,8 @@ def loads(kernel: Any) -> tuple[int, ...]:
     return _widths(_machine_code(kernel)[0], _LOAD)
 
 
-_LOAD = r"LDG\b|(global|buffer)_load"
+_ASYNCHRONOUS = r"LDGSTS\b|(global|buffer)_load\w* .*\blds\b"
+_LOAD = r"LDG(STS)?\b|(global|buffer)_load"
 _STORE = r"STG\b|(global|buffer)_store"
 
 
@@ -304,6 +310,7 @@ def _sweep(own: list[str], nested: list[list[str]], step: _Step) -> Sweep:
     return Sweep(
         columns=unrolled * step.columns,
         load_bytes=tuple(columns),
+        copies=_count(own, _ASYNCHRONOUS),
         store_bytes=_widths(own, _STORE),
         instructions=len(own),
         exponentials=_count(own, r"MUFU|v_(exp|log|rcp|rsq|sqrt|sin|cos)_"),
