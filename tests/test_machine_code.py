@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fastkd.divergences import TABLE
-from fastkd.kernels.gpu import launch, rows
+from fastkd.kernels.gpu import launch, walks
 from tools.machine_code import static
 from tools.machine_code.loops import Jump, loops
 from tools.machine_code.offline import TARGETS, compiled, resources, sweeps
@@ -37,7 +37,7 @@ def _staged(monkeypatch: pytest.MonkeyPatch, stages: int) -> None:
     def block_for(*arguments: Any, **options: Any) -> launch.Block:
         return replace(original(*arguments, **options), stages=stages)
 
-    monkeypatch.setattr(rows, "block_for", block_for)
+    monkeypatch.setattr(walks, "block_for", block_for)
 
 
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100"])

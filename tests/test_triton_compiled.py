@@ -105,13 +105,10 @@ def test_memory_is_the_limit_on_an_h100(vocab: int) -> None:
     assert found.bound == "DRAM"
 
 
-@pytest.mark.parametrize("vocab", static.VOCABULARIES)
-def test_instructions_of_jsd_take_at_most_1_4_of_forward_kl_on_an_h100(vocab: int) -> None:
-    """Forward KL's time is that of its 10 bytes per logit. Of JSD's 14, 4 are read a third time and may be in L2."""
-    jsd = static.read(static.kd("jsd"), "sm_90", vocab).estimate
-    forward = static.read(static.kd("forward_kl"), "sm_90", vocab).estimate
-    assert jsd.issue * jsd.bytes_per_logit <= 1.4 * forward.bytes_per_logit
-    assert jsd.special * jsd.bytes_per_logit <= 1.4 * forward.bytes_per_logit
+def test_jsd_takes_at_most_1_4_of_forward_kl_on_an_h100() -> None:
+    """Estimates for whole rows of 128256 columns: what reaches DRAM, or JSD's instructions, whichever takes longer."""
+    jsd, forward = (static.read(static.kd(name), "sm_90", 128256).estimate for name in ("jsd", "forward_kl"))
+    assert jsd.nanoseconds <= 1.4 * forward.nanoseconds
 
 
 def test_a_spilling_kernel_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

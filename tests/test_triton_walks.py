@@ -43,7 +43,7 @@ def walk(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 def _block(vocab: int, dtype: torch.dtype, target: str = "sm_90") -> Block:
     with stand_in_driver(TARGETS[target]):
         rows = torch.zeros(2, vocab, dtype=dtype)
-        return walks.walk_for([rows, rows, rows], vocab, DIVERGENCES["forward_kl"], True).block
+        return walks.walk_for(walks.Swept([rows, rows], rows, vocab, DIVERGENCES["forward_kl"])).block
 
 
 @pytest.mark.parametrize("family", ["near_equal", "peaked"])
@@ -218,8 +218,10 @@ def test_counters_are_left_at_zero(in_tickets: pytest.MonkeyPatch) -> None:
 
 def test_tickets_are_for_gradients(in_tickets: pytest.MonkeyPatch) -> None:
     rows = torch.zeros(2, 50257)
-    assert not walks.walk_for([rows, rows], 50257, DIVERGENCES["jsd"], False).block.shared
-    assert walks.walk_for([rows, rows], 50257, DIVERGENCES["jsd"], True).block.phases == 3
+    swept = walks.Swept([rows, rows], rows, 50257, DIVERGENCES["jsd"])
+    with stand_in_driver(TARGETS["sm_90"]):
+        assert walks.walk_for(swept).block.phases == 3
+        assert not walks.walk_for(swept._replace(grad=None)).block.shared
 
 
 # --- as compiled ------------------------------------------------------------------------------------------------

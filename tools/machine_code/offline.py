@@ -208,8 +208,9 @@ def sweeps(kernel: Any) -> list[Sweep]:
         within = [other for other in found_loops if other < loop]
         own = [code[index] for index in sorted(loop.difference(*within))]
         nested = [[code[index] for index in sorted(other)] for other in within]
-        # A loop around sweeps, over tickets, loads a little too.
-        if sum(_widths(own, _LOAD)) >= least and not any(sweep < loop for sweep, *_ in found):
+        # A loop around sweeps, over tickets, loads a little too. Its jumps may hide that it has their instructions.
+        around = any(min(loop) < min(sweep) and max(sweep) < max(loop) for sweep, *_ in found)
+        if sum(_widths(own, _LOAD)) >= least and not around:
             found.append((loop, own, nested))
     found.sort(key=lambda sweep: min(sweep[0]))
     assert len(found) == len(steps), f"{len(found)} loops of machine code load columns, {len(steps)} in the source"
