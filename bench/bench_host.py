@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Callable
-from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -17,8 +15,8 @@ from bench.harness.contender import FRESH, TEMPERATURE
 from bench.harness.question import Case, Question, Section, within
 from bench.harness.race import Benchmark, measure
 from bench.rivals import recipes
-from fastkd import backend, reference
 from fastkd.divergences import ForwardKL
+from tools.host_time import stand_in
 
 LAUNCHED = "fastkd with its kernels"
 HOST = Question(
@@ -30,24 +28,6 @@ HOST = Question(
 )
 CASES = (Case(HOST, 4, 1003, torch.bfloat16, (within(FRESH, None, 120), within(FRESH, "eager fp32"))),)
 _CALLS, _WARM = 300, 20
-_STUB = "fastkd_without_kernels"
-
-
-def _kd_rows(student: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    rows = student[..., 0].numel()
-    soft, hard = (torch.empty(rows, dtype=torch.float32, device=student.device) for _ in range(2))
-    return soft, hard
-
-
-def _install() -> str:
-    """The name of a backend that computes nothing, and is otherwise the reference."""
-    if _STUB not in sys.modules:
-        module = ModuleType(_STUB)
-        vars(module).update({name: getattr(reference, name) for name in reference.__all__}, kd_rows=_kd_rows)
-        sys.modules[_STUB] = module
-        status = backend.BackendStatus(True, "computes nothing")
-        backend._ROWS[_STUB] = backend._ROWS["reference"]._replace(module=_STUB, status=lambda: status)
-    return _STUB
 
 
 def microseconds(case: Case) -> dict[str, float]:
@@ -55,7 +35,7 @@ def microseconds(case: Case) -> dict[str, float]:
     batch = Batch.random(case.rows, case.vocab, case.dtype)
     kd, eager = fastkd.KDLoss(TEMPERATURE), recipes.kd_loss_fp32(ForwardKL(), TEMPERATURE)
     found = {LAUNCHED: _of(kd, batch), "eager fp32": _of(eager, batch)}
-    with fastkd.use_backend(_install()):
+    with stand_in():
         return {FRESH: _of(kd, batch), **found}
 
 

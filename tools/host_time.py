@@ -31,7 +31,7 @@ _NAME = "stand-in"
 
 @contextmanager
 def stand_in() -> Iterator[list[str]]:
-    """Within: losses on CPU tensors take the way of those on a GPU, to a backend that computes nothing.
+    """Within: losses on any tensors take the way of those on a GPU, to a backend that computes nothing.
 
     Yields the names of its functions as they are called: each is one launch of the Triton backend. What they return is
     uninitialised.
