@@ -1,7 +1,7 @@
 """How the operators are differentiated: what each keeps of its forward, and how gradients are made from it.
 
 Each formula is an `autograd.Function` on the operator's Autograd key, which calls the operator again below autograd.
-`torch.library.register_autograd` would do the same, but looks every argument up in the schema at every call: for the 25
+`torch.library.register_autograd` would do the same, but looks every argument up in the schema at every call: for the 26
 of a loss that costs more time on the host than all the rest of it.
 """
 

@@ -62,7 +62,8 @@ def moved(tensor: Tensor | None, device: torch.device) -> Tensor | None:
     if device.type == "cuda" and not torch.compiler.is_compiling():
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                "labels and weights on the CPU cannot be part of a CUDA graph: move them to the GPU before, pass live="
+                "labels and weights on the CPU cannot be part of a CUDA graph: move them to the GPU first (and pass "
+                "live=, so that masked tokens are still left out)"
             )
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)

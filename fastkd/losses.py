@@ -139,7 +139,8 @@ class KDLoss(nn.Module):
                 at, it makes loss and gradients NaN (ValueError with `FASTKD_DEBUG=1`).
 
         Beside a `Projection` on a GPU, labels and weights may be on the CPU. They are counted there, and no `live` is
-        needed.
+        needed (but under `torch.compile`, which looks at no values). Where they are in pinned memory, the copy reads
+        them after the call has returned.
 
         Returns:
             fp32 (float64 for float64 logits): a scalar, or the leading shape for `reduction="none"`;

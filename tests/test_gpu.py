@@ -9,7 +9,7 @@ import fastkd
 from fastkd import reference
 from fastkd.divergences import Divergence
 from fastkd.kernels import gpu
-from fastkd.kernels.gpu.walks import WALKS
+from fastkd.kernels.gpu.walks import WALKS, offered
 from tests import cases, compare
 from tests.sparse_targets import kept
 
@@ -60,6 +60,8 @@ def test_every_walk_again_and_again(
         return loss.detach(), *torch.autograd.grad(loss, leaf)
 
     wanted = run()
+    if walk not in offered():
+        pytest.skip("this GPU, or this Triton, cannot take it")
     monkeypatch.setenv("FASTKD_WALK", walk)
     first = run()
     torch.testing.assert_close(first[0], wanted[0], rtol=1e-6, atol=0)

@@ -105,7 +105,7 @@ def test_a_wrong_number_where_nobody_looks_makes_everything_nan(monkeypatch: pyt
     monkeypatch.setattr(arguments, "is_checked", lambda values: False)
     monkeypatch.setattr(loop, "_tells", lambda call: False)
     for settings in ({}, {"mask_soft": False, "soft_weight": 0.0}, {"reduction": "sum"}):
-        for number in (right - 1, right + 1, right):
+        for number in (0, right - 1, right + 1, right):
             found = from_projections(student, teacher, labels, call={"live": number}, **settings)
             for value in (found.loss, *found.gradients):
                 assert value.isnan().any() == (number != right)

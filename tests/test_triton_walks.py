@@ -119,6 +119,8 @@ def test_clusters_are_for_gpus_and_versions_that_have_them(
     monkeypatch.setattr(walks, "_triton", lambda: version)
     block = _block(50257, torch.bfloat16, target)
     assert (block.ctas > 1) == taken
+    with stand_in_driver(TARGETS[target]):
+        assert walks.offered() == ("sweeps", *(["cluster"] if taken else []), "tickets")
     if taken:
         assert 2 * 2 * 50257 <= block.ctas * walks._CLUSTER_SLICE < 2 * 2 * 2 * 50257
 

@@ -4,7 +4,8 @@
     python -m bench.gpu --steps facts,calls       some of it
     python -m bench.gpu --dry                     the same code on small CPU tensors, for a machine without a GPU
 
-It needs a checkout, torch and triton: no install, no network, no compiler of fastkd's own, no pytest. Peers are raced
+It needs a checkout, torch and triton: no install, no network, no C++ build (Triton itself starts a C compiler), no
+pytest. Peers are raced
 where they can be imported. Start it in the root of the checkout.
 
 Every step runs in processes of its own, each with a time limit, and writes what it finds when it finds it. So a step

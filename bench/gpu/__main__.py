@@ -16,6 +16,8 @@ from bench.gpu.conductor import Conductor
 from bench.gpu.steps import FACTS, SECONDS, STAGES, selected
 from bench.harness import machine
 
+#: As many as a stage has steps and walks, so that each begins, however few cores there are.
+_PROCESSES = max(os.cpu_count() or 1, 17)
 #: Many processes at once: threads of all would wait for each other. The little that is computed on the CPU needs one.
 _ALWAYS = {"OMP_NUM_THREADS": "1"}
 #: No GPU is seen, and nothing is compiled.
@@ -36,7 +38,7 @@ def main() -> int:
         "--out", type=pathlib.Path, default=ROOT / "runs" / "gpu", help="a folder (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=os.cpu_count() or 1, help="at once (default: all cores)")
+    parser.add_argument("--processes", type=int, default=_PROCESSES, help=f"at once (default: {_PROCESSES})")
     options = parser.parse_args()
     try:
         stages = selected([name for name in options.steps.split(",") if name])
@@ -64,16 +66,16 @@ def main() -> int:
 def _conclude(out: pathlib.Path, dry: bool) -> int:
     """Write the summary and the results; the exit status."""
     found = findings.read(out / "findings")
+    failed = summary.failures(found)
     kept = []
     for facts in (each for each in found if each["kind"] == "facts"):
-        folder = (out / "results" if dry else ROOT / "bench" / "results") / facts["folder"]
+        folder = (out / "results" if dry or failed else ROOT / "bench" / "results") / facts["folder"]
         kept = results.keep(found, folder)
         if kept:
             print(f"Stored in {folder}; python -m bench.report makes reports and the README's rows of it.")
     told = summary.text(found, kept)
     (out / "summary.md").write_text(told)
     print(told)
-    failed = summary.failures(found)
     print(f"{len(failed)} failures" if failed else "No failure")
     return 1 if failed else 0
 

@@ -63,11 +63,30 @@ class _Inputs:
 
         return step
 
+    def half_masked(self, **options: Any) -> tuple[Tensor, ...]:
+        """Loss and gradients from hidden states where every other label is masked, and `options` say how many."""
+        sizes, normal = self.sizes, partial(self.device.normal, dtype=torch.bfloat16)
+        self.device.generator.manual_seed(0)
+        leaves = [normal(sizes.rows, 32).requires_grad_(), normal(sizes.vocab, 32, scale=0.5).requires_grad_()]
+        teacher = fastkd.Projection(normal(sizes.rows, 32), normal(sizes.vocab, 32, scale=0.5))
+        labels = self.device.labels(sizes.rows, sizes.vocab)
+        labels[::2] = -100
+        if options.pop("on_host", False):
+            labels = labels.cpu()
+        loss = fastkd.kd_loss(fastkd.Projection(*leaves), teacher, labels, **options)
+        return loss.detach(), *torch.autograd.grad(loss, leaves)
+
 
 def _same(found: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
     assert expected[-1].abs().max() > 0, "there is nothing to compare"
     for a, b in zip(found, expected, strict=True):
         assert torch.equal(a, b), f"not the same bits: {compare.relative_error(a, b):.1e} off"
+
+
+def _live(inputs: _Inputs, **options: Any) -> None:
+    expected = inputs.half_masked()
+    for a, b in zip(inputs.half_masked(**options), expected, strict=True):
+        assert (off := compare.relative_error(a, b)) < compare.LOW_PRECISION, f"{off:.1e} off"
 
 
 def _quiet(inputs: _Inputs, step: Step) -> None:
@@ -218,6 +237,8 @@ def _checks(inputs: _Inputs) -> dict[str, Callable[[], None]]:
         },
         **{name: partial(_compiled, inputs, **options) for name, options in compiled.items()},
         **{f"second backward: {of}": partial(_second_backward, inputs, of) for of in ("logits", "hidden")},
+        "half masked, live=": partial(_live, inputs, live=inputs.sizes.rows // 2),
+        "half masked, labels on the host": partial(_live, inputs, on_host=True),
         "all masked": partial(_all_masked, inputs),
         "all masked, per token": partial(_all_masked, inputs, reduction="none"),
         "no rows": partial(_no_rows, inputs),

@@ -44,17 +44,25 @@ class Job:
 
 
 def jobs_of(stage: Iterable[Step], offered: Iterable[str], at_once: int) -> list[Job]:
-    """The default walk's first. Of another walk, where it makes a difference, half as many."""
-    found = []
+    """The default walk's first. Of another walk, where it makes a difference, half as many.
+
+    A step has fewer parts where more processes than can run at once would let some wait until no time is left.
+    """
+    wanted = []
     for walk in offered:
         for step in stage:
             usual = walk == walks.DEFAULT
             seconds = step.seconds if usual else step.walks
-            if seconds is None:
-                continue
-            parts = min(step.processes if usual else (step.processes + 1) // 2, at_once)
-            found += [Job(step, walk, part, parts, seconds) for part in range(parts)]
-    return found
+            if seconds is not None:
+                wanted.append((step, walk, step.processes if usual else (step.processes + 1) // 2, seconds))
+    parts = [count for *_, count, _ in wanted]
+    while sum(parts) > at_once and max(parts) > 1:
+        parts[parts.index(max(parts))] -= 1
+    return [
+        Job(step, walk, part, count, seconds)
+        for (step, walk, _, seconds), count in zip(wanted, parts, strict=True)
+        for part in range(count)
+    ]
 
 
 @dataclass
@@ -104,7 +112,8 @@ class Conductor:
         log.parent.mkdir(parents=True, exist_ok=True)
         command = [sys.executable, "-m", "bench.gpu.child", job.step.module]
         command += [str((self.out / "findings" / f"{job}.jsonl").resolve()), "--step", job.step.name]
-        command += ["--seconds", str(limit), "--part", str(job.part), "--parts", str(job.parts)]
+        until = time.monotonic() + limit
+        command += ["--until", str(until), "--part", str(job.part), "--parts", str(job.parts)]
         with log.open("wb") as file:
             process = subprocess.Popen(
                 command,

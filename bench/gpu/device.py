@@ -178,7 +178,13 @@ class Cuda(Device):
         return rows
 
     def poisoned(self, error: BaseException) -> bool:
-        return "CUDA error" in str(error) or "HIP error" in str(error)
+        if any(name in str(error) for name in ("CUDA error", "HIP error", "Triton Error")):
+            return True
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError:
+            return True
+        return False
 
     def release(self) -> None:
         gc.collect()

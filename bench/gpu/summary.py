@@ -34,6 +34,11 @@ def failures(findings: Sequence[Finding]) -> list[str]:
             printed = each["log"].strip().splitlines() or ["it printed nothing"]
             last = errors.get((each["step"], each["walk"], f"step {each['step']}"), printed[-1])
             failed.append(f"step {each['step']} [{each['walk']}, part {each['part']}]: {each['how']}: {last}")
+    failed += [
+        f"step {each['step']} [{each['walk']}] had no time to begin"
+        for each in _of(findings, "left")
+        if each["count"] is None
+    ]
     if not _of(findings, "first"):
         failed.append("not one loss ran")
     return failed

@@ -9,15 +9,18 @@ from __future__ import annotations
 import importlib
 import os
 
+import torch
+
 __all__ = ["DEFAULT", "VARIABLE", "available", "here"]
 
 VARIABLE, DEFAULT = "FASTKD_WALK", "sweeps"
 
 
 def available() -> tuple[str, ...]:
-    """The default one, then the others."""
-    offered = importlib.import_module("fastkd.kernels.gpu.walks")
-    return (DEFAULT, *(name for name in offered.WALKS if name != DEFAULT))
+    """The default one, then the others that the device can take; all where there is no device to ask."""
+    known = importlib.import_module("fastkd.kernels.gpu.walks")
+    names = known.offered() if torch.cuda.is_available() else known.WALKS
+    return (DEFAULT, *(name for name in names if name != DEFAULT))
 
 
 def here() -> str:

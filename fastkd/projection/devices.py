@@ -49,7 +49,8 @@ _answers: dict[torch.device, int] = {}
 def free_bytes(device: torch.device) -> int | None:
     """Memory that tensors on `device` could still take: what the driver has, and what torch's allocator keeps for them.
 
-    None where the device cannot be asked. Asking does not wait for it. While a graph is captured the driver is left
+    What graphs have reserved counts as free, though only they can take it. None where the device cannot be asked. Asking
+    does not wait for it. While a graph is captured the driver is left
     alone: the last answer counts, so that what is captured is what ran before.
     """
     module: Any = getattr(torch, device.type, None)

@@ -80,14 +80,15 @@ def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
 
 def _live_rows(call: Call) -> RowIndex:
     """The rows to compute: those with a scale, where their number is known, else all."""
-    count = row_count(call.student)
+    count, told = row_count(call.student), call.live
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
-    if not scales or (not _tells(call) and (call.live is None or call.live > count - count // _FEW)):
+    if not scales or (not _tells(call) and (told is None or count - told < max(count // _FEW, 1))):
         return slice(0, count)
     counts = torch.stack([scale != 0 for scale in scales]).any(0)
-    if not _tells(call):
-        # Those that count come first, in their order. If they are fewer than `live`, what follows has no scale.
-        return torch.argsort(counts.logical_not().to(torch.uint8), stable=True)[: call.live]
+    if not _tells(call) and told is not None:
+        # Those that count come first, in their order. If they are fewer than `live`, what follows has no scale. One row
+        # at least, so that a number that is wrong shows in the gradients.
+        return torch.argsort(counts.logical_not().to(torch.uint8), stable=True)[: max(told, 1)]
     live = counts.nonzero()[:, 0]
     return slice(0, count) if len(live) == count else live
 

@@ -133,6 +133,7 @@ class KDTrainer(Trainer):
         self._total_weight = kd.soft_weight + kd.hard_weight
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
         self.model_accepts_loss_kwargs = True
+        self._live: int | None = None
         self._counted: tuple[Tensor | None, int | None] = None, None  # labels of the batch at hand, how many count
         self._parts: Tensor | None = None  # sums of soft and hard since the last line of logs
         self._tokens, self._steps_logged, self._since, self._paused = 0, 0, time.perf_counter(), 0.0
@@ -148,8 +149,11 @@ class KDTrainer(Trainer):
             model.unshard()  # the output head, which stays whole until its gradient is reduced
         student = fastkd.project(model, **inputs)
         counted, live = self._counted
-        known = live if labels is counted else None  # an override may have masked others
-        parts: fastkd.KDParts = self.kd(student, teacher, labels, num_items=num_items, live=known)
+        options: dict[str, Any] = {}
+        # Overrides, of this method or of the loss, may mask others.
+        if live is not None and labels is counted and type(self.kd).forward is fastkd.KDLoss.forward:
+            options["live"] = live
+        parts: fastkd.KDParts = self.kd(student, teacher, labels, num_items=num_items, **options)
         if not len(self.terms):
             return parts
         added = self.terms(Batch(student, teacher, labels, inputs, num_items))
@@ -185,7 +189,7 @@ class KDTrainer(Trainer):
         if inputs.get("output_router_logits"):
             raise ValueError(_ROUTER)
         labels, calls = inputs.pop("labels"), self.terms.calls
-        self._counted = labels, inputs.pop(_COUNT, None)
+        self._counted = labels, self._live
         parts = self.distillation_loss(model, inputs, self.soft_targets(inputs), labels, num_items_in_batch)
         if len(self.terms) and self.terms.calls == calls:
             raise ValueError(
@@ -329,11 +333,19 @@ class KDTrainer(Trainer):
                 "or set max_grad_norm=0"
             )
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's, which zeroes and averages gradients of the model alone: those of the terms are done here."""
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """As Trainer's, which zeroes and averages gradients of the model alone: those of the terms are done here.
+
+        The number of tokens that count is for the loss, and leaves the batch before a model is given it.
+        """
         if self._stepped:
             self.terms.zero_grad()
-        loss: Tensor = super().training_step(*args, **kwargs)
+        inputs = dict(inputs)
+        self._live = inputs.pop(_COUNT, None)
+        try:
+            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+        finally:
+            self._live = None
         self._stepped = self.accelerator.sync_gradients  # the optimizer steps next
         if self._stepped and self.accelerator.num_processes > 1:
             for weight in self.terms.trained:

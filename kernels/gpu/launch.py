@@ -120,7 +120,7 @@ class Numbers(NamedTuple):
     soft_weight: float  # divided by what the gradient is divided by
     hard_weight: float
     a: float
-    b: float  # a parameter as a is, or the ratio of a row: see `sweeps.with_ratio`
+    b: float  # a parameter as a is, or the ratio of a row: see `points.with_ratio`
 
 
 def numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:

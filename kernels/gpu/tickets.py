@@ -237,7 +237,7 @@ def run_tickets(launch: Launch, divergence: Divergence, mode: Mode, block: Block
     rows, device = launch.soft_values.numel(), launch.soft_values.device
     programs = SHARING * _processors(device)
     counters = _zeros(2 + (block.phases - 1) * rows, device)
-    # Not a row's first tile, so all of a state is read.
+    # `first` is anything but 0, which would be a row's first tile, and 1, which Triton makes a constant.
     state = VocabularyTile(tile_state(rows * block.slices, device), block.slices, 0)
     queue = Queue(counters, state, rows, programs + block.slices)
     _kernel[(programs,)](launch, queue, divergence.term, divergence.slope, mode, block, **launch_options(block))
@@ -248,17 +248,17 @@ def _processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 2
 
 
-_kept: dict[tuple[torch.device, int], Tensor] = {}
+_kept: dict[torch.device, Tensor] = {}
 
 
 def _zeros(count: int, device: torch.device) -> Tensor:
-    """int32 zeros, which the kernel leaves zero: kept for each stream, whose launches follow each other.
+    """int32 zeros, which the kernel leaves zero: kept for the default stream, whose launches follow each other.
 
-    A graph that is being captured gets its own, zeroed whenever it runs: what it keeps is not there before.
+    Elsewhere they are zeroed by a launch: other streams run beside it, and what is allocated while a graph is warmed up
+    or captured is the graph's.
     """
-    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+    if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
         return torch.zeros(count, dtype=torch.int32, device=device)
-    key = device, torch.cuda.current_stream(device).cuda_stream
-    if key not in _kept or len(_kept[key]) < count:
-        _kept[key] = torch.zeros(count, dtype=torch.int32, device=device)
-    return _kept[key]
+    if device not in _kept or len(_kept[device]) < count:
+        _kept[device] = torch.zeros(count, dtype=torch.int32, device=device)
+    return _kept[device]

@@ -23,17 +23,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
+import torch
 import triton
 from torch import Tensor
 
 from fastkd.kernels.gpu.dense import run_sweeps
-from fastkd.kernels.gpu.divergences import Divergence
+from fastkd.kernels.gpu.divergences import DIVERGENCES, Divergence
 from fastkd.kernels.gpu.frame import Launch
 from fastkd.kernels.gpu.launch import Block, block_for
 from fastkd.kernels.gpu.mode import Mode
 from fastkd.kernels.gpu.tickets import run_tickets
 
-__all__ = ["CLUSTER_TRITON", "WALKS", "Swept", "Walk", "sweeping", "walk_for"]
+__all__ = ["CLUSTER_TRITON", "WALKS", "Swept", "Walk", "offered", "sweeping", "walk_for"]
 
 #: Bytes of both rows in a slice. Of a cluster two fit into the L1 cache of 256 KiB. With tickets, those that lie
 #: between two phases, some 300 or 600, fit into what an L2 cache of 50 MB can hold of different data.
@@ -107,6 +108,13 @@ def _triton() -> tuple[int, ...]:
 _WALKS: dict[str, Callable[[Swept], Walk | None]] = {"sweeps": sweeping, "cluster": _clusters, "tickets": _tickets}
 #: Values of FASTKD_WALK.
 WALKS = tuple(_WALKS)
+
+
+def offered() -> tuple[str, ...]:
+    """The walks that the current device can take, for rows of 16 bits and a common vocabulary."""
+    row = torch.empty(1, 50257, dtype=torch.bfloat16, device="cpu")
+    swept = Swept([row, row], row, 50257, DIVERGENCES["forward_kl"])
+    return tuple(name for name, walk in _WALKS.items() if walk(swept) is not None)
 
 
 def walk_for(swept: Swept) -> Walk:

@@ -356,19 +356,17 @@ def test_two_processes_are_one(tmp_path):
 # --- the number of tokens that count ----------------------------------------------------------------------------
 
 
-class Told(fastkd.KDLoss):
-    """Keeps what it is told, and how many tokens count."""
+@pytest.fixture
+def told(monkeypatch):
+    """What losses are told, and how many tokens count."""
+    found, forward = [], fastkd.KDLoss.forward
 
-    def __init__(self, **settings):
-        super().__init__(2.0, **settings)
-        self.told = []
+    def record(self, student, teacher, labels, **options):
+        found.append((options.get("live"), int((labels[:, 1:] != -100).sum())))
+        return forward(self, student, teacher, labels, **options)
 
-    def __deepcopy__(self, memo):
-        return self
-
-    def forward(self, student, teacher, labels, **options):
-        self.told.append((options["live"], int((labels[:, 1:] != -100).sum())))
-        return super().forward(student, teacher, labels, **options)
+    monkeypatch.setattr(fastkd.KDLoss, "forward", record)
+    return found
 
 
 def as_lists(examples):
@@ -387,16 +385,17 @@ def as_lists(examples):
     ],
     ids=["one batch", "accumulated", "in a worker", "own collator", "split"],
 )
-def test_the_loss_is_told_how_many_tokens_count(tmp_path, settings):
+def test_the_loss_is_told_how_many_tokens_count(tmp_path, told, settings):
     """Counted by the collator; on the CPU a wrong number raises."""
-    kd = Told()
     if settings.pop("split_batches", False):
         settings["accelerator_config"] = {"split_batches": True}
-    found = trainer(tmp_path, model(0), kd=kd, teacher=teacher(), eval_dataset=Windows(windows(8)), **settings)
+    found = trainer(
+        tmp_path, model(0), kd=fastkd.KDLoss(2.0), teacher=teacher(), eval_dataset=Windows(windows(8)), **settings
+    )
     found.train()
-    assert len(kd.told) >= 3
-    assert all(live == counted for live, counted in kd.told)
-    assert len({live for live, _ in kd.told}) > 1
+    assert len(told) >= 3
+    assert all(live == counted for live, counted in told)
+    assert len({live for live, _ in told}) > 1
     found.evaluate()
     collator = settings.get("data_collator", collate)
     assert found.data_collator is collator
@@ -416,18 +415,44 @@ class Streamed(torch.utils.data.IterableDataset):
     ],
     ids=["streamed", "dispatched", "all count"],
 )
-def test_batches_that_are_cut_apart_later_are_not_counted(tmp_path, settings):
-    kd = Told(mask_soft=settings.pop("mask_soft", True))
+def test_batches_that_are_cut_apart_later_are_not_counted(tmp_path, told, settings):
+    kd = fastkd.KDLoss(2.0, mask_soft=settings.pop("mask_soft", True))
     trainer(tmp_path, model(0), kd=kd, teacher=teacher(), **settings).train()
-    assert [live for live, _ in kd.told] == [None] * 3
+    assert [live for live, _ in told] == [None] * 3
 
 
-def test_an_override_that_masks_more_is_not_told_a_wrong_number(tmp_path):
+def test_an_override_that_masks_more_is_not_told_a_wrong_number(tmp_path, told):
     class Masking(KDTrainer):
         def distillation_loss(self, model, inputs, teacher, labels, num_items):
             masked = torch.where(torch.arange(labels.shape[1]) < 6, -100, labels)
             return super().distillation_loss(model, inputs, teacher, masked, num_items)
 
-    kd = Told()
-    trainer(tmp_path, model(0), kd=kd, teacher=teacher(), kind=Masking).train()
-    assert [live for live, _ in kd.told] == [None] * 3
+    trainer(tmp_path, model(0), teacher=teacher(), kind=Masking).train()
+    assert [live for live, _ in told] == [None] * 3
+
+
+def test_a_loss_of_the_users_own_is_told_nothing(tmp_path):
+    """It may count fewer tokens, and need not know the argument."""
+
+    class Weighing(fastkd.KDLoss):
+        def forward(self, student, teacher, labels=None, *, weights=None, num_items=None):
+            weights = (torch.arange(labels.shape[1]) >= 6).float().expand(labels.shape)
+            return super().forward(student, teacher, labels, weights=weights, num_items=num_items)
+
+    trainer(tmp_path, model(0), kd=Weighing(2.0), teacher=teacher()).train()
+
+
+def test_models_are_not_given_the_number(tmp_path):
+    """In an override that runs the model itself."""
+
+    class Plain(KDTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            seen.append(set(inputs))
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+
+    seen = []
+    found = trainer(tmp_path, model(0), teacher=teacher(), kind=Plain)
+    found.train()
+    assert seen
+    assert all("live_tokens" not in names for names in seen)
+    assert found._live is None
