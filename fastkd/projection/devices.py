@@ -49,9 +49,9 @@ _answers: dict[torch.device, int] = {}
 def free_bytes(device: torch.device) -> int | None:
     """Memory that tensors on `device` could still take: what the driver has, and what torch's allocator keeps for them.
 
-    What graphs have reserved counts as free, though only they can take it. None where the device cannot be asked. Asking
-    does not wait for it. While a graph is captured the driver is left
-    alone: the last answer counts, so that what is captured is what ran before.
+    What graphs have reserved counts as free, though only they can take it. None where the device cannot be asked.
+    Asking does not wait for it. While a graph is captured the driver is left alone, and the last answer counts, so that
+    what is captured is what ran before.
     """
     module: Any = getattr(torch, device.type, None)
     if not hasattr(module, "mem_get_info") or not module.is_available():

@@ -1,6 +1,6 @@
 """What the Triton kernels are compiled to, on GPUs that need not be there: `python -m tools.machine_code.static`.
 
-Compiles every kernel of `CASES` for every GPU of `DEVICES`, prints what its machine code uses and moves and how long
+Compiles the kernels of its cases for the GPUs of `DEVICES`, prints what its machine code uses and moves and how long
 that would take at best, and writes the same to `static.md` beside this file. Nothing is run: times are estimates. The
 test suite holds a part of the table to its budgets (`Case.broken`).
 """
@@ -10,7 +10,8 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 from unittest import mock
@@ -62,6 +63,7 @@ OTHER_VOCABULARIES = (32000, 151936, 152064, 248320)
 #: `walks` take clusters on these.
 CLUSTER_TARGETS = ("sm_90", "sm_100")
 _RESULTS = pathlib.Path(__file__).with_name("static.md")
+_CLUSTERS = pathlib.Path(__file__).with_name("clusters.md")
 #: Of the tensors that are compiled for; `scale_` has no tail where the number of elements is a multiple of 16.
 _ROWS = 16
 _SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -274,7 +276,7 @@ _LEGEND = f"""\
 
 **Nothing here was run or measured.** Every number is read off machine code that Triton {_TRITON} compiled for GPUs
 that were not there, or is an estimate from it and the GPUs' published rates. Made by
-`python -m tools.machine_code.static`.
+`python -m tools.machine_code.static`; with `--clusters` and Triton 3.8 or newer, of the kernels that run in clusters.
 
 - *moves*: tensors [tokens, V] read + written, all sweeps together. With the dtypes, the budget of *bytes/logit*.
 - *spills*: instructions (NVIDIA) or registers and bytes (AMD). *load*: the narrowest load of logits, in bytes.
@@ -327,14 +329,13 @@ def _row(case: Case, reading: Reading, vocab: int) -> tuple[object, ...]:
     )
 
 
-def _report() -> Iterator[str]:
+def _report(cases: Sequence[Case], targets: Sequence[str]) -> Iterator[str]:
     yield _LEGEND
-    clusters = CLUSTER_CASES if tuple(map(int, _TRITON.split(".")[:2])) >= CLUSTER_TRITON else ()
     readings = {
         (case, target, vocab): read(case, target, vocab)
-        for target in DEVICES
+        for target in targets
         for vocab in (*VOCABULARIES, *OTHER_VOCABULARIES)
-        for case in (*CASES, *TICKET_CASES, *(clusters if target in CLUSTER_TARGETS else ()))
+        for case in cases
         if vocab in VOCABULARIES or str(case) in _EVERYWHERE
     }
     missed = [
@@ -344,20 +345,20 @@ def _report() -> Iterator[str]:
     ]
     yield "Budgets: no spills, loads of 16 bytes, the least bytes per logit."
     yield f"{len(missed)} of {len(readings)} kernels miss one{':' if missed else '.'}\n"
-    yield from missed
+    yield from (*missed, "") if missed else ()
     yield "## Where DRAM is not the limit: estimates from machine code\n"
     yield "The unit that is, and its time relative to DRAM's; the larger one of both vocabularies.\n"
     limits = [
         (
             case.name,
             case.dtypes,
-            *(_limit(readings[case, target, vocab] for vocab in VOCABULARIES) for target in DEVICES),
+            *(_limit(readings[case, target, vocab] for vocab in VOCABULARIES) for target in targets),
         )
-        for case in CASES
+        for case in cases
     ]
-    heads = ("kernel", "dtype", *(device.name for device in DEVICES.values()))
+    heads = ("kernel", "dtype", *(DEVICES[target].name for target in targets))
     yield tabulate([row for row in limits if any(row[2:])], heads, tablefmt="pipe")
-    for target in DEVICES:
+    for target in targets:
         for vocab in sorted({vocab for _, name, vocab in readings if name == target}):
             yield f"\n## {DEVICES[target].name} ({target}), V = {vocab}: estimates from machine code\n"
             rows = [
@@ -373,10 +374,21 @@ def _limit(readings: Iterable[Reading]) -> str:
 
 def write() -> str:
     """Write `static.md` beside this file; return its text."""
-    text = "\n".join(_report())
-    _RESULTS.write_text(text + "\n")
+    return _written(_RESULTS, _report((*CASES, *TICKET_CASES), tuple(DEVICES)))
+
+
+def write_clusters() -> str:
+    """Write `clusters.md` beside this file; return its text. Raises RuntimeError with a Triton that has no clusters."""
+    if tuple(map(int, _TRITON.split(".")[:2])) < CLUSTER_TRITON:
+        raise RuntimeError(f"Triton {_TRITON} cannot compile for clusters: it takes 3.8 or newer")
+    return _written(_CLUSTERS, _report(CLUSTER_CASES, CLUSTER_TARGETS))
+
+
+def _written(path: pathlib.Path, lines: Iterable[str]) -> str:
+    text = "\n".join(lines)
+    path.write_text(text + "\n")
     return text
 
 
 if __name__ == "__main__":
-    print(write())
+    print(write_clusters() if "--clusters" in sys.argv else write())
