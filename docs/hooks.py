@@ -22,12 +22,13 @@ def on_config(config: Any) -> Any:
     (evidence,) = (section["Evidence"] for section in config.nav if "Evidence" in section)
     evidence += [{f"Report: {name}": f"benchmarks/{name}/report.md"} for name in _machines()]
     evidence.append({"Machine code": "benchmarks/static.md"})
+    evidence.append({"Machine code of clusters": "benchmarks/clusters.md"})
     return config
 
 
 def on_files(files: Files, config: Any) -> Files:
     """Add what is not in `docs/`: pages, and the plots that the reports show."""
-    pages = {"benchmarks/static.md": ROOT / "tools/machine_code/static.md"}
+    pages = {f"benchmarks/{name}.md": ROOT / f"tools/machine_code/{name}.md" for name in ("static", "clusters")}
     for name in _machines():
         for path in (RESULTS / name / "report.md", *(RESULTS / name).glob("*.png")):
             pages[f"benchmarks/{name}/{path.name}"] = path
