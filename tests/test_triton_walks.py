@@ -269,7 +269,7 @@ def test_forward_kl_at_the_speed_of_a_copy(vocab: int, milliseconds: float) -> N
 
 @pytest.mark.parametrize("vocab", static.VOCABULARIES)
 @pytest.mark.parametrize("target", static.DEVICES)
-@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "skew_kl"])
+@pytest.mark.parametrize("divergence", ["forward_kl", "jsd", "alpha_beta"])
 def test_tickets_read_rows_from_dram_once(divergence: str, target: str, vocab: int) -> None:
     case = static.kd(divergence, walk="tickets")
     reading = static.read(case, target, vocab)

@@ -21,8 +21,8 @@ _GPUS = "every GPU"  # no folder
 _WITHOUT_A_GPU = """\
 **No GPU has run or timed the Triton kernels yet.** What is proved with Triton 3.7.1, which PyTorch 2.13 brings:
 interpreted on CPU tensors they agree with float64, without a race or an access out of bounds, and compiled for sm_80,
-sm_90, sm_100 and gfx942 none that calls take by default spills; with 3.5.1 and 3.9.0 all of them compile, and speeds
-are [estimates from machine code](tools/machine_code/static.md)."""
+sm_90, sm_100 and gfx942 none spills; with 3.5.1 and 3.9.0 all of them compile, and speeds are
+[estimates from machine code](tools/machine_code/static.md)."""
 _SETTING = """\
 Forward and backward of 1024 tokens × a vocabulary of 50257 (the training step: 4096 × 49152), T = 2; hidden \
 sizes are 256 and 768. A ratio such as 23× is how many times as long as fastkd it took. Each race ran with \

@@ -85,7 +85,9 @@ def _tickets(swept: Swept) -> Walk | None:
     if swept.grad is None:
         return None
     phases = 3 if swept.divergence.sweeps == "normalised" else 2
-    block = _shared(swept, threads=_THREADS, slices=_slices(swept, _TICKET_SLICE), phases=phases)
+    # Divergences that take one vector at a step need more registers than 256 threads leave.
+    threads = _THREADS // 2 * swept.divergence.vectors
+    block = _shared(swept, threads=threads, slices=_slices(swept, _TICKET_SLICE), phases=phases)
     return Walk(run_tickets, block)
 
 
