@@ -4,9 +4,8 @@
     python -m bench.gpu --steps facts,calls       some of it
     python -m bench.gpu --dry                     the same code on small CPU tensors, for a machine without a GPU
 
-It needs a checkout, torch and triton: no install, no network, no C++ build (Triton itself starts a C compiler), no
-pytest. Peers are raced
-where they can be imported. Start it in the root of the checkout.
+It needs a checkout, torch and triton: no install, no network, no pytest, no C++ build (Triton itself starts a C
+compiler). Peers are raced where they can be imported. Start it in the root of the checkout.
 
 Every step runs in processes of its own, each with a time limit, and writes what it finds when it finds it. So a step
 that fails, hangs or poisons its CUDA context costs only what it had not written yet. Correctness comes first: steps of
@@ -21,7 +20,8 @@ What is written:
                                (a dry run: OUT/results/)
 
 The exit status is 0 if every step ran to its end and every check that was made passed. A bar that is not met is
-reported and does not count. A check that the time did not suffice for is counted in the summary.
+reported and does not count. A check that the time did not suffice for is counted in the summary; a step that could not
+even begin is a failure.
 
 Times are of the device: events on a stream that is kept busy before them, so that launching is not in them. L2 is
 flushed and inputs are drawn anew before each turn; contenders take turns; medians are kept.
