@@ -163,6 +163,8 @@ def _triton_status() -> BackendStatus:
         import triton
     except ImportError as error:
         return BackendStatus(False, f"triton cannot be imported: {error}")
+    if not hasattr(triton, "__version__"):  # Python takes any folder of that name for a package
+        return BackendStatus(False, f"triton is not installed; {next(iter(triton.__path__))} is a folder of that name")
     found = f"triton {triton.__version__}"
     version = tuple(int(part) for part in re.findall(r"\d+", triton.__version__)[:2])
     if version < _OLDEST_TRITON:

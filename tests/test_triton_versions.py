@@ -60,6 +60,14 @@ def test_the_version_asked_for_is_the_one_tested() -> None:
     assert backend._OLDEST_TRITON <= found <= backend._NEWEST_TRITON
 
 
+def test_a_folder_of_that_name_is_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which Python imports as a package where none is installed."""
+    monkeypatch.delattr(triton, "__version__")
+    status = backend._triton_status()
+    assert not status.available
+    assert "is a folder of that name" in status.detail
+
+
 @pytest.mark.parametrize(
     ("version", "available", "said"),
     [

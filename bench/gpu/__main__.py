@@ -16,8 +16,8 @@ from bench.gpu.conductor import Conductor
 from bench.gpu.steps import FACTS, SECONDS, STAGES, selected
 from bench.harness import machine
 
-#: As many as a stage has steps and walks, so that each begins, however few cores there are.
-_PROCESSES = max(os.cpu_count() or 1, 17)
+#: Processes at once, at least: as many as a stage has steps and walks, so that each begins on a few cores too.
+_LEAST_PROCESSES = 17
 #: Many processes at once: threads of all would wait for each other. The little that is computed on the CPU needs one.
 _ALWAYS = {"OMP_NUM_THREADS": "1"}
 #: No GPU is seen, and nothing is compiled.
@@ -38,7 +38,7 @@ def main() -> int:
         "--out", type=pathlib.Path, default=ROOT / "runs" / "gpu", help="a folder (default: %(default)s)"
     )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="for everything (default: %(default)s)")
-    parser.add_argument("--processes", type=int, default=_PROCESSES, help=f"at once (default: {_PROCESSES})")
+    parser.add_argument("--processes", type=int, default=None, help=f"at once (default: cores, or {_LEAST_PROCESSES})")
     options = parser.parse_args()
     try:
         stages = selected([name for name in options.steps.split(",") if name])
@@ -51,7 +51,9 @@ def main() -> int:
         stale.unlink()
     cache = {"TRITON_CACHE_DIR": str(options.out.resolve() / "triton")}
     environment = _ALWAYS | cache | (_DRY if options.dry else {})
-    conductor = Conductor(options.out, begin + options.seconds, options.processes, environment)
+    cores = os.cpu_count() or 1
+    processes = options.processes or (cores if options.dry else max(cores, _LEAST_PROCESSES))
+    conductor = Conductor(options.out, begin + options.seconds, processes, environment)
     conductor.stage((FACTS,))
     first = findings.read(found)
     if any(each["kind"] == "first" for each in first):
