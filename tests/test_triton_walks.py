@@ -95,6 +95,21 @@ def test_rows_that_are_skipped_and_rows_without_a_label(walk: str) -> None:
     assert (grad[1] == 0).all()
 
 
+def test_cross_entropy_alone(walk: str) -> None:
+    """Without a teacher no divergence has terms, whatever its name: each logit is read twice."""
+    vocab = VOCABULARIES[1]
+    student, _ = cases.logits("far", 2, vocab, torch.bfloat16)
+    labels, scale, spec = cases.labels(2, vocab), torch.ones(2), cases.spec(TABLE["jsd"](), vocab)
+    grad, wanted = torch.empty_like(student), torch.empty(student.shape, dtype=torch.float64)
+    with interpreted() as trace:
+        _, hard = gpu.kd_rows(student, None, labels, None, scale, spec, grad)
+    _, truth = reference.kd_rows(student.double(), None, labels, None, scale, spec, wanted)
+    torch.testing.assert_close(hard.double(), truth, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-2, atol=1e-7)
+    assert (grad != 0).any()
+    assert trace.loads(student).median() == 2
+
+
 def test_a_walk_that_does_not_exist_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("FASTKD_WALK", "crawl")
     student, teacher = cases.logits("far", 1, 100)

@@ -84,7 +84,7 @@ def _clusters(swept: Swept) -> Walk | None:
 def _tickets(swept: Swept) -> Walk | None:
     if swept.grad is None:
         return None
-    phases = 3 if swept.divergence.sweeps == "normalised" else 2
+    phases = 3 if swept.divergence.sweeps == "normalised" and len(swept.logits) == 2 else 2
     # Divergences that take one vector at a step need more registers than 256 threads leave.
     threads = _THREADS // 2 * swept.divergence.vectors
     block = _shared(swept, threads=threads, slices=_slices(swept, _TICKET_SLICE), phases=phases)
