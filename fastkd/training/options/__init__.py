@@ -1,0 +1,66 @@
+"""What the commands can be asked: one dataclass per concern, whose fields are flags and keys of a YAML file alike.
+
+Only the standard library and fastkd's tables are imported here. Contradictions that need no file and no model to see
+are refused when an object is made; `configuration.py` reads the objects from the command line.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fastkd.training.options.base import (
+    InputError,
+    Schedule,
+    at_home,
+    at_least,
+    check_finite,
+    check_temperatures,
+    did_you_mean,
+    expand_home,
+    option,
+)
+from fastkd.training.options.data import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions
+from fastkd.training.options.distillation import DistillationOptions, check_kept
+from fastkd.training.options.evaluation import METRICS, EvaluationOptions
+from fastkd.training.options.models import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, ModelOptions
+from fastkd.training.options.training import TrainingOptions
+
+__all__ = [
+    "GROUPS",
+    "METRICS",
+    "PACKAGED_DATA",
+    "PACKAGED_OUT_OF_DOMAIN",
+    "PACKAGED_TEACHER",
+    "SIZES",
+    "SMALL_GPT2",
+    "TRAINED_TEACHER",
+    "DataOptions",
+    "DistillationOptions",
+    "EvaluationOptions",
+    "InputError",
+    "ModelOptions",
+    "Options",
+    "Schedule",
+    "TrainingOptions",
+    "at_home",
+    "at_least",
+    "check_finite",
+    "check_kept",
+    "check_temperatures",
+    "did_you_mean",
+    "expand_home",
+    "option",
+]
+
+
+class Options(NamedTuple):
+    """All that `fastkd distill` can be asked."""
+
+    models: ModelOptions
+    data: DataOptions
+    distillation: DistillationOptions
+    training: TrainingOptions
+    evaluation: EvaluationOptions
+
+
+GROUPS = (ModelOptions, DataOptions, DistillationOptions, TrainingOptions, EvaluationOptions)
