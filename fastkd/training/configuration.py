@@ -18,11 +18,15 @@ import yaml
 from transformers.hf_argparser import HfArgumentParser
 
 from fastkd.training.options import GROUPS, InputError, at_home, did_you_mean
+from fastkd.training.options.data import weighted
 
 __all__ = ["Parser", "differences", "dump", "load"]
 
 #: Options that exclude each other: one on the command line drops the others of a YAML file.
 _RIVALS = ({"epochs", "max_steps"}, {"alpha", "alpha_on", "soft_weight", "hard_weight"})
+
+#: Options that a file may give with mappings, which flags cannot: name → what makes of them values of options.
+_UNFOLDED = {"mix_data": weighted}
 
 _LEVELS = 2  # of mappings around an option: its group, and one around the groups
 _SUFFIXES = (".yaml", ".yml")
@@ -97,6 +101,14 @@ class Parser:
             seen[name] = str(key)
             if value is None or value == [] or name in overridden:
                 continue
+            if name in _UNFOLDED:
+                said = _UNFOLDED[name](value)
+                value = said.pop(name)
+                for other, values in said.items():
+                    if other in seen:
+                        raise InputError(f"{config} has both weights under {key!r} and {seen[other]!r}: keep one")
+                    seen[other] = f"{key} with weights"
+                    flags += _flag(other, values)
             if isinstance(value, list) and name not in self._lists:
                 raise InputError(f"{config} has the list {value!r} under {key!r}, which takes one value")
             values = value if isinstance(value, list) else [value]

@@ -7,8 +7,9 @@ line, and a document that reads "NA" stays a document. `datasets` opens everythi
 from __future__ import annotations
 
 import csv
-import itertools
 import json
+import math
+import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -20,28 +21,66 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from fastkd.training.mixing import apportioned, mix, shares, without_repeats
 from fastkd.training.options import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions, InputError
 from fastkd.training.progress import watched
 
-__all__ = ["Corpus", "Windows", "all_windows", "collate", "load_corpus", "read_documents", "split", "token_windows"]
+__all__ = [
+    "Corpus",
+    "Task",
+    "Windows",
+    "all_windows",
+    "collate",
+    "load_corpus",
+    "read_documents",
+    "split",
+    "token_windows",
+]
 
 HELD_OUT_SHARE = 20  # one document in so many is kept for validation, and one for the evaluation at the end
 IGNORED = -100
 
 
 @dataclass(frozen=True)
+class Task:
+    """A corpus of a mixture, split by itself: windows as those of `Corpus`."""
+
+    name: str
+    share: float  # of the mixture's windows
+    train: Tensor  # all it has
+    validation: Tensor
+    held_out: Tensor
+    used: int  # windows of it in the mixture to train on; more than it has if they are repeated
+
+    def all(self) -> Tensor:
+        return torch.cat((self.train, self.validation, self.held_out))
+
+
+@dataclass(frozen=True)
 class Corpus:
-    """Windows of token ids, int64 [windows, max_length] each. No document is in two of them."""
+    """Windows of token ids, int64 [windows, max_length] each. No document is in two of them.
+
+    Of several corpora, train, validation and held_out are the mixture, and `tasks` has each by itself.
+    """
 
     train: Tensor
     validation: Tensor  # chooses the best checkpoint
     held_out: Tensor  # seen by nothing but the last evaluation
     out_of_domain: Tensor | None
+    tasks: Sequence[Task] = ()
+
+    def texts(self) -> dict[str, Tensor]:
+        """What a run is started on, by name: windows of each kind, and all of each corpus of a mixture."""
+        kinds = {name: windows for name, windows in vars(self).items() if isinstance(windows, Tensor)}
+        corpora = {f"corpus_{number}": task.all() for number, task in enumerate(self.tasks, 1)}
+        return {f"{name}_text": windows for name, windows in (kinds | corpora).items()}
 
     def description(self) -> str:
         sizes = {"validation": self.validation, "held-out": self.held_out, "out-of-domain": self.out_of_domain}
         others = ", ".join(f"{len(windows):,} {name}" for name, windows in sizes.items() if windows is not None)
-        return f"{len(self.train):,} windows of {self.train.shape[1]} tokens to train on; {others}"
+        mixed = ", ".join(f"{task.used:,} of the {len(task.train):,} of {task.name}" for task in self.tasks)
+        mixed = f" ({mixed})" if mixed else ""
+        return f"{len(self.train):,} windows of {self.train.shape[1]} tokens to train on{mixed}; {others}"
 
 
 class Windows(Dataset[dict[str, Tensor]]):
@@ -67,36 +106,45 @@ def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
 
 
 def load_corpus(options: DataOptions, tokenizer: Any, eval_windows: int, seed: int) -> Corpus:
-    """Read, clean, split and cut. Raises InputError for unreadable data or for too little of it."""
-    parts = split(_documents(options.data, options), seed)
-    stride = options.stride or options.max_length
-    train = token_windows(parts[0], tokenizer, options.max_length, stride)
-    rest = [token_windows(part, tokenizer, options.max_length, options.max_length, eval_windows) for part in parts[1:]]
-    for name, windows in zip(("training", "validation", "held-out"), (train, *rest), strict=True):
-        if not len(windows):
-            raise InputError(
-                f"the {name} documents of {options.data} are shorter than one window of {options.max_length} tokens: "
-                "use more text or a smaller --max-length"
-            )
+    """Read, clean, split and cut; mix, if there are several corpora. Raises InputError for unreadable data or for too
+    little of it.
+
+    A mixture has all windows of `options.data`, but for one at most, and of the others as many as their weights ask
+    for. Its validation and held-out text are the most that keeps to the weights, no window twice.
+    """
+    parts = [
+        _parts(name, documents, options, tokenizer, eval_windows, seed)
+        for name, documents in zip(options.corpora, _distinct(options), strict=True)
+    ]
+    kinds = parts[0]
     if options.mix_data:
-        others = split(_documents(options.mix_data, options), seed)[0]
-        train = _mixed(train, token_windows(others, tokenizer, options.max_length, stride), options, seed)
+        kinds = _mixed(parts, options, eval_windows, seed)
     out_of_domain = None
     if options.out_of_domain != "none":
         documents = _documents(options.out_of_domain, options)
         out_of_domain = token_windows(documents, tokenizer, options.max_length, options.max_length, eval_windows)
         if not len(out_of_domain):
             raise InputError(f"{options.out_of_domain} is shorter than one window of {options.max_length} tokens")
-    return Corpus(train, rest[0], rest[1], out_of_domain)
+    return Corpus(*kinds, out_of_domain, _tasks(parts, len(kinds[0]), options) if options.mix_data else ())
 
 
 def all_windows(options: DataOptions, tokenizer: Any) -> Tensor:
-    """int64 [windows, max_length] of the whole text, nothing held out. Raises InputError as `load_corpus` does."""
-    documents = _documents(options.data, options)
-    windows = token_windows(documents, tokenizer, options.max_length, options.stride or options.max_length)
-    if not len(windows):
-        raise InputError(f"{options.data} is shorter than one window of {options.max_length} tokens")
-    return windows
+    """int64 [windows, max_length] of the whole text, nothing held out: of every corpus in turn, whatever its weight.
+
+    Raises InputError as `load_corpus` does.
+    """
+    found: list[Tensor] = []
+    for name, documents in zip(options.corpora, _distinct(options), strict=True):
+        found.append(token_windows(documents, tokenizer, options.max_length, options.stride or options.max_length))
+        if not len(found[-1]):
+            raise InputError(f"{name} is shorter than one window of {options.max_length} tokens")
+    return torch.cat(found)
+
+
+def task_names(corpora: Sequence[str]) -> list[str]:
+    """What the corpora of a mixture are called in a report: files by their names alone, if these differ."""
+    short = [Path(name).name if os.path.exists(name) else name for name in corpora]
+    return [name if short.count(name) == 1 else long for name, long in zip(short, corpora, strict=True)]
 
 
 def read_documents(data: str, text_column: str = "text", limit: int | None = None) -> list[str]:
@@ -120,11 +168,11 @@ def read_documents(data: str, text_column: str = "text", limit: int | None = Non
     return documents if limit is None else documents[:limit]
 
 
-def split(documents: Sequence[str], seed: int) -> tuple[list[str], list[str], list[str]]:
+def split(documents: Sequence[str], seed: int, name: str = "the data") -> tuple[list[str], list[str], list[str]]:
     """(training, validation, held-out) documents after a seeded shuffle. By document: no text is in two of them."""
     if len(documents) < 3:
         raise InputError(
-            f"the data has only {len(documents)} distinct document{'s'[: len(documents) > 1]}; at least 3 are needed, "
+            f"{name} has only {len(documents)} distinct document{'s'[: len(documents) > 1]}; at least 3 are needed, "
             "one to validate on and one to hold out"
         )
     shuffled = random.Random(seed).sample(documents, len(documents))
@@ -162,15 +210,67 @@ def _documents(data: str, options: DataOptions) -> list[str]:
     return [text.lower() for text in documents] if options.lowercase else documents
 
 
-def _mixed(main: Tensor, other: Tensor, options: DataOptions, seed: int) -> Tensor:
-    """Windows of both, `mix_weight` of them from `main`; those of `other` are repeated where they are too few."""
-    if not len(other):
-        raise InputError(f"{options.mix_data} is shorter than one window of {options.max_length} tokens")
-    count = round(len(main) * (1 - options.mix_weight) / options.mix_weight)
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(other), generator=generator, dtype=torch.int64, device="cpu").tolist()
-    chosen = list(itertools.islice(itertools.cycle(order), count))
-    return torch.cat([main, other[chosen]])
+def _distinct(options: DataOptions) -> list[list[str]]:
+    """The documents of each corpus that are in none before it: what one trains on, no other may be judged by."""
+    known: set[str] = set()
+    found: list[list[str]] = []
+    for name in options.corpora:
+        documents = _documents(name, options)
+        new = [text for text in documents if text not in known]
+        if not new:
+            before = ", ".join(options.corpora[: len(found)])
+            raise InputError(f"{name} holds no document that {before} does not hold too: leave it out of mix_data")
+        if len(new) < len(documents):
+            print(
+                f"{name}: {len(documents) - len(new):,} of {len(documents):,} documents are in another corpus too, "
+                "and left out"
+            )
+        known.update(new)
+        found.append(new)
+    return found
+
+
+def _parts(
+    name: str, documents: Sequence[str], options: DataOptions, tokenizer: Any, eval_windows: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Windows of one corpus: to train on, to validate on, held out."""
+    length = options.max_length
+    texts = split(documents, seed, "the data" if not options.mix_data else name)
+    train = token_windows(texts[0], tokenizer, length, options.stride or length)
+    validation, held_out = (token_windows(text, tokenizer, length, length, eval_windows) for text in texts[1:])
+    for kind, windows in (("training", train), ("validation", validation), ("held-out", held_out)):
+        if not len(windows):
+            raise InputError(
+                f"the {kind} documents of {name} are shorter than one window of {length} tokens: "
+                "use more text or a smaller --max-length"
+            )
+    return train, validation, held_out
+
+
+def _mixed(
+    parts: Sequence[tuple[Tensor, Tensor, Tensor]], options: DataOptions, eval_windows: int, seed: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The mixture of each kind of windows."""
+    weights, names = options.corpus_weights, task_names(options.corpora)
+    train, validation, held_out = zip(*parts, strict=True)
+    total = math.floor(len(train[0]) / shares(weights)[0])  # data's share of it is all it has
+    for name, weight, count in zip(names, weights, apportioned(total, weights), strict=True):
+        if not count:
+            raise InputError(
+                f"the weight {weight:g} of {name} is no window of {total:,}: give it more, or leave it out"
+            )
+
+    def judged(kind: Sequence[Tensor]) -> Tensor:
+        return mix(kind, weights, min(eval_windows, without_repeats([len(one) for one in kind], weights)), seed=seed)
+
+    mixed = mix(train, weights, total, seed=seed, repeat=options.mix_repeat, names=names)
+    return mixed, judged(validation), judged(held_out)
+
+
+def _tasks(parts: Sequence[tuple[Tensor, Tensor, Tensor]], total: int, options: DataOptions) -> tuple[Task, ...]:
+    names, weights = task_names(options.corpora), options.corpus_weights
+    rows = zip(names, shares(weights), parts, apportioned(total, weights), strict=True)
+    return tuple(Task(name, float(share), *windows, used) for name, share, windows, used in rows)
 
 
 def _saved_dataset(path: Path, text_column: str) -> Iterator[dict[str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,9 +25,29 @@ from fastkd.training.evaluation import (
 from fastkd.training.options import METRICS, Options
 from fastkd.training.samples import next_token, samples
 
-__all__ = ["CE_ONLY", "STUDENT", "TEACHER", "Contender", "Judge", "differences", "verdict"]
+__all__ = ["CE_ONLY", "STUDENT", "TEACHER", "Contender", "Judge", "TaskResult", "differences", "verdict"]
 
 TEACHER, STUDENT, CE_ONLY = "teacher", "student", "CE-only student"
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What was found about a model on the held-out text of one corpus of a mixture."""
+
+    share: float  # of the mixture's windows that are this corpus'
+    held_out: Measures
+    retention: float | None  # of the teacher's gain over this corpus' unigrams, in percent
+    intervals: dict[str, list[float] | None]  # of perplexity and kl
+
+    def row(self) -> dict[str, float | None]:
+        """The measures, by the names of METRICS; there is no out-of-domain text of one corpus."""
+        extra = {"out_of_domain_perplexity": None, "retention": self.retention, "perplexity": self.held_out.perplexity}
+        return {name: extra[name] if name in extra else getattr(self.held_out, name) for name in METRICS}
+
+    def record(self) -> dict[str, Any]:
+        """What metrics.json says of it."""
+        measured = {name: value for name, value in self.row().items() if name != "out_of_domain_perplexity"}
+        return {"share": self.share, **measured, "intervals": self.intervals, "held_out": self.held_out.record()}
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,8 @@ class Contender:
     next_tokens: list[Tensor]  # logits [V] after each prompt
     #: Of perplexity, out_of_domain_perplexity and kl: [lower, upper] end. A single window has no interval: None.
     intervals: dict[str, list[float] | None]
+    #: On each corpus of a mixture, by its name; the measures above are on the mixture. Empty where there is one corpus.
+    tasks: dict[str, TaskResult] = field(default_factory=dict)
 
     def row(self) -> dict[str, float | None]:
         """The measures, by the names of METRICS."""
@@ -59,7 +81,16 @@ class Contender:
             "held_out": self.held_out.record(),
             "out_of_domain": None if self.out_of_domain is None else self.out_of_domain.record(),
             "samples": self.samples,
+            **({"tasks": {name: task.record() for name, task in self.tasks.items()}} if self.tasks else {}),
         }
+
+
+class _Read(NamedTuple):
+    """What a model expects over each text that it is judged on."""
+
+    held_out: Predictions
+    out_of_domain: Predictions | None
+    tasks: list[Predictions]
 
 
 class Judge:
@@ -67,29 +98,32 @@ class Judge:
 
     def __init__(self, teacher: Any, tokenizer: Any, corpus: Corpus, options: Options, vocab_size: int | None) -> None:
         self.tokenizer, self.corpus, self.options, self._counted = tokenizer, corpus, options, vocab_size
-        self._held_out, self._out_of_domain = self._predictions(teacher)
-        self.vocab_size = self._held_out.vocab_size  # ids that count
+        self._teacher = self._read(teacher)
+        self.vocab_size = self._teacher.held_out.vocab_size  # ids that count
         self._baseline = unigram_loss(corpus.train, corpus.held_out, self.vocab_size)
-        self._teacher_loss: float | None = None
-        self.teacher = self._contender(TEACHER, teacher, self._held_out, self._out_of_domain)
+        self._baselines = [unigram_loss(task.train, task.held_out, self.vocab_size) for task in corpus.tasks]
+        self._teacher_losses: dict[str | None, float] = {}  # by task; of the mixture, or of the only corpus, by None
+        self.teacher = self._contender(TEACHER, teacher, self._teacher)
 
     def judge(self, name: str, model: Any) -> Contender:
         """Run and measure a student."""
-        return self._contender(name, model, *self._predictions(model))
+        return self._contender(name, model, self._read(model))
 
-    def _predictions(self, model: Any) -> tuple[Predictions, Predictions | None]:
-        size, other = self.options.evaluation.eval_batch_size, self.corpus.out_of_domain
-        elsewhere = None if other is None else predict(model, other, size, self._counted)
-        return predict(model, self.corpus.held_out, size, self._counted), elsewhere
+    def _read(self, model: Any) -> _Read:
+        size, corpus = self.options.evaluation.eval_batch_size, self.corpus
 
-    def _contender(self, name: str, model: Any, held_out: Predictions, other: Predictions | None) -> Contender:
-        found = measure(held_out, self.corpus.held_out, self._held_out)
-        if self._teacher_loss is None:  # the first contender is the teacher
-            self._teacher_loss = found.loss
+        def run(windows: Tensor) -> Predictions:
+            return predict(model, windows, size, self._counted)
+
+        elsewhere = None if corpus.out_of_domain is None else run(corpus.out_of_domain)
+        return _Read(run(corpus.held_out), elsewhere, [run(task.held_out) for task in corpus.tasks])
+
+    def _contender(self, name: str, model: Any, read: _Read) -> Contender:
+        found = measure(read.held_out, self.corpus.held_out, self._teacher.held_out)
         elsewhere = None
-        if other is not None:
+        if read.out_of_domain is not None:
             assert self.corpus.out_of_domain is not None
-            elsewhere = measure(other, self.corpus.out_of_domain, self._out_of_domain)
+            elsewhere = measure(read.out_of_domain, self.corpus.out_of_domain, self._teacher.out_of_domain)
         evaluation, seed = self.options.evaluation, self.options.training.seed
         intervals = _intervals(found, seed)
         intervals["out_of_domain_perplexity"] = None if elsewhere is None else _intervals(elsewhere, seed)["perplexity"]
@@ -98,11 +132,26 @@ class Judge:
             model.num_parameters(),
             found,
             elsewhere,
-            retention(found.loss, self._teacher_loss, self._baseline),
+            self._retention(None, found.loss, self._baseline),
             samples(model, self.tokenizer, evaluation, seed),
             next_token(model, self.tokenizer, evaluation.prompts, self.vocab_size),
             intervals,
+            self._task_results(read),
         )
+
+    def _task_results(self, read: _Read) -> dict[str, TaskResult]:
+        results = {}
+        rows = zip(self.corpus.tasks, read.tasks, self._teacher.tasks, self._baselines, strict=True)
+        for task, expected, teacher, baseline in rows:
+            found = measure(expected, task.held_out, teacher)
+            retained = self._retention(task.name, found.loss, baseline)
+            intervals = _intervals(found, self.options.training.seed)
+            results[task.name] = TaskResult(task.share, found, retained, intervals)
+        return results
+
+    def _retention(self, task: str | None, loss: float, baseline: float) -> float | None:
+        """The first that is asked for is the teacher's, with which the others are compared."""
+        return retention(loss, self._teacher_losses.setdefault(task, loss), baseline)
 
 
 def differences(contenders: Sequence[Contender], seed: int) -> dict[str, dict[str, Any]]:

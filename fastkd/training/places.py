@@ -22,9 +22,16 @@ def anchored(group: Any) -> Any:
     changes = {}
     for one in fields(group):
         value = getattr(group, one.name)
-        if value and (one.name in _PATHS or (one.name in _MAY_BE_PATHS and os.path.exists(value))):
+        if value and one.name in _PATHS:
             changes[one.name] = os.path.abspath(value)
+        elif value and one.name in _MAY_BE_PATHS:
+            changes[one.name] = [_found(name) for name in value] if isinstance(value, list) else _found(value)
+    changes = {name: value for name, value in changes.items() if value != getattr(group, name)}
     return replace(group, **changes) if changes else group
+
+
+def _found(name: str) -> str:
+    return os.path.abspath(name) if os.path.exists(name) else name
 
 
 def check_writable(path: str, name: str) -> None:

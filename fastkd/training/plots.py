@@ -22,12 +22,15 @@ __all__ = [
     "losses",
     "next_tokens",
     "sweep",
+    "tasks",
     "temperatures",
     "validation",
 ]
 
 _COLOURS = {TEACHER: "#808080", STUDENT: "#2b8ac6", CE_ONLY: "#d9822b"}  # seen on light and on dark pages
 _SIZE = (4.6, 3.2)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
+_TASK_FORMS = {"retention": "{:.1f}".format, "kl": "{:.3f}".format}
+_LONGEST = 22  # characters of a corpus' name on an axis
 _LIKELIEST = 6  # tokens of a model's next-token distribution
 
 
@@ -97,6 +100,32 @@ def next_tokens(contenders: Sequence[Contender], number: int, decode: Callable[[
     return _with_legend_above(figure, axes)
 
 
+def tasks(contenders: Sequence[Contender], measure: str) -> Figure:
+    """Retention or KL on each corpus of a mixture: a bar per student; the teacher's retention is a line at 100 %."""
+    names = list(contenders[0].tasks)
+    students = [one for one in contenders if one.name != TEACHER]
+    figure, axes = _figure(1.2 + 0.22 * len(names) * (1 + len(students)))
+    height = 0.8 / max(len(students), 1)
+    for place, one in enumerate(students):
+        values = [one.tasks[name].row()[measure] for name in names]
+        at = [row + (place - (len(students) - 1) / 2) * height for row in range(len(names))]
+        bars = axes.barh(
+            at,
+            [0.0 if value is None else value for value in values],
+            height,
+            color=_COLOURS[one.name],
+            label=one.name,
+        )
+        axes.bar_label(bars, ["–" if value is None else _TASK_FORMS[measure](value) for value in values], padding=3)
+    if measure == "retention":
+        axes.axvline(100, color=_COLOURS[TEACHER], linestyle=":", label=TEACHER)
+    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
+    axes.invert_yaxis()  # the first on top
+    axes.margins(x=0.15)
+    axes.set(xlabel={"retention": "retention, %", "kl": "KL to the teacher, nats per token"}[measure])
+    return _with_legend_above(figure, axes)
+
+
 def calibration(contenders: Sequence[Contender]) -> Figure:
     """How often the likeliest token is right, by how likely the model held it."""
     figure, axes = _figure()
@@ -157,6 +186,11 @@ def temperatures(curves: Mapping[float, Sequence[float]], tokens: Sequence[str],
 def _shown(token: str) -> str:
     """A token as a label: blanks visible."""
     return figure_text(token.replace(" ", "␣")) or "∅"
+
+
+def _shortened(name: str) -> str:
+    """The name of a corpus as a label: its end, which tells files apart."""
+    return figure_text(name if len(name) <= _LONGEST else "…" + name[1 - _LONGEST :])
 
 
 def _figure(height: float = _SIZE[1]) -> tuple[Figure, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from fastkd.training.judge import STUDENT, Contender
 from fastkd.training.options import EvaluationOptions, Options
 from fastkd.training.plain import markdown, visible
 from fastkd.training.report_page import failure, page
-from fastkd.training.report_tables import results
+from fastkd.training.report_tables import MEASURES, TASK_MEASURES, results
 from fastkd.training.run import METRICS_FILE
 
 __all__ = ["print_results", "result_table", "table", "warn", "write", "write_csv", "write_each"]
@@ -30,9 +30,22 @@ def result_table(contenders: Sequence[Contender], metrics: Sequence[str]) -> lis
 
 
 def print_results(contenders: Sequence[Contender], lines: Sequence[str], metrics: Sequence[str]) -> None:
-    """The result table, turned so that it fits a terminal, and the verdict."""
+    """The result table, turned so that it fits a terminal; that of each corpus of a mixture; and the verdict."""
     print("\n" + table(list(zip(*result_table(contenders, metrics), strict=True))) + "\n")
+    if contenders[0].tasks:
+        print(visible(table(_task_table(contenders))) + "\n")
     print("".join(f"- {line}\n" for line in lines))
+
+
+def _task_table(contenders: Sequence[Contender]) -> list[list[str]]:
+    """A header, then a row of texts per corpus and measure, so that it fits a terminal too."""
+    rows = [["", *(one.name for one in contenders)]]
+    for task in contenders[0].tasks:
+        for name in TASK_MEASURES:
+            values = [one.tasks[task].row()[name] for one in contenders]
+            column = MEASURES[name]
+            rows.append([f"{task}: {column.title}", *("–" if one is None else column.form(one) for one in values)])
+    return rows
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
@@ -60,7 +73,7 @@ def write(
 
     Returns what could not be made, and why, for `warn`.
     """
-    rows = [{"model": one.name, "parameters": one.parameters, **one.row(), **_bounds(one)} for one in contenders]
+    rows = [row for one in contenders for row in _rows(one)]
     undrawn: list[str] = []
 
     def decode(token: int) -> str:
@@ -103,10 +116,24 @@ def _write(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8", errors="backslashreplace")  # of a lone surrogate: JSON's own escape
 
 
-def _bounds(contender: Contender) -> dict[str, float | None]:
-    """The ends of the intervals as columns, such as perplexity_low and perplexity_high."""
+def _rows(contender: Contender) -> Iterator[dict[str, Any]]:
+    """A row of results.csv; of a mixture, one for each of its corpora too, told apart by the column `task`."""
+    model = {"model": contender.name}
+    size = {"parameters": contender.parameters}
+    whole = {**size, **contender.row(), **_bounds(contender.intervals)}
+    if not contender.tasks:
+        yield model | whole
+        return
+    yield {**model, "task": "mixture", **whole}
+    for name, task in contender.tasks.items():
+        bounds = _bounds({key: task.intervals.get(key) for key in contender.intervals})
+        yield {**model, "task": name, **size, **task.row(), **bounds}
+
+
+def _bounds(intervals: Mapping[str, list[float] | None]) -> dict[str, float | None]:
+    """The ends of intervals as columns, such as perplexity_low and perplexity_high."""
     found: dict[str, float | None] = {}
-    for name, ends in contender.intervals.items():
+    for name, ends in intervals.items():
         found[f"{name}_low"], found[f"{name}_high"] = (None, None) if ends is None else ends
     return found
 

@@ -20,7 +20,7 @@ from fastkd.training.inline_svg import inline_svg
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender
 from fastkd.training.options import Options
 from fastkd.training.plain import visible
-from fastkd.training.report_tables import INTERVAL, Cell, Column, Table, comparison, results, trainings
+from fastkd.training.report_tables import INTERVAL, Cell, Column, Table, comparison, results, tasks, trainings
 
 __all__ = ["page"]
 
@@ -98,6 +98,12 @@ def page(
         )
         + _table(results(contenders, options.evaluation.metrics), _BOOTSTRAP),
     ]
+    if contenders[0].tasks:
+        look = (
+            "Look for a corpus on which the student has much less of the teacher's gain than on the others: a larger "
+            "weight in the mixture, or more of its text, may help. All other numbers of this page are of the mixture."
+        )
+        sections.append(_section("Each task", look) + _figures(_tasks(contenders, figure)) + _table(tasks(contenders)))
     if record.get("differences"):
         look = "Look at the last column: it says whether the student differs from another model by more than chance."
         sections.append(_section("Student against the others", look) + _table(comparison(record["differences"])))
@@ -152,6 +158,14 @@ def page(
 def failure(name: str, error: Exception) -> str:
     """What is said of a part of the report that could not be made."""
     return f"{name} could not be made: {type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _tasks(contenders: Sequence[Contender], figure: Callable[[str, str, Callable[[], Figure]], str]) -> Iterable[str]:
+    for name, caption in (
+        ("retention", "Retention by task: % of the teacher's gain over the frequencies of the corpus' tokens."),
+        ("kl", "KL(teacher ‖ student) by task, nats per token: 0 where both predict alike."),
+    ):
+        yield figure(f"tasks-{name}", caption, lambda name=name: plots.tasks(contenders, name))  # type: ignore[misc]
 
 
 def _training(

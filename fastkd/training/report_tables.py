@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fastkd.training.bootstrap import LEVEL
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender
 
-__all__ = ["INTERVAL", "MEASURES", "Cell", "Column", "Table", "comparison", "results", "trainings"]
+__all__ = [
+    "INTERVAL",
+    "MEASURES",
+    "TASK_MEASURES",
+    "Cell",
+    "Column",
+    "Table",
+    "comparison",
+    "results",
+    "tasks",
+    "trainings",
+]
 
 INTERVAL = f"{LEVEL:.0%} interval"
 
@@ -102,6 +113,9 @@ MEASURES = {
     ),
 }
 
+#: What is told of each corpus of a mixture, by the names of METRICS.
+TASK_MEASURES = ("perplexity", "kl", "retention")
+
 _MODEL = Column(
     "model",
     "",
@@ -109,6 +123,8 @@ _MODEL = Column(
     f"for as many steps on the labels alone, without the {TEACHER}.",
 )
 _PARAMETERS = Column("parameters", "weights", "Size of the model, trained or not.", "{:,}".format)
+_TASK = Column("task", "", "A corpus of the mixture, judged on documents of its own that no model was trained on.")
+_SHARE = Column("share", "% of windows", "How much of the training text is this corpus.", "{:.1%}".format)
 _TRAINING = {
     "steps": Column("steps", "steps", "Updates of the weights.", "{:,}".format),
     "tokens": Column("tokens", "tokens", "Tokens trained on. A token counts once for every epoch.", "{:,}".format),
@@ -144,6 +160,22 @@ def results(contenders: Sequence[Contender], metrics: Sequence[str]) -> Table:
         cells = [_measured(MEASURES[name], values[name], one.intervals.get(name)) for name in metrics]
         rows.append([Cell(one.name), Cell(_PARAMETERS.form(one.parameters)), *cells])
     return Table([_MODEL, _PARAMETERS, *(MEASURES[name] for name in metrics)], rows)
+
+
+def tasks(contenders: Sequence[Contender]) -> Table:
+    """A row per corpus of a mixture and model."""
+    rows = []
+    for name, first in contenders[0].tasks.items():
+        for one in contenders:
+            task = one.tasks[name]
+            values = task.row()
+            cells = [_measured(MEASURES[key], values[key], task.intervals.get(key)) for key in TASK_MEASURES]
+            rows.append([Cell(name), Cell(_SHARE.form(first.share)), Cell(one.name), *cells])
+    return Table([_TASK, _SHARE, _MODEL, *(_of_task(MEASURES[key]) for key in TASK_MEASURES)], rows)
+
+
+def _of_task(column: Column) -> Column:
+    return replace(column, meaning=column.meaning.replace("the training text", "the corpus' training text"))
 
 
 def _measured(column: Column, value: float | None, ends: Sequence[float] | None) -> Cell:

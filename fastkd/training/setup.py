@@ -32,8 +32,8 @@ class Materials(NamedTuple):
 
     def fingerprints(self) -> dict[str, str]:
         """Of the windows of each kind: what text, tokenizer and split have made."""
-        named = {f"{name}_text": windows for name, windows in vars(self.corpus).items() if windows is not None}
-        return {name: _digest(f"{list(ids.shape)}".encode() + ids.numpy().tobytes()) for name, ids in named.items()}
+        named = self.corpus.texts().items()
+        return {name: _digest(f"{list(ids.shape)}".encode() + ids.numpy().tobytes()) for name, ids in named}
 
 
 @dataclass
@@ -98,7 +98,7 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     caching.check_teacher(options, teacher)
     corpus = materials.corpus
     if on_validation:
-        corpus = replace(corpus, held_out=corpus.validation)
+        corpus = replace(corpus, held_out=corpus.validation, tasks=())  # nothing of what they hold out is seen
     judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size)
     return Setup(options, materials, vocab_size, config, teacher, judge)
 

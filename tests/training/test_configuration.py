@@ -73,7 +73,7 @@ def test_names_of_others_are_accepted(tmp_path):
         "metrics": ["perplexity", "kl"],
         "eval_steps": 100,
         "early_stopping_patience": 3,
-        "mix_weight": 0.7,
+        "mix_weights": [0.7],
     }
     assert {name: found[name] for name in expected} == expected
 
@@ -174,7 +174,7 @@ BAD_FLAGS = [
     (["--overwrite", "--resume"], "contradict each other"),
     (["--max-length", "1"], "max_length is 1"),
     (["--stride", "200"], "text would be skipped"),
-    (["--mix-weight", "0"], "mix_weight is 0.0"),
+    (["--mix-weight", "0"], "mix_weights has 0"),
     (["--metrics", "perplexity", "beauty"], "metrics has beauty"),
     (["--top-p", "0"], "top_p is 0.0"),
     (["--lora-targets", "q_proj"], "lora_rank is 0"),

@@ -19,6 +19,8 @@ def test_paths_are_kept_absolute_and_names_as_they_are(tmp_path: Path, monkeypat
     Path("text.txt").write_text("a")
     assert anchored(DataOptions(data="text.txt")).data == str(tmp_path / "text.txt")
     assert anchored(DataOptions(data="user/dataset")).data == "user/dataset"
+    mixed = anchored(DataOptions(data="user/dataset", mix_data=["user/other", "text.txt"]))
+    assert mixed.mix_data == ["user/other", str(tmp_path / "text.txt")]
     assert anchored(TrainingOptions(output="runs/new")).output == str(tmp_path / "runs" / "new")
     models = ModelOptions(teacher="gpt2")
     assert anchored(models) is models

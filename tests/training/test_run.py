@@ -279,7 +279,7 @@ def test_an_output_that_holds_an_input_is_not_replaced(options, inputs, tmp_path
         {"student": str(out)},
         {"student": str(out / "student.json")},
         {"data": str(out / "text.txt")},
-        {"mix_data": str(out / "text.txt")},
+        {"mix_data": ["elsewhere.txt", str(out / "text.txt")]},
         {"out_of_domain": str(out / "text.txt")},
     ):
         with pytest.raises(InputError, match=r"is in the output .*move it, or name another"):
@@ -384,7 +384,8 @@ def test_a_tilde_is_the_home_directory_in_every_path(options, inputs, tmp_path, 
         copy = shutil.copytree if (inputs / name).is_dir() else shutil.copy
         copy(inputs / name, tmp_path / name)
     settings = {"teacher": "~/teacher", "student": "~/student.json", "data": "~/text.txt", "cache_dir": "~/cache"}
-    settings |= {"out_of_domain": "~/text.txt", "mix_data": "~/text.txt"}
+    (tmp_path / "more.txt").write_text("\n".join(line[::-1] for line in (inputs / "text.txt").read_text().splitlines()))
+    settings |= {"out_of_domain": "~/text.txt", "mix_data": "~/more.txt"}
     config = tmp_path / "config.yaml"
     config.write_text(yaml.safe_dump(settings | {"max_length": 16, "max_steps": 2, "device": "cpu", "output": "~/out"}))
     assert main(["distill", "~/config.yaml"]) == 0

@@ -19,7 +19,7 @@ from fastkd.training.options.base import (
     expand_home,
     option,
 )
-from fastkd.training.options.data import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions
+from fastkd.training.options.data import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, SIZES, DataOptions, check_weights
 from fastkd.training.options.distillation import DistillationOptions, check_kept
 from fastkd.training.options.evaluation import METRICS, EvaluationOptions
 from fastkd.training.options.models import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, ModelOptions
@@ -47,6 +47,7 @@ __all__ = [
     "check_finite",
     "check_kept",
     "check_temperatures",
+    "check_weights",
     "did_you_mean",
     "expand_home",
     "option",
