@@ -9,6 +9,7 @@ argument parser, which loads neither torch nor its models.
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -83,11 +84,15 @@ class Parser:
         config = None if config is None else at_home(config, "CONFIG.yaml")
         given = {name for name, value in vars(named).items() if value != self._parser.get_default(name)}
         flags = [] if config is None else self._flags(config, overridden=given)
-        return self._parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)
+        first = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
+        # A list at the end of the file's flags would take what stands first on the command line for its values.
+        merged = [*first, *flags, *arguments[len(first) :]]
+        return self._parser.parse_args_into_dataclasses(merged, look_for_args_file=False)
 
     def _flags(self, config: str, overridden: set[str]) -> list[str]:
         flags: list[str] = []
-        overridden = {name for rivals in _RIVALS if rivals & overridden for name in rivals}
+        rivals = {name for rivals in _RIVALS if rivals & overridden for name in rivals}
+        overridden = rivals | overridden & _UNFOLDED.keys()  # with what such an option says of others
         seen: dict[str, str] = {}
         for key, value in self._leaves(load(config), config):
             name = self._keys.get(_plain(key))

@@ -87,6 +87,13 @@ def test_what_is_printed_is_read_again(tmp_path, capsys):
     assert parse(str(tmp_path / "again.yaml")) == parse(str(tmp_path / "config.yaml"), "--prompts", "a", "b: c")
 
 
+def test_a_list_at_the_end_of_a_file_takes_nothing_of_the_command_line(tmp_path):
+    (tmp_path / "config.yaml").write_text("prompts: [a, b]")
+    assert parse(str(tmp_path / "config.yaml"))["prompts"] == ["a", "b"]
+    assert parse(str(tmp_path / "config.yaml"), "--epochs", "2")["prompts"] == ["a", "b"]
+    assert parse("--epochs", "2", str(tmp_path / "config.yaml"))["prompts"] == ["a", "b"]
+
+
 #: The same in groups, as a guide prints it.
 GROUPED = """
 distillation_config:

@@ -116,16 +116,18 @@ def test_size_lowercase_and_mixture(tmp_path, tokenizer, capsys):
     main, other = tmp_path / "main.txt", tmp_path / "other.txt"
     main.write_text("\n".join("THE FILM WAS A SLOW STORY" + " snow" * number for number in range(1, 401)))
     other.write_text("\n".join("home home" + " way" * number for number in range(1, 40)))
-    options = DataOptions(data=str(main), mix_data=str(other), mix_weight=0.75, max_length=8, lowercase=True)
-    options = DataOptions(**{**vars(options), "out_of_domain": str(other), "stride": 4})
+    options = DataOptions(data=str(main), mix_data=[str(other)], mix_weights=[0.75], max_length=8, lowercase=True)
+    options = DataOptions(**{**vars(options), "out_of_domain": str(other), "stride": 4, "mix_repeat": True})
     corpus = load_corpus(options, tokenizer, eval_windows=5, seed=0)
     assert "200 of 400 documents are used (--size demo)" in capsys.readouterr().out
     way = tokenizer.convert_tokens_to_ids("way")
     theirs = (corpus.train == way).any(1).sum().item()
-    assert theirs / len(corpus.train) == pytest.approx(0.25, abs=0.01)
+    assert theirs == round(len(corpus.train) / 4)
     assert [len(part) for part in (corpus.validation, corpus.held_out, corpus.out_of_domain)] == [5, 5, 5]
     assert not (corpus.train == tokenizer.unk_token_id).any()
-    alone = load_corpus(DataOptions(**{**vars(options), "mix_data": "", "stride": 0}), tokenizer, 5, 0)
+    alone = load_corpus(
+        DataOptions(**{**vars(options), "mix_data": [], "mix_repeat": False, "stride": 0}), tokenizer, 5, 0
+    )
     assert 0.74 * len(corpus.train) == pytest.approx(2 * len(alone.train), rel=0.05)
 
 

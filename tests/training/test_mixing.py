@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 import yaml
 
 from fastkd.cli import main
@@ -27,6 +28,11 @@ NAMES, WEIGHTS = ["reviews.txt", "news.txt", "code.txt"], [0.5, 0.3, 0.2]
 def numbered(*sizes: int) -> list[torch.Tensor]:
     """Windows [n, 2] that say their corpus and their place in it."""
     return [torch.tensor([[task, number] for number in range(size)]) for task, size in enumerate(sizes)]
+
+
+@pytest.fixture
+def tokenizer(inputs):
+    return transformers.AutoTokenizer.from_pretrained(inputs / "teacher")
 
 
 @pytest.fixture
@@ -243,10 +249,11 @@ def test_a_run_on_one_corpus_has_no_tasks(options, tmp_path, capsys):
     with (tmp_path / "out" / "results.csv").open() as file:
         assert "task" not in next(csv.reader(file))
     assert "Each task" not in (tmp_path / "out" / "report.html").read_text()
-    assert "text.txt:" not in capsys.readouterr().out
+    assert "text.txt: perplexity" not in capsys.readouterr().out
 
 
 def test_an_interrupted_mixture_is_resumed_to_the_bit(mixture, corpora, tmp_path, monkeypatch):
+    mixture = changed(mixture, logging_steps=1)
     whole = run(mixture, output=str(tmp_path / "whole"))
     with monkeypatch.context() as patched:
         interrupt_after(patched, 3)
