@@ -30,7 +30,7 @@ __all__ = [
 _COLOURS = {TEACHER: "#808080", STUDENT: "#2b8ac6", CE_ONLY: "#d9822b"}  # seen on light and on dark pages
 _SIZE = (4.6, 3.2)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
 _TASK_FORMS = {"retention": "{:.1f}".format, "kl": "{:.3f}".format}
-_LONGEST = 22  # characters of a corpus' name on an axis
+_LONGEST = 40  # characters of a corpus' name on an axis
 _LIKELIEST = 6  # tokens of a model's next-token distribution
 
 
@@ -104,24 +104,21 @@ def tasks(contenders: Sequence[Contender], measure: str) -> Figure:
     """Retention or KL on each corpus of a mixture: a bar per student; the teacher's retention is a line at 100 %."""
     names = list(contenders[0].tasks)
     students = [one for one in contenders if one.name != TEACHER]
-    figure, axes = _figure(1.2 + 0.22 * len(names) * (1 + len(students)))
-    height = 0.8 / max(len(students), 1)
+    figure, axes = _figure(1.0 + 0.26 * len(names) * (1 + len(students)))
+    if measure == "retention":
+        axes.axvline(100, color=_COLOURS[TEACHER], linestyle=":", label=TEACHER, zorder=0)
     for place, one in enumerate(students):
         values = [one.tasks[name].row()[measure] for name in names]
-        at = [row + (place - (len(students) - 1) / 2) * height for row in range(len(names))]
-        bars = axes.barh(
-            at,
-            [0.0 if value is None else value for value in values],
-            height,
-            color=_COLOURS[one.name],
-            label=one.name,
-        )
+        at = [task * (len(students) + 1) + place + 0.5 for task in range(len(names))]
+        lengths = [0.0 if value is None else value for value in values]
+        bars = axes.barh(at, lengths, 0.9, color=_COLOURS[one.name], label=one.name)
         axes.bar_label(bars, ["–" if value is None else _TASK_FORMS[measure](value) for value in values], padding=3)
-    if measure == "retention":
-        axes.axvline(100, color=_COLOURS[TEACHER], linestyle=":", label=TEACHER)
-    axes.set_yticks(range(len(names)), [_shortened(name) for name in names])
-    axes.invert_yaxis()  # the first on top
-    axes.margins(x=0.15)
+    for task, name in enumerate(names):  # above its bars, where it may be as long as the figure is wide
+        height = task * (len(students) + 1) - 0.1
+        axes.text(0.01, height, _shortened(name), transform=axes.get_yaxis_transform(), va="bottom", fontweight="bold")
+    axes.set_yticks([])
+    axes.set_ylim(len(names) * (len(students) + 1) - 0.8, -1)  # the first on top
+    axes.margins(x=0.18)
     axes.set(xlabel={"retention": "retention, %", "kl": "KL to the teacher, nats per token"}[measure])
     return _with_legend_above(figure, axes)
 

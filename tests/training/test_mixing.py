@@ -6,6 +6,7 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -123,8 +124,11 @@ def test_each_corpus_is_split_by_itself_and_no_document_is_in_two_parts(corpora,
         for other in {"train", "validation", "held_out"} - {kind}:
             assert not mixed & set().union(*(rows(getattr(task, other)) for task in corpus.tasks))
     assert rows(first.train) <= rows(corpus.train)  # all of data's
-    whole = all_windows(data, tokenizer)
-    assert len(whole) > sum(len(task.train) for task in corpus.tasks)
+    whole, ends = all_windows(data, tokenizer), [all_windows(replace(data, mix_data=[], mix_weights=[1]), tokenizer)]
+    ends.append(all_windows(replace(data, data=corpora[2], mix_data=[], mix_weights=[1]), tokenizer))
+    assert torch.equal(whole[: len(ends[0])], ends[0])
+    assert torch.equal(whole[-len(ends[1]) :], ends[1])
+    assert len(whole) > len(ends[0]) + len(ends[1])
 
 
 def rows(windows):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -14,7 +15,7 @@ from fastkd.training import plots, report_page
 from fastkd.training.evaluation import BINS, Finding, Measures, WindowSums
 from fastkd.training.fit import Fitted
 from fastkd.training.inline_svg import inline_svg
-from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender, differences
+from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender, TaskResult, differences
 from fastkd.training.options import GROUPS, METRICS, EvaluationOptions, Options
 from fastkd.training.report_tables import MEASURES, Column, Table, comparison, results
 
@@ -124,6 +125,30 @@ def test_every_column_of_every_table_is_defined():
     assert all("scroll" in around for around in outline.boxes)  # a wide table scrolls in its own box
     assert "nats per token" in outline.tables[0][1]["KL(teacher ‖ student)"]
     assert outline.open == []
+
+
+def test_each_corpus_of_a_mixture_has_rows_and_bars():
+    names = ["reviews.jsonl", "org/data:<b>"]
+    mixed = []
+    for one, known in zip(CONTENDERS, (100.0, 61.5, -8.5), strict=True):
+        ends = {"perplexity": [12.25, 34.5], "kl": [0.125, 0.5]}
+        found = [TaskResult(0.75, one.held_out, known, ends), TaskResult(0.25, one.held_out, None, ends)]
+        mixed.append(replace(one, tasks=dict(zip(names, found, strict=True))))
+    outline = Outline(made(contenders=mixed))
+    headers, terms = outline.tables[1]  # after the results
+    assert headers == list(terms) == ["task", "share", "model", "perplexity", "KL(teacher ‖ student)", "retention"]
+    assert "the corpus' training text" in terms["retention"]
+    cells = [text for path, text in outline.texts if path[-2:] == ["tr", "td"]]
+    assert [cells.count(name) for name in names] == [3, 3]
+    assert {"75.0%", "25.0%", "61.5 %", "-8.5 %", "–"} <= set(cells)
+    assert outline.tags.count("svg") == 5 + len(PROMPTS) + 2 + 2
+    assert len(outline.ids) == len(set(outline.ids))
+    assert "Each task" in [text for path, text in outline.texts if path[-1:] == ["h2"]]
+    (axes,) = plots.tasks(mixed, "retention").axes
+    assert [bar.get_width() for bar in axes.patches] == [61.5, 0.0, -8.5, 0.0]
+    assert {"61.5", "-8.5", "–", *names} <= {text.get_text() for text in axes.texts}
+    (axes,) = plots.tasks(mixed, "kl").axes
+    assert [bar.get_width() for bar in axes.patches] == [one.held_out.kl for one in mixed[1:] for _ in names]
 
 
 def test_a_column_without_a_meaning_or_a_measure_without_a_column_is_noticed():

@@ -35,7 +35,8 @@ class DataOptions:
     text_column: str = option("text", "field of .jsonl, column of .csv or of the dataset that holds the text")
     size: Literal["demo", "tiny", "small", "full", "all"] = option(
         "demo",
-        "documents to use, at most: " + ", ".join(f"{name} {count or ''}".strip() for name, count in SIZES.items()),
+        "documents to use of each corpus, at most: "
+        + ", ".join(f"{name} {count or ''}".strip() for name, count in SIZES.items()),
     )
     lowercase: bool = option(False, "lowercase the text")
     max_length: int = option(128, "tokens per window; no more than student and teacher have positions for", "context")

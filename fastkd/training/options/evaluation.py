@@ -28,7 +28,11 @@ class EvaluationOptions:
     _argument_group_name: ClassVar[str] = "evaluation"
 
     metrics: list[str] = option(list(METRICS), "columns of the result table: " + ", ".join(METRICS))
-    eval_windows: int = option(64, "windows to evaluate on, at most, of each kind: validation, held-out, out-of-domain")
+    eval_windows: int = option(
+        64,
+        "windows to evaluate on, at most, of each kind: validation, held-out, out-of-domain; and of each corpus of a "
+        "mixture",
+    )
     eval_batch_size: int = option(8, "windows per forward pass of an evaluation", "per_device_eval_batch_size")
     ce_baseline: bool = option(
         False, "also train the same student on the labels alone, for as many steps, to compare with"
