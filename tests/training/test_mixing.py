@@ -7,6 +7,7 @@ import json
 import math
 import re
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ from fastkd.cli import main
 from fastkd.training.configuration import Parser
 from fastkd.training.data import all_windows, load_corpus
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER
-from fastkd.training.mixing import apportioned, mix, without_repeats
+from fastkd.training.mixing import apportioned, mix, shares, without_repeats
 from fastkd.training.options import GROUPS, DataOptions, InputError
 from tests.training.conftest import changed, run
 from tests.training.test_resume import interrupt_after, outcome
@@ -137,7 +138,9 @@ def rows(windows):
 
 def test_one_weight_is_datas_share():
     assert DataOptions("a.txt", mix_data=["b.txt"]).corpus_weights == [0.7, 0.3]
-    assert DataOptions("a.txt", mix_data=["b.txt", "c.txt"], mix_weights=[0.5]).corpus_weights == [0.5, 0.25, 0.25]
+    assert DataOptions("a.txt", mix_data=["b.txt", "c.txt"], mix_weights=[0.5]).corpus_weights == [1.0, 0.5, 0.5]
+    four = DataOptions("a.txt", mix_data=["b.txt", "c.txt", "d.txt"], mix_weights=[0.5])
+    assert shares(four.corpus_weights) == [Fraction(1, 2), *[Fraction(1, 6)] * 3]
     assert DataOptions("a.txt", mix_data=["b.txt"], mix_weights=[2, 1]).corpus_weights == [2, 1]
     assert DataOptions("a.txt", mix_data=["", "b.txt"]).corpora == ["a.txt", "b.txt"]  # as an empty flag means none
 

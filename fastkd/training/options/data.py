@@ -74,8 +74,8 @@ class DataOptions:
         """One for each of the corpora; only their ratios count."""
         if len(self.mix_weights) > 1 or not self.mix_data:
             return self.mix_weights
-        share = Fraction(str(self.mix_weights[0]))
-        return [self.mix_weights[0], *[float((1 - share) / len(self.mix_data))] * len(self.mix_data)]
+        share = Fraction(str(self.mix_weights[0]))  # not divided: a third has no decimals
+        return [float(share * len(self.mix_data)), *[float(1 - share)] * len(self.mix_data)]
 
     def _check_mixture(self) -> None:
         check_weights(self.mix_weights, "mix_weights")
