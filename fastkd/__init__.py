@@ -34,7 +34,7 @@ __all__ += divergences.__all__
 
 
 def __getattr__(name: str) -> Any:
-    """`fastkd.cache`, which needs numpy and safetensors, is imported when it is first asked for."""
-    if name == "cache":
-        return importlib.import_module("fastkd.cache")
+    """`fastkd.cache`, which needs numpy and safetensors, terms and teachers: imported when they are first asked for."""
+    if name in ("cache", "terms", "teachers"):
+        return importlib.import_module(f"fastkd.{name}")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")

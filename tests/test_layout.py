@@ -19,6 +19,8 @@ LAYERS = [
     ("fastkd.ops",),
     ("fastkd.autograd",),
     ("fastkd.losses", "fastkd.statistics"),
+    ("fastkd.terms",),
+    ("fastkd.teachers",),
     ("fastkd",),
     ("fastkd.cache",),
     ("fastkd.training",),

@@ -295,7 +295,9 @@ def _run(teacher: Teacher, batch: Mapping[str, Any]) -> Projection | Tensor:
                 raise TypeError(f"the teacher must return a Projection or logits, got {type(source).__name__}")
             return source
         device = next(teacher.parameters()).device
-        moved = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+        moved: dict[str, Any] = {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
+        }
         return project(teacher, **moved)
 
 

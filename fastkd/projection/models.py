@@ -16,7 +16,7 @@ import functools
 import inspect
 import weakref
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,11 @@ __all__ = ["project"]
 _BY_HAND = "build fastkd.Projection(hidden, weight, bias, softcap, logit_scale) by hand"
 
 
-def project(model: nn.Module, /, **inputs: Any) -> Projection:
+@overload
+def project(model: nn.Module, /, *, return_outputs: Literal[False] = False, **inputs: Any) -> Projection: ...
+@overload
+def project(model: nn.Module, /, *, return_outputs: Literal[True], **inputs: Any) -> tuple[Projection, Any]: ...
+def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any) -> Projection | tuple[Projection, Any]:
     """Run a causal language model and return its logits `[batch, tokens, vocab]` as a Projection, without forming them.
 
     Costs one forward of the model without its output head, and 1 to 5 ms of CPU time, which grow with the vocabulary.
@@ -47,18 +51,21 @@ def project(model: nn.Module, /, **inputs: Any) -> Projection:
             wrapped by PEFT (the adapters take part) or by DistributedDataParallel.
         inputs: keyword arguments of `model`: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, H]`,
             `attention_mask`, and so on. `use_cache` is False unless given. Not `labels`, which go to the loss.
+        return_outputs: return what the model returns too.
 
     Returns:
         Projection with `hidden [batch, tokens, H]` as the head gets it, the head's own `weight [vocab, H]` and `bias`
-        parameters, and the softcap and factor that the model's forward applies to logits. What else a forward returns
-        (`past_key_values`, a mixture of experts' `aux_loss`) is dropped.
+        parameters, and the softcap and factor that the model's forward applies to logits. With `return_outputs` a pair:
+        the Projection and the model's own outputs without their logits, such as `hidden_states` and `attentions` if
+        `inputs` ask for them, `past_key_values`, or a mixture of experts' `aux_loss`. Gradients flow through these too.
 
     Raises:
         TypeError: `model` is not a causal LM, is an encoder-decoder, is compiled as a whole, is in a
             DistributedDataParallel with a static graph, or its output head is quantised, adapted (LoRA) or otherwise
             not a plain `nn.Linear`.
-        ValueError: `labels` are given, the head's weight is sharded or offloaded, or the model's forward, or a hook or
-            a replaced forward of the head, does to logits what a Projection cannot hold.
+        ValueError: `labels` are given, `return_outputs` is asked of a model that returns a tuple, the head's weight is
+            sharded or offloaded, or the model's forward, or a hook or a replaced forward of the head, does to logits
+            what a Projection cannot hold.
 
     Under FSDP2 the head's weight must be whole: shard it in the root's unit and call `model.unshard()` before.
     """
@@ -101,7 +108,15 @@ def project(model: nn.Module, /, **inputs: Any) -> Projection:
     if logits.requires_grad and _is_sharded(model, head):
         _output_head(lm)  # it may have been sharded again after the forward
         hidden = _Tied.apply(hidden, logits, tied)  # type: ignore[no-untyped-call]
-    return Projection(hidden, head.weight, head.bias, softcap, scale)
+    found = Projection(hidden, head.weight, head.bias, softcap, scale)
+    return (found, _without_logits(lm, outputs)) if return_outputs else found
+
+
+def _without_logits(lm: Any, outputs: Any) -> Any:
+    """The outputs, in their own class, without the probe that stands in the place of logits."""
+    if not isinstance(outputs, Mapping):
+        raise ValueError(f"{_name(lm)} returns a tuple, whose fields have no names: leave return_dict=False away")
+    return type(outputs)(**{name: value for name, value in outputs.items() if name not in ("logits", "loss")})
 
 
 class _Anchored(torch.autograd.Function):

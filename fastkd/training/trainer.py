@@ -7,51 +7,29 @@ Everything else is Trainer's: optimizer, schedules, mixed precision, accumulatio
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
-import transformers
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
-from transformers import EvalPrediction, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers import EvalPrediction
 
 import fastkd
-from fastkd.sources import Teacher
-from fastkd.training.options import Schedule
-from fastkd.training.terms import Batch, Term, Terms
+from fastkd.teachers import Cached, Frozen, TeacherMode
+from fastkd.terms import Batch, Course, KDTerm, Outputs, RouterTerm, Term, Terms, asks_for_router_loss, outputs_of
+from fastkd.training.beside import TrainsBeside
+from fastkd.training.counting import COUNT, Counting
 
 __all__ = ["Course", "KDTrainer"]
 
 
-@dataclass(frozen=True)
-class Course:
-    """A value over the course of training: from `start` at the first step to `end` after the last."""
-
-    start: float
-    end: float
-    shape: Schedule
-
-    def at(self, progress: float) -> float:
-        """The value when a share of the training, in [0, 1], is done."""
-        if self.shape == "constant":
-            return self.start
-        if self.shape == "cosine":
-            progress = (1 - math.cos(math.pi * progress)) / 2
-        return self.start + (self.end - self.start) * progress
-
-
-_TERMS_FILE = "terms.pt"  # in a checkpoint, where terms have parameters or buffers
 _NO_LOGITS = "no logits are formed; evaluation gives eval_hard and eval_perplexity, for more override prediction_step"
 #: What Trainer takes and a loss without logits cannot: (name, values that ask for nothing, what to do).
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -68,18 +46,20 @@ _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
 )
 
 
-class KDTrainer(Trainer):
+class KDTrainer(TrainsBeside):
     """Trains a causal language model on a teacher's predictions and the labels.
 
     Args:
         model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where batches carry a teacher.
         kd: the loss, `KDLoss()` by default. A copy is used, with `shift=True` and `return_parts=True`.
-        teacher: a frozen model in eval mode with the student's vocabulary, on the student's device. Or None: then
-            batches bring the teacher's predictions under `"teacher"`, a `fastkd.SparseTargets` or logits
-            `[batch, tokens, ...]`, as `fastkd.cache.Collator` makes them, or `kd.soft_weight` is 0.
+        teacher: a frozen model in eval mode with the student's vocabulary, on the student's device; or one of
+            `fastkd.teachers`, which learn or follow the student. Or None: then batches bring the teacher's predictions
+            under `"teacher"`, a `fastkd.SparseTargets` or logits `[batch, tokens, ...]`, as `fastkd.cache.Collator`
+            makes them, or `kd.soft_weight` is 0.
         eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
-        terms: what the loss has beside `kd`, each a `fastkd.training.terms.Term`. Their parameters are trained, clipped
-            and kept in checkpoints with the student's; their optimizer state too.
+        terms: what the loss has beside `kd`, each a `fastkd.terms.Term`. Their parameters are trained, clipped and kept
+            in checkpoints with the student's; their optimizer state too. A student with `output_router_logits` brings a
+            term of its own, the loss of its router, with the weight of its configuration, unless one is given.
         temperature, soft_weight: how they change over the training, if they do. The hard weight changes too, so that
             the sum of both weights stays the same.
 
@@ -95,84 +75,72 @@ class KDTrainer(Trainer):
     TRL's data preparation comes with `class K(KDTrainer, SFTTrainer): pass`, which takes SFTTrainer's arguments too.
 
     Raises ValueError where the teacher is trainable, in training mode, or needed and not given, for several GPUs in one
-    process, for a student with `output_router_logits`, whose router loss would be dropped, and for arguments of Trainer
-    that could take no part: metrics of logits, other losses, label smoothing, `torch_compile`.
+    process, for terms or a teacher that the models cannot serve, and for arguments of Trainer that could take no part:
+    metrics of logits, other losses, label smoothing, `torch_compile`.
     """
 
     def __init__(
         self,
         *args: Any,
         kd: fastkd.KDLoss | None = None,
-        teacher: nn.Module | None = None,
+        teacher: nn.Module | TeacherMode | None = None,
         eval_collator: Callable[[Any], Any] | None = None,
         terms: Sequence[Term] = (),
         temperature: Course | None = None,
         soft_weight: Course | None = None,
         **kwargs: Any,
     ) -> None:
-        kd = fastkd.KDLoss() if kd is None else copy.deepcopy(kd)
-        if kd.reduction != "mean":
-            raise ValueError(f"KDTrainer needs a loss with reduction='mean', got {kd.reduction!r}")
+        first = KDTerm(kd, temperature=temperature, soft_weight=soft_weight)
         given = inspect.signature(super().__init__).bind_partial(*args, **kwargs).arguments  # perhaps of TRL's trainer
         _check_arguments(given)
         super().__init__(**{**given, "compute_metrics": _mean_hard_loss})
-        _check_router(getattr(self.model, "config", None))
         if self.args.n_gpu > 1:  # Trainer would split batches with DataParallel, beside which a Projection is whole
             raise ValueError(
                 f"KDTrainer uses one GPU per process, but sees {self.args.n_gpu}: start it with torchrun, a process "
                 "for each, or set CUDA_VISIBLE_DEVICES to one"
             )
-        if teacher is not None and (teacher.training or any(weight.requires_grad for weight in teacher.parameters())):
-            raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
-        kd.shift = kd.return_parts = True
-        self.kd, self.teacher, self.eval_collator = kd, teacher, eval_collator or self.data_collator
-        self.terms = Terms(terms, self.model).to(self.args.device)
-        self._check_trained_terms()
-        self._stepped = True  # no gradients of terms are to be kept
-        self._courses = {"temperature": temperature, "soft_weight": soft_weight}
-        self._total_weight = kd.soft_weight + kd.hard_weight
+        self.kd, self.eval_collator = first.kd, eval_collator or self.data_collator
+        assert isinstance(self.model, nn.Module)
+        routed = asks_for_router_loss(self.model) and not any(isinstance(term, RouterTerm) for term in terms)
+        given_terms = [first, *terms, *([RouterTerm(self.model)] if routed else [])]
+        self._stand_beside(Terms(given_terms, self.model), _mode(teacher))
+        self.teacher.check(self.model, self.terms.needs)
+        self.terms.check(self.model, self.teacher)
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
         self.model_accepts_loss_kwargs = True
         self._live: int | None = None
         self._counted: tuple[Tensor | None, int | None] = None, None  # labels of the batch at hand, how many count
-        self._parts: Tensor | None = None  # sums of soft and hard since the last line of logs
+        self._sums: dict[str, Tensor] = {}  # of what the teacher logs, since the last line of logs
+        self._logged = False  # whether anything was summed since then
         self._tokens, self._steps_logged, self._since, self._paused = 0, 0, time.perf_counter(), 0.0
 
     def distillation_loss(
-        self, model: nn.Module, inputs: dict[str, Any], teacher: Teacher | None, labels: Tensor, num_items: Any
-    ) -> fastkd.KDParts:
-        """The loss of one batch, in its parts, the terms added to `loss`. An addend is a Term; override this for more.
+        self, model: nn.Module, inputs: dict[str, Any], teacher: Outputs, labels: Tensor, num_items: Any
+    ) -> Tensor:
+        """The loss of one batch, of all terms. An addend is a Term; override this for more.
 
         `inputs` are the model's. `num_items` is the number of tokens of the optimizer step, to divide by.
         """
         if isinstance(model, FSDPModule):
             model.unshard()  # the output head, which stays whole until its gradient is reduced
-        student = fastkd.project(model, **inputs)
+        student = outputs_of(model, inputs, self.terms.needs)
         counted, live = self._counted
-        options: dict[str, Any] = {}
-        # Overrides, of this method or of the loss, may mask others.
-        if live is not None and labels is counted and type(self.kd).forward is fastkd.KDLoss.forward:
-            options["live"] = live
-        parts: fastkd.KDParts = self.kd(student, teacher, labels, num_items=num_items, **options)
-        if not len(self.terms):
-            return parts
-        added = self.terms(Batch(student, teacher, labels, inputs, num_items))
-        return parts._replace(loss=parts.loss + added)
+        # An override of this method may mask others.
+        batch = Batch(labels, inputs, num_items, live if labels is counted else None)
+        loss = self.terms(student, teacher, batch)
+        for name, value in self.teacher.loss(student, batch).items():
+            loss = loss + value
+            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        return loss
 
-    def soft_targets(self, inputs: dict[str, Any]) -> Teacher | None:
-        """The teacher's predictions of one batch; takes those it brings out of `inputs`."""
-        found = inputs.pop("teacher", None)
-        if self.kd.soft_weight == 0:
-            return None
-        if found is not None:
-            return found.to(self.args.device)  # type: ignore[no-any-return]
-        if self.teacher is None:
-            raise ValueError(
-                f"soft_weight is {self.kd.soft_weight}, but there is no teacher: pass one to KDTrainer, or batches "
-                "with its predictions under 'teacher'"
-            )
-        with torch.no_grad():
-            return fastkd.project(self.teacher, **inputs)
+    def soft_targets(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
+        """What the teacher says of one batch; takes what the batch brings for it out of `inputs`."""
+        taken = {name: inputs.pop(name) for name in {"teacher", *self.teacher.columns} if name in inputs}
+        if not (self.terms.need_teacher or self.teacher.trained):
+            return Outputs(None)
+        if taken.get("teacher") is not None and isinstance(self.teacher, Frozen):
+            return Cached().outputs(model, inputs, taken)  # batches win over a live teacher
+        return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.needs)
 
     def compute_loss(
         self,
@@ -184,26 +152,27 @@ class KDTrainer(Trainer):
         """Trainer's hook. There are no outputs to return: no logits are formed."""
         if return_outputs:
             raise ValueError("KDTrainer forms no logits, so there are no outputs to return")
-        self._follow_courses()
+        self.terms.follow(self.state.global_step / max(self.state.max_steps, 1))
         inputs = dict(inputs)
-        if inputs.get("output_router_logits"):
-            raise ValueError(_ROUTER)
+        if inputs.get("output_router_logits") and not asks_for_router_loss(model):
+            raise ValueError(
+                "a batch has output_router_logits=True, but the student's configuration has not: set it there, and "
+                "the router's loss is one of the terms"
+            )
         labels, calls = inputs.pop("labels"), self.terms.calls
         self._counted = labels, self._live
-        parts = self.distillation_loss(model, inputs, self.soft_targets(inputs), labels, num_items_in_batch)
-        if len(self.terms) and self.terms.calls == calls:
+        if not self._logged:
+            self._logged, self._steps_logged = True, self.state.global_step
+        loss = self.distillation_loss(model, inputs, self.soft_targets(model, inputs), labels, num_items_in_batch)
+        if self.terms.calls == calls:
             raise ValueError(
                 f"{type(self).__name__}.distillation_loss does not call KDTrainer's, so the terms "
                 f"{self.terms.names} take no part: call super().distillation_loss, or self.terms"
             )
-        both = torch.stack((parts.soft, parts.hard))
-        if self._parts is None:
-            self._parts, self._steps_logged = torch.zeros_like(both), self.state.global_step
-        self._parts += both
         self._tokens += labels.numel()
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            return parts.loss * self.accelerator.num_processes  # gradients will be averaged over processes
-        return parts.loss
+            return loss * self.accelerator.num_processes  # gradients will be averaged over processes
+        return loss
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Trainer's count of the labels of an optimizer step. Nothing predicts the first one of a sequence.
@@ -219,21 +188,13 @@ class KDTrainer(Trainer):
         count: Tensor | int | None = super()._get_num_items_in_batch(predicted, device)
         return count
 
-    def _follow_courses(self) -> None:
-        progress = self.state.global_step / max(self.state.max_steps, 1)
-        for name, course in self._courses.items():
-            if course is not None:
-                setattr(self.kd, name, course.at(progress))
-        if self._courses["soft_weight"] is not None:
-            self.kd.hard_weight = max(self._total_weight - self.kd.soft_weight, 0.0)
-
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Sums of the hard loss and counts of tokens per row, `[batch]` each, for Trainer to gather."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = inputs.pop("labels")[:, 1:]
-        for name in ("teacher", _COUNT):
+        for name in {"teacher", COUNT, *self.teacher.columns}:
             inputs.pop(name, None)
         with torch.no_grad():
             if isinstance(model, FSDPModule):
@@ -245,16 +206,16 @@ class KDTrainer(Trainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss. Raises FloatingPointError where the loss is infinite or NaN."""
-        if "loss" in logs and self._parts is not None:
-            soft, hard = self.accelerator.reduce(self._parts, "sum").tolist()
+        if "loss" in logs and self._logged:
             steps, now = self.state.global_step - self._steps_logged, time.perf_counter()
-            logs |= {"hard": hard / steps, "soft": soft / steps} | ({"ratio": hard / soft} if soft else {})
-            for name, value in self.terms.take_sums().items():
+            for name, value in {**self.terms.take_sums(), **self._sums}.items():
                 logs[name] = self.accelerator.reduce(value, "sum").item() / steps
+            soft, hard = logs.get("soft"), logs.get("hard")
+            logs |= {"ratio": hard / soft} if soft and hard is not None else {}
             logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}
             tokens = self._tokens * self.accelerator.num_processes
             logs["tokens_per_second"] = tokens / (now - self._since - self._paused)
-            self._parts, self._tokens = None, 0
+            self._sums, self._logged, self._tokens = {}, False, 0
             self._since, self._paused = now, 0.0
             if not math.isfinite(logs["loss"]):
                 raise FloatingPointError(
@@ -265,9 +226,6 @@ class KDTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
         self._since = time.perf_counter()
-        if self.accelerator.num_processes > 1:
-            for weight in self.terms.parameters():
-                dist.broadcast(weight.data, 0)  # the same everywhere, as DDP makes the student
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -279,7 +237,7 @@ class KDTrainer(Trainer):
         if dispatched or not self.kd.mask_soft:
             return super().get_train_dataloader()
         given = self.data_collator
-        self.data_collator = _Counting(given, self.kd.ignore_index)
+        self.data_collator = Counting(given, self.kd.ignore_index)
         try:
             return super().get_train_dataloader()
         finally:
@@ -298,93 +256,17 @@ class KDTrainer(Trainer):
         """As Trainer's: `eval_hard`, the mean hard loss, also as `eval_loss`; and `eval_perplexity`."""
         return self._unclocked(super().evaluate, *args, **kwargs)  # type: ignore[no-any-return]
 
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
-        """As Trainer's, of the parameters of the terms too. ValueError where an optimizer that was given lacks them."""
-        new = self.optimizer is None
-        super().create_optimizer(*args, **kwargs)
-        optimizer = self.optimizer
-        assert optimizer is not None
-        held = {id(weight) for group in optimizer.param_groups for weight in group["params"]}
-        trained = [(name, weight) for name, weight in self.terms.named_parameters() if weight.requires_grad]
-        missing = [(name, weight) for name, weight in trained if id(weight) not in held]
-        if missing and not new:
-            raise ValueError(f"the optimizer lacks {len(missing)} parameters of terms: add those of each term to it")
-        decayed = self.get_decay_parameter_names(self.terms)
-        for decays, decay in ((True, self.args.weight_decay), (False, 0.0)):
-            group = [weight for name, weight in missing if (name in decayed) == decays]
-            if group:
-                optimizer.add_param_group({"params": group, "weight_decay": decay})
-        return optimizer
-
-    def _check_trained_terms(self) -> None:
-        """Raise ValueError where parameters of terms could not be trained as the student's are."""
-        if not self.terms.trained:
-            return
-        assert isinstance(self.model, nn.Module)
-        sharded = any(isinstance(module, FSDPModule) for module in self.model.modules())
-        optim = str(getattr(self.args.optim, "value", self.args.optim))
-        if sharded or self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise ValueError("terms with parameters cannot be trained beside a sharded student: use DDP")
-        if "lomo" in optim or "layerwise" in optim:
-            raise ValueError(f"terms with parameters cannot be trained by {optim!r}, which steps the student by layers")
-        if self.args.max_grad_norm and not hasattr(Trainer, "_clip_grad_norm"):
-            raise ValueError(
-                f"the Trainer of transformers {transformers.__version__} would clip no gradients of terms: update it, "
-                "or set max_grad_norm=0"
-            )
-
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's, which zeroes and averages gradients of the model alone: those of the terms are done here.
-
-        The number of tokens that count is for the loss, and leaves the batch before a model is given it.
-        """
-        if self._stepped:
-            self.terms.zero_grad()
+        """As Trainer's. The number of tokens that count is for the loss, and leaves the batch before a model gets it."""
         inputs = dict(inputs)
-        self._live = inputs.pop(_COUNT, None)
+        self._live = inputs.pop(COUNT, None)
         try:
-            loss: Tensor = super().training_step(model, inputs, *args, **kwargs)
+            return super().training_step(model, inputs, *args, **kwargs)
         finally:
             self._live = None
-        self._stepped = self.accelerator.sync_gradients  # the optimizer steps next
-        if self._stepped and self.accelerator.num_processes > 1:
-            for weight in self.terms.trained:
-                found = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = self.accelerator.reduce(found, "mean")
-        return loss
-
-    def _clip_grad_norm(self, model: nn.Module) -> Any:
-        return super()._clip_grad_norm(self._with_terms(model))  # type: ignore[no-untyped-call]
-
-    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
-        both = self._with_terms(model)
-        return super()._get_grad_norm(both, grad_norm=grad_norm)  # type: ignore[no-untyped-call]
-
-    def _with_terms(self, model: nn.Module) -> nn.Module:
-        """What is asked for its parameters."""
-        return nn.ModuleList([model, self.terms]) if self.terms.trained else model
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._unclocked(super()._save_checkpoint, model, trial)
-        kept = self.terms.kept()
-        if kept and self.args.should_save:
-            directory = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            torch.save(kept, directory / _TERMS_FILE)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        self._load_terms(resume_from_checkpoint)
-
-    def _load_best_model(self) -> None:
-        super()._load_best_model()
-        best = str(self.state.best_model_checkpoint)
-        if (Path(best) / _TERMS_FILE).is_file():  # Trainer warns where the checkpoint is gone
-            self._load_terms(best)
-
-    def _load_terms(self, checkpoint: str) -> None:
-        file = Path(checkpoint) / _TERMS_FILE
-        kept = torch.load(file, map_location=self.args.device, weights_only=True) if file.is_file() else {}
-        self.terms.restore(kept, str(checkpoint))
 
     def _unclocked(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         started = time.perf_counter()
@@ -394,23 +276,10 @@ class KDTrainer(Trainer):
             self._paused += time.perf_counter() - started
 
 
-#: Where a batch has the number of its tokens that count.
-_COUNT = "live_tokens"
-
-
-@dataclass(frozen=True)
-class _Counting:
-    """A collator that counts labels while they are on the CPU. The first of a row counts for nothing."""
-
-    collator: Callable[[Any], Any]
-    ignore_index: int
-
-    def __call__(self, examples: Any) -> Any:
-        batch = self.collator(examples)
-        labels = batch.get("labels") if isinstance(batch, Mapping) else None
-        if not isinstance(labels, Tensor) or labels.device.type != "cpu":
-            return batch
-        return {**batch, _COUNT: int((labels[..., 1:] != self.ignore_index).sum())}
+def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:
+    if teacher is None:
+        return Cached()
+    return teacher if isinstance(teacher, TeacherMode) else Frozen(teacher)
 
 
 def _predicting(logits: fastkd.Projection, vocab_size: int | None) -> fastkd.Projection:
@@ -425,22 +294,9 @@ def _mean_hard_loss(found: EvalPrediction) -> dict[str, float]:
     return {"loss": hard, "hard": hard, "perplexity": math.exp(min(hard, 700.0))}
 
 
-_ROUTER = (
-    "the student has output_router_logits=True, but KDTrainer does not add a router's auxiliary loss: set it to False, "
-    "or add that loss in distillation_loss from a forward of its own"
-)
-
-
 def _check_arguments(given: dict[str, Any]) -> None:
     """Raise ValueError for what Trainer takes and KDTrainer would ignore."""
     for name, idle, remedy in _REFUSED:
         value = given[name] if name in given else getattr(given.get("args"), name, idle[0])
         if value not in idle:
             raise ValueError(f"KDTrainer cannot use {name}={value!r}: {remedy}")
-
-
-def _check_router(config: Any) -> None:
-    """Raise ValueError for a mixture of experts whose own loss has a term for its router."""
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    if getattr(text, "output_router_logits", False):
-        raise ValueError(_ROUTER)

@@ -1,0 +1,95 @@
+"""The terms every distillation has: the divergence with the cross-entropy, and a mixture of experts' own loss."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+from torch import Tensor, nn
+
+from fastkd.losses import KDLoss, KDParts
+from fastkd.terms.term import Batch, Course, Outputs, Term
+
+__all__ = ["KDTerm", "RouterTerm", "asks_for_router_loss", "text_config"]
+
+
+class KDTerm(Term):
+    """`KDLoss` as a term, of weight 1: its own two weights say how much its parts count.
+
+    Args:
+        kd: a copy is used, with `shift=True` and `return_parts=True`.
+        temperature, soft_weight: how they change over the training, if they do. The hard weight changes too, so that
+            the sum of both weights stays the same.
+
+    Logs `soft` (T² included) and `hard`, unweighted. Raises ValueError for a loss that is no mean.
+    """
+
+    def __init__(
+        self, kd: KDLoss | None = None, *, temperature: Course | None = None, soft_weight: Course | None = None
+    ) -> None:
+        super().__init__("kd")
+        kd = KDLoss() if kd is None else copy.deepcopy(kd)
+        if kd.reduction != "mean":
+            raise ValueError(f"a term needs a loss with reduction='mean', got {kd.reduction!r}")
+        kd.shift = kd.return_parts = True
+        self.kd = kd
+        self._courses = {"temperature": temperature, "soft_weight": soft_weight}
+        self._total = kd.soft_weight + kd.hard_weight
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Where the divergence has a weight."""
+        return bool(self.kd.soft_weight)
+
+    def follow(self, progress: float) -> None:
+        """Set temperature and weights."""
+        for name, course in self._courses.items():
+            if course is not None:
+                setattr(self.kd, name, course.at(progress))
+        if self._courses["soft_weight"] is not None:
+            self.kd.hard_weight = max(self._total - self.kd.soft_weight, 0.0)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
+        """`loss`, `soft` and `hard`."""
+        # An override of the loss may mask other tokens than those that were counted.
+        known = batch.live is not None and type(self.kd).forward is KDLoss.forward
+        options: dict[str, Any] = {"live": batch.live} if known else {}
+        taught = teacher.logits if self.kd.soft_weight else None
+        parts = self.kd(student.projection, taught, batch.labels, num_items=batch.num_items, **options)
+        assert isinstance(parts, KDParts)
+        return parts._asdict()
+
+
+class RouterTerm(Term):
+    """The load-balancing loss of a mixture of experts (Fedus et al. 2021), as the student computes it.
+
+    Args:
+        weight: the student's `router_aux_loss_coef` where it is None.
+        student: its configuration.
+
+    Raises ValueError for a student that does not ask for it with `output_router_logits`.
+    """
+
+    def __init__(self, student: nn.Module, weight: float | Course | None = None) -> None:
+        config = text_config(student)
+        if not asks_for_router_loss(student):
+            raise ValueError("the student has no output_router_logits=True, so it computes no loss of its router")
+        super().__init__("router", config.router_aux_loss_coef if weight is None else weight)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """The mean over the step's batches, by their tokens."""
+        found = student.fields.get("aux_loss")
+        if not isinstance(found, Tensor):
+            raise ValueError(f"{type(student.model).__name__} returns no aux_loss: take output_router_logits away")
+        return batch.part(found)
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model within a model; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
+def asks_for_router_loss(model: nn.Module) -> bool:
+    """Whether a model's own loss has a term for its router."""
+    return bool(getattr(text_config(model), "output_router_logits", False))

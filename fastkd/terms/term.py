@@ -1,0 +1,316 @@
+"""Terms: the addends of a distillation's training loss. A term is one class.
+
+    class ZLoss(Term):
+        '''Keeps the normalisers of the student's rows near 1: mean of log²(Σ exp z).'''
+
+        def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+            logits = student.logits.hidden @ student.logits.weight.T
+            return batch.mean(logits.logsumexp(-1).square())
+
+    trainer = KDTrainer(student, arguments, teacher=teacher, terms=[ZLoss("z_loss", weight=1e-4)], ...)
+
+The trainer adds weight · value to the loss, logs the value under the term's name, trains the term's parameters with the
+student's, and keeps them in checkpoints. A term needs no trainer: in a loop of one's own it is called with what
+`fastkd.terms.outputs_of(model, inputs, needs)` gives.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from fastkd.projection.models import project
+from fastkd.sources import Projection, Teacher
+
+__all__ = ["Batch", "Course", "Need", "Outputs", "Shape", "Term", "Terms", "outputs_of"]
+
+_IGNORED = -100
+#: What a model can be asked for beside its last hidden states; also the name of the field of its outputs.
+Need = Literal["hidden_states", "attentions"]
+Shape = Literal["constant", "linear", "cosine"]
+#: What the trainer logs itself.
+_TAKEN = (
+    *("loss", "ratio", "temperature", "soft_weight", "tokens_per_second"),
+    *("learning_rate", "grad_norm", "epoch", "step", "total_flos", "num_input_tokens_seen"),
+)
+
+
+@dataclass(frozen=True)
+class Course:
+    """A value over the course of training: from `start` at the first step to `end` after the last."""
+
+    start: float
+    end: float
+    shape: Shape
+
+    def at(self, progress: float) -> float:
+        """The value when a share of the training, in [0, 1], is done."""
+        if self.shape == "constant":
+            return self.start
+        if self.shape == "cosine":
+            progress = (1 - math.cos(math.pi * progress)) / 2
+        return self.start + (self.end - self.start) * progress
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What one model says of one batch."""
+
+    #: Last hidden states `[batch, tokens, H]` with the output head; logits; or what a cache has kept of a teacher.
+    #: None where nobody asked.
+    logits: Teacher | None
+    #: The model's own outputs, without its logits: `hidden_states`, `attentions`, `aux_loss`, ... Empty for a cache.
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    #: The model itself, for terms that look into it; None for a cache.
+    model: nn.Module | None = None
+
+    @property
+    def projection(self) -> Projection:
+        """`logits`, where they are of a live model. TypeError for others."""
+        if not isinstance(self.logits, Projection):
+            raise TypeError(f"a live model is needed, but the batch brings {type(self.logits).__name__}")
+        return self.logits
+
+    @property
+    def hidden_states(self) -> tuple[Tensor, ...]:
+        """`[batch, tokens, H]` each: the embedding's, then those after each block. ValueError where there are none."""
+        found: tuple[Tensor, ...] = self._found("hidden_states")
+        return found
+
+    @property
+    def attentions(self) -> tuple[Tensor, ...]:
+        """Probabilities `[batch, heads, queries, keys]` of each block. ValueError where there are none."""
+        found: tuple[Tensor, ...] = self._found("attentions")
+        if any(one is None for one in found):
+            raise ValueError(_NO_ATTENTIONS)
+        return found
+
+    def _found(self, name: str) -> Any:
+        found = self.fields.get(name)
+        if found is None or (name == "attentions" and not len(found)):
+            if name == "attentions" and self.model is not None:
+                raise ValueError(_NO_ATTENTIONS)
+            whose = (
+                "the batch, whose predictions come from a cache" if self.model is None else type(self.model).__name__
+            )
+            raise ValueError(f"{whose} has no {name}: a term that needs them says so in `needs`, and needs live models")
+        return found
+
+
+_NO_ATTENTIONS = (
+    "the model returns no attentions: its attention implementation is fused. Load it with attn_implementation='eager'"
+)
+
+
+def outputs_of(model: nn.Module, inputs: Mapping[str, Any], needs: Sequence[Need] = ()) -> Outputs:
+    """One forward of a causal language model, with its `hidden_states` or `attentions` where terms need them.
+
+    Args:
+        model, inputs: as `fastkd.project` takes them, which says what it raises.
+        needs: `terms.needs`.
+    """
+    asked = {f"output_{need}": True for need in needs}
+    logits, fields = project(model, return_outputs=True, **{**inputs, **asked})
+    return Outputs(logits, fields, model)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One batch, beside what the models say of it."""
+
+    #: int64 `[batch, tokens]`; −100 is not to be learnt.
+    labels: Tensor
+    #: What the models were given: `input_ids`, `attention_mask`, ...
+    inputs: dict[str, Any]
+    #: Predicted tokens of the whole optimizer step, of all devices and accumulated batches. None: those of this batch.
+    num_items: Tensor | float | None = None
+    #: How many tokens of this batch count, where the host knows it.
+    live: int | None = None
+
+    def mean(self, values: Tensor) -> Tensor:
+        """The batch's part of the step's mean over predicted tokens: a scalar.
+
+        `values` `[batch, tokens]` are of the positions that predict: position t counts if the label at t + 1 does.
+        The parts of all batches of an optimizer step add up to its mean, as the distillation loss' parts do.
+        """
+        found = torch.where(self.counted, values[:, :-1], 0.0).sum()
+        return self._over_step(found)
+
+    def part(self, value: Tensor) -> Tensor:
+        """The same of a mean over this batch, a scalar: `value` times the batch's share of the step's tokens."""
+        return value * self._over_step(self.counted.sum())
+
+    @property
+    def counted(self) -> Tensor:
+        """Bool `[batch, tokens − 1]`: the positions whose next label counts."""
+        return self.labels[:, 1:] != _IGNORED
+
+    def _over_step(self, found: Tensor) -> Tensor:
+        return found / (self.counted.sum().clamp(min=1) if self.num_items is None else self.num_items)
+
+
+class Term(nn.Module):
+    """An addend of the training loss: weight · `forward(student, teacher, batch)`. Subclass it and define `forward`.
+
+    Args:
+        name: what the value is logged as, of this term alone.
+        weight: factor of the value in the loss, at least 0; at 0 the value is only logged. It may be changed between
+            steps. A `Course`: the trainer changes it, from its start to its end.
+
+    Parameters and buffers of a term are its own: a module of the student may not be one of it.
+
+    Raises ValueError for a name that the trainer logs itself, and for a weight that is negative or no number.
+    """
+
+    #: What `forward` reads of both models' outputs, beside the logits.
+    needs: tuple[Need, ...] = ()
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether `forward` reads anything of the teacher, which is not run for terms that do not."""
+        return bool(self.needs)
+
+    def __init__(self, name: str, weight: float | Course = 1.0) -> None:
+        super().__init__()
+        if not name or name in _TAKEN or name.startswith("eval_"):
+            taken = ", ".join(_TAKEN)
+            raise ValueError(f"a term cannot be named {name!r}: the trainer logs {taken} and eval_… itself")
+        self.course = weight if isinstance(weight, Course) else None
+        for number in (weight.start, weight.end) if isinstance(weight, Course) else (weight,):
+            if not 0 <= number < math.inf:
+                raise ValueError(f"term {name!r} has weight {number}; it must be a number of at least 0")
+        self.name = name
+        self.weight = weight.start if isinstance(weight, Course) else weight
+
+    def follow(self, progress: float) -> None:
+        """Set what changes over the training, of which a share in [0, 1] is done."""
+        if self.course is not None:
+            self.weight = self.course.at(progress)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor | dict[str, Tensor]:
+        """A scalar, differentiable in what the term is to change. `batch.mean` makes one of a value per token.
+
+        It is this batch's part of the step's value: where gradients are accumulated, values of several batches are
+        added. Or a dict with the scalar under `"loss"`, and beside it scalars that are only logged, by their names.
+        `teacher.logits` is None where no term asks for predictions. Raise ValueError where what is needed is missing.
+        """
+        raise NotImplementedError
+
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Raise ValueError, before the first step, for models it cannot serve. `teacher` is None for a cache."""
+
+
+class Terms(nn.ModuleList):
+    """The terms of one trainer. Calling it gives Σ weight · value of a batch, and sums up the values for the logs.
+
+    Raises TypeError for what is no Term, ValueError for two of one name and for a term with a module of the student.
+    """
+
+    def __init__(self, terms: Sequence[Term], student: nn.Module | None = None) -> None:
+        wrong = next((term for term in terms if not isinstance(term, Term)), None)
+        if wrong is not None:
+            raise TypeError(f"terms must be of fastkd.terms.Term, got {type(wrong).__name__}")
+        names = [term.name for term in terms]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"two terms are named {', '.join(twice)}: what is logged would be of both")
+        students = {id(weight) for weight in student.parameters()} if student is not None else set()
+        for term in terms:
+            if any(id(weight) in students for weight in term.parameters()):
+                raise ValueError(f"term {term.name!r} holds parameters of the student, which would be trained twice")
+        super().__init__(terms)
+        self._terms = tuple(terms)
+        self.calls = 0
+        self._sums: Tensor | None = None
+        self._logged: tuple[str, ...] = ()
+
+    @property
+    def names(self) -> list[str]:
+        """The names, in order."""
+        return [term.name for term in self._terms]
+
+    @property
+    def needs(self) -> tuple[Need, ...]:
+        """What some term needs of the models' outputs."""
+        return tuple(dict.fromkeys(need for term in self._terms for need in term.needs))
+
+    @property
+    def need_teacher(self) -> bool:
+        """Whether some term reads anything of the teacher."""
+        return any(term.needs_teacher for term in self._terms)
+
+    @property
+    def trained(self) -> list[nn.Parameter]:
+        """The parameters that require gradients."""
+        return [weight for weight in self.parameters() if weight.requires_grad]
+
+    def follow(self, progress: float) -> None:
+        """Set what changes over the training, of which a share in [0, 1] is done."""
+        for term in self._terms:
+            term.follow(progress)
+
+    def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
+        """Raise ValueError, before the first step, for models that a term cannot serve."""
+        for term in self._terms:
+            term.check(student, teacher)
+
+    def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
+        """Scalar. Raises TypeError or ValueError, by the term's name, for a value that is none or changes nothing."""
+        self.calls += 1
+        logged: dict[str, Tensor] = {}
+        losses = []
+        for term in self._terms:
+            value, shown = _value(term, term(student, teacher, batch))
+            twice = sorted(logged.keys() & shown.keys())
+            if twice:
+                raise ValueError(f"two terms log {', '.join(twice)}, term {term.name!r} the second one: rename one")
+            logged |= shown
+            if term.weight:
+                losses.append(term.weight * value)
+        sums = torch.stack([value.detach().float() for value in logged.values()])
+        self._sums = sums if self._sums is None else self._sums + sums
+        self._logged = tuple(logged)
+        return sum(losses, torch.zeros_like(sums[0]))
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Name → the values added up since the last time; nothing where there are none."""
+        sums, self._sums = self._sums, None
+        return {} if sums is None else dict(zip(self._logged, sums, strict=True))
+
+    def kept(self) -> dict[str, Any]:
+        """Name → state of each term that has any, for a checkpoint."""
+        return {term.name: state for term in self._terms if (state := term.state_dict())}
+
+    def restore(self, kept: dict[str, Any], where: str) -> None:
+        """What `kept` gave. Raises ValueError, which quotes `where`, for other terms."""
+        ours = self.kept()
+        if ours.keys() != kept.keys():
+            raise ValueError(f"{where} has parameters of the terms {sorted(kept)}, but the trainer has {sorted(ours)}")
+        for term in self._terms:
+            if term.name in kept:
+                term.load_state_dict(kept[term.name])
+
+
+def _value(term: Term, found: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """(what is to be differentiated, what is to be logged)."""
+    if isinstance(found, Mapping):
+        if "loss" not in found:
+            raise TypeError(f"term {term.name!r} must return its value under 'loss', got {sorted(found)}")
+        value, shown = found["loss"], {name: one for name, one in found.items() if name != "loss"}
+    else:
+        value, shown = found, {term.name: found}
+    for one in (value, *shown.values()):
+        if not isinstance(one, Tensor) or one.dim() != 0:
+            got = f"a tensor {tuple(one.shape)}" if isinstance(one, Tensor) else f"a {type(one).__name__}"
+            raise TypeError(f"term {term.name!r} must return a scalar tensor, got {got}; batch.mean makes one")
+    if term.weight and torch.is_grad_enabled() and not value.requires_grad:
+        raise ValueError(
+            f"term {term.name!r} has weight {term.weight}, but its value has no gradient, so it would change nothing: "
+            "compute it from the student's outputs with differentiable operations, or give it weight 0 to log it"
+        )
+    return value, shown
