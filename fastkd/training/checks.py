@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from fastkd.training.loading import vocabulary_size
-from fastkd.training.options import InputError
+from fastkd.terms import TERMS
+from fastkd.training import loading
+from fastkd.training.options import InputError, ModelOptions, Options, named_terms
 
-__all__ = ["check_better", "check_context", "check_frozen", "check_tokenizers", "common_vocabulary"]
+__all__ = [
+    "check_better",
+    "check_context",
+    "check_frozen",
+    "check_teaching",
+    "check_tokenizers",
+    "common_vocabulary",
+    "more_teachers",
+]
 
 SHOWN = 10  # rows of the table of differences
 
@@ -44,7 +54,7 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
 
 def common_vocabulary(teacher: Any, student: Any, tokenizer: Any) -> int | None:
     """How many ids count where the output heads of two configurations are padded differently; None: all of them."""
-    theirs, ours = vocabulary_size(teacher), vocabulary_size(student)
+    theirs, ours = loading.vocabulary_size(teacher), loading.vocabulary_size(student)
     for name, size in (("teacher", theirs), ("student", ours)):
         if size < len(tokenizer):
             raise InputError(
@@ -71,3 +81,40 @@ def check_better(teacher_loss: float, student_loss: float) -> None:
             f"training {math.exp(student_loss):,.1f}: such a teacher has nothing to teach. "
             "Check that it fits the text and that its weights were loaded, or choose another"
         )
+
+
+def check_teaching(options: Options, tokenizer: Any) -> None:
+    """What can be seen of a run's teachers before any work. Raises InputError."""
+    wanted, mode, cache = options.teaching, options.teaching.teacher_mode, options.distillation.cache_dir
+    if mode == "cached" and not cache:
+        raise InputError("teacher_mode is 'cached', but there is no cache_dir: name a directory for the predictions")
+    if cache and mode not in ("frozen", "cached"):
+        raise InputError(f"teacher_mode is {mode!r}, whose predictions change or are of several: take cache_dir away")
+    if mode != "frozen" and not options.learns:
+        raise InputError(f"teacher_mode is {mode!r}, but soft_weight is 0 and there are no terms: nothing is taught")
+    kinds = [spec["type"] for spec in named_terms(wanted.terms)]
+    for kind in kinds:
+        if kind not in TERMS:
+            raise InputError(f"terms has the type {kind!r}; there are {', '.join(TERMS)}")
+        if cache and TERMS[kind].needs:
+            needs = " and ".join(TERMS[kind].needs)
+            raise InputError(f"the term {kind!r} needs the teacher's {needs}, which no cache has: take cache_dir away")
+    corpora = 1 + len(options.data.mix_data)
+    if mode == "routed" and corpora != 1 + len(wanted.more_teachers):
+        raise InputError(
+            f"teacher_mode is 'routed', but there are {1 + len(wanted.more_teachers)} teachers for {corpora} corpora: "
+            "name one for each, in the order of data and mix_data"
+        )
+    if mode == "mutual" and not wanted.peer and not loading.from_scratch(options.models):
+        raise InputError(
+            "teacher_mode is 'mutual', but the student starts from weights, and two of the same would stay the same: "
+            "name another peer"
+        )
+    for models in more_teachers(options):
+        check_tokenizers(loading.load_tokenizer(models.teacher), tokenizer)
+        check_context(options.data.max_length, teacher=loading.teacher_config(models.teacher))
+
+
+def more_teachers(options: Options) -> list[ModelOptions]:
+    """What loads each of the teachers after the first."""
+    return [replace(options.models, teacher=name) for name in options.teaching.more_teachers]

@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from fastkd.training.options import GROUPS, InputError, at_home, did_you_mean
 from fastkd.training.options.data import weighted
+from fastkd.training.options.teaching import unfolded
 
 __all__ = ["Parser", "differences", "dump", "load"]
 
@@ -27,7 +28,7 @@ __all__ = ["Parser", "differences", "dump", "load"]
 _RIVALS = ({"epochs", "max_steps"}, {"alpha", "alpha_on", "soft_weight", "hard_weight"})
 
 #: Options that a file may give with mappings, which flags cannot: name → what makes of them values of options.
-_UNFOLDED = {"mix_data": weighted}
+_UNFOLDED = {"mix_data": weighted, "terms": unfolded}
 
 _LEVELS = 2  # of mappings around an option: its group, and one around the groups
 _SUFFIXES = (".yaml", ".yml")

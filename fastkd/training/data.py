@@ -68,10 +68,12 @@ class Corpus:
     held_out: Tensor  # seen by nothing but the last evaluation
     out_of_domain: Tensor | None
     tasks: Sequence[Task] = ()
+    origins: Tensor | None = None  # int64 [windows to train on]: the place in `tasks` of the corpus each is of
 
     def texts(self) -> dict[str, Tensor]:
         """What a run is started on, by name: windows of each kind, and all of each corpus of a mixture."""
         kinds = {name: windows for name, windows in vars(self).items() if isinstance(windows, Tensor)}
+        kinds.pop("origins", None)
         corpora = {f"corpus_{number}": task.all() for number, task in enumerate(self.tasks, 1)}
         return {f"{name}_text": windows for name, windows in (kinds | corpora).items()}
 
@@ -84,10 +86,13 @@ class Corpus:
 
 
 class Windows(Dataset[dict[str, Tensor]]):
-    """Windows as examples of a language model. The first label is masked, since nothing predicts it."""
+    """Windows as examples of a language model. The first label is masked, since nothing predicts it.
 
-    def __init__(self, windows: Tensor) -> None:
-        self.windows = windows
+    `columns`, one value per window each, are put into its example.
+    """
+
+    def __init__(self, windows: Tensor, **columns: Tensor) -> None:
+        self.windows, self._columns = windows, columns
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -96,7 +101,8 @@ class Windows(Dataset[dict[str, Tensor]]):
         ids = self.windows[index]
         labels = ids.clone()
         labels[0] = IGNORED
-        return {"input_ids": ids, "labels": labels}
+        others = {name: column[index] for name, column in self._columns.items()}
+        return {"input_ids": ids, "labels": labels, **others}
 
 
 def collate(examples: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -116,16 +122,16 @@ def load_corpus(options: DataOptions, tokenizer: Any, eval_windows: int, seed: i
         _parts(name, documents, options, tokenizer, eval_windows, seed)
         for name, documents in zip(options.corpora, _distinct(options), strict=True)
     ]
-    kinds = parts[0]
-    if options.mix_data:
-        kinds = _mixed(parts, options, eval_windows, seed)
+    mixed = bool(options.mix_data)
+    train, validation, held_out, origins = _mixed(parts, options, eval_windows, seed) if mixed else (*parts[0], None)
     out_of_domain = None
     if options.out_of_domain != "none":
         documents = _documents(options.out_of_domain, options)
         out_of_domain = token_windows(documents, tokenizer, options.max_length, options.max_length, eval_windows)
         if not len(out_of_domain):
             raise InputError(f"{options.out_of_domain} is shorter than one window of {options.max_length} tokens")
-    return Corpus(*kinds, out_of_domain, _tasks(parts, len(kinds[0]), options) if options.mix_data else ())
+    tasks = _tasks(parts, len(train), options) if mixed else ()
+    return Corpus(train, validation, held_out, out_of_domain, tasks, origins)
 
 
 def all_windows(options: DataOptions, tokenizer: Any) -> Tensor:
@@ -249,8 +255,8 @@ def _parts(
 
 def _mixed(
     parts: Sequence[tuple[Tensor, Tensor, Tensor]], options: DataOptions, eval_windows: int, seed: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The mixture of each kind of windows."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The mixture of each kind of windows, and which corpus each of those to train on is of."""
     weights, names = options.corpus_weights, task_names(options.corpora)
     train, validation, held_out = zip(*parts, strict=True)
     total = math.floor(len(train[0]) / shares(weights)[0])  # data's share of it is all it has
@@ -263,8 +269,10 @@ def _mixed(
     def judged(kind: Sequence[Tensor]) -> Tensor:
         return mix(kind, weights, min(eval_windows, without_repeats([len(one) for one in kind], weights)), seed=seed)
 
-    mixed = mix(train, weights, total, seed=seed, repeat=options.mix_repeat, names=names)
-    return mixed, judged(validation), judged(held_out)
+    drawn: dict[str, Any] = {"seed": seed, "repeat": options.mix_repeat, "names": names}
+    places = [torch.full((len(one),), place, device="cpu") for place, one in enumerate(train)]
+    mixed, origins = (mix(kind, weights, total, **drawn) for kind in (train, places))
+    return mixed, judged(validation), judged(held_out), origins
 
 
 def _tasks(parts: Sequence[tuple[Tensor, Tensor, Tensor]], total: int, options: DataOptions) -> tuple[Task, ...]:

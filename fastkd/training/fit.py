@@ -82,6 +82,7 @@ def fit(
         arguments(options, directory, resumed=checkpoint is not None),
         kd=kd,
         teacher=lessons.teacher,
+        terms=lessons.terms,
         temperature=_course(wanted.temperature, wanted.final_temperature, wanted.temperature_schedule),
         soft_weight=_course(wanted.weights[0], wanted.final_soft_weight, wanted.weight_schedule),
         train_dataset=lessons.train,
@@ -110,6 +111,7 @@ def fit(
     windows = _windows_seen(state.global_step, len(corpus.train), options)
     size = student.num_parameters()
     fitted = Fitted(state.log_history, size, state.global_step, windows * corpus.train.shape[1], samples.drawn)
+    trainer.teacher.save(directory)
     partial = finished.with_suffix(".partial")
     torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)
     partial.replace(finished)

@@ -1,8 +1,9 @@
-"""What a student is taught from: the labels, its teacher itself, or a cache of the teacher, which is written first."""
+"""What a student is taught from: the labels, a live teacher, or a cache of it, which is written first."""
 
 from __future__ import annotations
 
 import gc
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,21 +12,25 @@ from torch.utils.data import Dataset
 
 from fastkd.cache import CacheError, Collator
 from fastkd.cache.writer import begun
+from fastkd.teachers import Cached, TeacherMode
+from fastkd.terms import Term
 from fastkd.training.caching import DTYPES, write
 from fastkd.training.data import Corpus, Windows, collate
 from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
+from fastkd.training.teaching import teacher_of, terms_of
 
 __all__ = ["Lessons", "labels_alone", "lessons_of"]
 
 
 @dataclass(frozen=True)
 class Lessons:
-    """Examples, and how batches are made of them; a live teacher, or none."""
+    """Examples, and how batches are made of them; who teaches, and the terms beside the first."""
 
     train: Dataset[Any]
     collator: Any
-    teacher: Any = None
+    teacher: TeacherMode | None = None
+    terms: Sequence[Term] = ()
 
 
 def labels_alone(corpus: Corpus) -> Lessons:
@@ -33,16 +38,25 @@ def labels_alone(corpus: Corpus) -> Lessons:
     return Lessons(Windows(corpus.train), collate)
 
 
-def lessons_of(setup: Setup) -> Lessons:
-    """Lessons of `setup`'s teacher. Where they come from a cache, the teacher is freed.
+def lessons_of(setup: Setup, student: Any) -> Lessons:
+    """Lessons of `setup`'s teacher for a student. A teacher that is not needed any more is freed.
 
-    Raises InputError for a cache that is of other settings, of another tokenizer, or damaged.
+    Raises InputError for terms and teachers that the models cannot have, and for a cache that is of other settings, of
+    another tokenizer, or damaged.
     """
-    options, corpus = setup.options.distillation, setup.materials.corpus
-    if not options.needs_teacher:
+    options, teaching, corpus = setup.options.distillation, setup.options.teaching, setup.materials.corpus
+    if not setup.options.learns:
         return labels_alone(corpus)
     if not options.cache_dir:
-        return Lessons(Windows(corpus.train), collate, setup.teacher)
+        mode = teacher_of(setup, student)
+        terms = terms_of(setup, student, mode)
+        if teaching.of_itself:
+            _free(setup)
+        columns = {"corpus": corpus.origins} if "corpus" in mode.columns else {}
+        return Lessons(Windows(corpus.train, **columns), collate, mode, terms)
+    terms = terms_of(setup, student, Cached())
+    if not options.needs_teacher:
+        return Lessons(Windows(corpus.train), collate, terms=terms)
     vocab_size, tokenizer = setup.judge.vocab_size, setup.materials.tokenizer
     cache = write(
         setup.teacher,
@@ -63,9 +77,13 @@ def lessons_of(setup: Setup) -> Lessons:
     except CacheError as error:
         raise InputError(str(error)) from error
     print(f"cache: {cache.sequences:,} windows in {cache.directory}, {cache.bytes / 2**20:,.1f} MiB")
+    _free(setup)
+    return Lessons(Windows(corpus.train), Collator(cache), terms=terms)
+
+
+def _free(setup: Setup) -> None:
     setup.teacher = None
     gc.collect()
-    return Lessons(Windows(corpus.train), Collator(cache))
 
 
 def _seed_of_samples(directory: str, seed: int) -> int | None:

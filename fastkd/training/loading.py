@@ -15,6 +15,7 @@ from fastkd.training.options import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHE
 
 __all__ = [
     "device_of",
+    "from_scratch",
     "gpt2_tokenizer",
     "load_student",
     "load_teacher",
@@ -86,7 +87,7 @@ def student_config(options: ModelOptions, vocab_size: int, tokenizer: Any) -> An
 
 def load_student(options: ModelOptions, config: Any, device: torch.device) -> Any:
     """The student, in fp32 on `device`: from random weights or its own, with adapters if these were asked for."""
-    if _from_scratch(options):
+    if from_scratch(options):
         student = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     else:
         student = _load(AutoModelForCausalLM, options.student, what="student", dtype=torch.float32)
@@ -95,7 +96,7 @@ def load_student(options: ModelOptions, config: Any, device: torch.device) -> An
 
 def student_tokenizer(options: ModelOptions, teachers: Any) -> Any:
     """The tokenizer the student was pretrained with; the teacher's where it starts from random weights."""
-    return teachers if _from_scratch(options) else _load(AutoTokenizer, options.student, what="student")
+    return teachers if from_scratch(options) else _load(AutoTokenizer, options.student, what="student")
 
 
 def gpt2_tokenizer() -> Any:
@@ -118,7 +119,8 @@ def vocabulary_size(config: Any) -> int:
     return size
 
 
-def _from_scratch(options: ModelOptions) -> bool:
+def from_scratch(options: ModelOptions) -> bool:
+    """Whether the student starts from random weights."""
     path = Path(options.student)
     return options.from_scratch or path.is_file() or (options.student == SMALL_GPT2 and not path.exists())
 

@@ -14,7 +14,7 @@ __all__ = ["anchored", "check_writable"]
 
 #: Options that are paths; and those that are one where something has that name, and a name of the Hub elsewhere.
 _PATHS = ("output", "cache_dir")
-_MAY_BE_PATHS = ("teacher", "student", "data", "mix_data", "out_of_domain")
+_MAY_BE_PATHS = ("teacher", "student", "peer", "more_teachers", "data", "mix_data", "out_of_domain")
 
 
 def anchored(group: Any) -> Any:

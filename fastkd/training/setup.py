@@ -75,6 +75,7 @@ def gather(options: Options) -> Materials:
     tokenizer = loading.load_tokenizer(options.models.teacher)
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
     caching.check_cache(options, tokenizer)
+    checks.check_teaching(options, tokenizer)
     if options.models.teacher != TRAINED_TEACHER:
         _, student = _configurations(options, tokenizer)
     else:  # the teacher's configuration is ours

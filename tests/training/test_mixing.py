@@ -17,7 +17,7 @@ import yaml
 
 from fastkd.cli import main
 from fastkd.training.configuration import Parser
-from fastkd.training.data import all_windows, load_corpus
+from fastkd.training.data import Windows, all_windows, load_corpus
 from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER
 from fastkd.training.mixing import apportioned, mix, shares, without_repeats
 from fastkd.training.options import GROUPS, DataOptions, InputError
@@ -130,6 +130,17 @@ def test_each_corpus_is_split_by_itself_and_no_document_is_in_two_parts(corpora,
     assert torch.equal(whole[: len(ends[0])], ends[0])
     assert torch.equal(whole[-len(ends[1]) :], ends[1])
     assert len(whole) > len(ends[0]) + len(ends[1])
+
+
+def test_each_window_is_known_to_be_of_its_corpus(corpora, tokenizer):
+    data = DataOptions(corpora[0], mix_data=corpora[1:], mix_weights=[5, 3, 2], max_length=16, out_of_domain="none")
+    corpus = load_corpus(data, tokenizer, 64, 0)
+    assert corpus.origins is not None
+    for place, task in enumerate(corpus.tasks):
+        assert rows(corpus.train[corpus.origins == place]) <= rows(task.train)
+    example = Windows(corpus.train, corpus=corpus.origins)[3]
+    assert example.keys() == {"input_ids", "labels", "corpus"}
+    assert example["corpus"] == corpus.origins[3]
 
 
 def rows(windows):

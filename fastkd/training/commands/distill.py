@@ -17,7 +17,7 @@ import transformers
 
 from fastkd import training
 from fastkd.training.configuration import Parser, dump
-from fastkd.training.options import GROUPS, TRAINED_TEACHER, DistillationOptions, Options
+from fastkd.training.options import GROUPS, TRAINED_TEACHER, DistillationOptions, Options, TeachingOptions
 from fastkd.training.plain import visible
 
 if TYPE_CHECKING:
@@ -74,19 +74,21 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         student = setup.student()
         run.pin(**setup.fingerprints(student))
         before = setup.judge.judge("student before", student)
-        if options.distillation.needs_teacher:
+        if options.learns and not options.teaching.of_itself:
             training.checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
         _introduce(setup, before)
 
         clock = time.perf_counter()
-        given = training.lessons.lessons_of(setup)
+        given = training.lessons.lessons_of(setup, student)
         seconds = {"cache": time.perf_counter() - clock}
         work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
         fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
         students = {judge.STUDENT: training.adapters.merged(student, some, work / "student")}
         if options.evaluation.ce_baseline:
             alone = setup.student()
-            without = options._replace(distillation=LABELS_ALONE, training=_as_long(options, fitted[judge.STUDENT]))
+            without = options._replace(
+                distillation=LABELS_ALONE, teaching=TeachingOptions(), training=_as_long(options, fitted[judge.STUDENT])
+            )
             given = training.lessons.labels_alone(materials.corpus)
             fitted[judge.CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
             students[judge.CE_ONLY] = training.adapters.merged(alone, some, work / "ce-only")
@@ -141,7 +143,7 @@ def _train_teacher(options: Options, materials: Materials, run: Run) -> None:
     teacher = training.loading.teacher_to_train(materials.tokenizer).to(materials.device)
     print(f"teacher: {teacher.num_parameters():,} parameters, trained on the labels first")
     given = training.lessons.labels_alone(materials.corpus)
-    alone = options._replace(distillation=LABELS_ALONE)
+    alone = options._replace(distillation=LABELS_ALONE, teaching=TeachingOptions())
     checkpoints = run.directory / training.run.CHECKPOINTS / "teacher"
     training.fit.fit(
         teacher,

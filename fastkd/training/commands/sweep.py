@@ -148,9 +148,9 @@ def _row(setup: Setup, cell: DistillationOptions, directory: Path, count: str) -
     print(f"student {count}: soft weight {soft:g}, hard weight {hard:g}, temperature {cell.temperature:g}")
     setup.options = setup.options._replace(distillation=cell)
     teacher = setup.teacher
-    given = training.lessons.lessons_of(setup)
-    setup.teacher = teacher  # the next cell may need it
     student = setup.student()
+    given = training.lessons.lessons_of(setup, student)
+    setup.teacher = teacher  # the next cell may need it
     kd = training.arguments.distillation_loss(cell, setup.counted)
     training.fit.fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, setup.options, directory)
     found = setup.judge.judge(

@@ -23,6 +23,7 @@ from fastkd.training.options.data import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, 
 from fastkd.training.options.distillation import DistillationOptions, check_kept
 from fastkd.training.options.evaluation import METRICS, EvaluationOptions
 from fastkd.training.options.models import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, ModelOptions
+from fastkd.training.options.teaching import TeachingOptions, named_terms
 from fastkd.training.options.training import TrainingOptions
 
 __all__ = [
@@ -41,6 +42,7 @@ __all__ = [
     "ModelOptions",
     "Options",
     "Schedule",
+    "TeachingOptions",
     "TrainingOptions",
     "at_home",
     "at_least",
@@ -50,6 +52,7 @@ __all__ = [
     "check_weights",
     "did_you_mean",
     "expand_home",
+    "named_terms",
     "option",
 ]
 
@@ -62,6 +65,12 @@ class Options(NamedTuple):
     distillation: DistillationOptions
     training: TrainingOptions
     evaluation: EvaluationOptions
+    teaching: TeachingOptions = TeachingOptions()
+
+    @property
+    def learns(self) -> bool:
+        """Whether the student learns anything from a teacher."""
+        return self.distillation.needs_teacher or bool(self.teaching.terms)
 
 
-GROUPS = (ModelOptions, DataOptions, DistillationOptions, TrainingOptions, EvaluationOptions)
+GROUPS = (ModelOptions, DataOptions, DistillationOptions, TrainingOptions, EvaluationOptions, TeachingOptions)

@@ -1,0 +1,121 @@
+"""What teaches the student, and what beside the teacher's predictions it learns from."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import Field, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+from fastkd.training.options.base import InputError, at_least, check_finite, expand_home, option
+
+__all__ = ["TeachingOptions", "named_terms", "unfolded"]
+
+#: Mode → the options that are for it. Others are refused beside it.
+_TAKES: dict[str, tuple[str, ...]] = {
+    "frozen": (),
+    "cached": (),
+    "online": ("teacher_learning_rate",),
+    "mutual": ("teacher_learning_rate", "peer"),
+    "ema": ("ema_decay", "ema_device", "ema_dtype"),
+    "snapshot": ("snapshot_every",),
+    "multi_view": ("views",),
+    "mixture": ("more_teachers", "teacher_weights"),
+    "routed": ("more_teachers",),
+}
+#: Modes in which the student learns from what becomes of a student, and not from the teacher that judges it.
+_OF_ITSELF = ("mutual", "ema", "snapshot", "multi_view")
+
+
+@dataclass(frozen=True)
+class TeachingOptions:
+    """Who teaches, and the terms of the loss beside the teacher's predictions and the labels."""
+
+    _argument_group_name: ClassVar[str] = "teaching"
+
+    teacher_mode: Literal[
+        "frozen", "cached", "online", "mutual", "ema", "snapshot", "multi_view", "mixture", "routed"
+    ] = option(
+        "frozen",
+        "frozen: the teacher as it is, or its cache; online: the teacher is trained on the labels too; mutual: the "
+        "student and a second one teach each other; ema: the moving average of the student; snapshot: the student of "
+        "some steps before; multi_view: the student, on inputs it sees whole; mixture: several teachers, their "
+        "probabilities averaged; routed: each corpus of a mixture (mix_data) has its teacher. Whatever teaches, the "
+        "student is judged beside the model that --teacher names",
+    )
+    teacher_learning_rate: float | None = option(None, "peak learning rate of the model that learns beside the student")
+    peer: str = option("", "mutual: the second student, named as student is [the student, from other random weights]")
+    ema_decay: float = option(0.999, "ema: what of the average stays at each step; less in the first ones")
+    ema_device: str = option("", "ema: where the average is kept [the student's device]")
+    ema_dtype: Literal["student", "float32", "bfloat16"] = option("student", "ema: what the average is kept in")
+    snapshot_every: int = option(0, "snapshot: steps from one to the next; 0: the student of the last epoch's end")
+    views: list[str] = option([], "multi_view: what is done to the inputs: token_dropout, token_replacement, ... ")
+    more_teachers: list[str] = option([], "mixture, routed: the teachers after --teacher, named as it is")
+    teacher_weights: list[float] = option([], "mixture: weights of all teachers, --teacher's first [equal]")
+    terms: list[str] = option(
+        [],
+        "what the loss has beside the teacher's predictions and the labels: hidden, attention, ..., or a mapping "
+        """such as '{"type": "hidden", "weight": 0.5, "layers": "uniform"}'""",
+    )
+
+    def __post_init__(self) -> None:
+        expand_home(self, "peer")
+        check_finite(self)
+        at_least(self, snapshot_every=0)
+        mode = self.teacher_mode
+        for one in fields(self):
+            modes, value = [other for other, names in _TAKES.items() if one.name in names], getattr(self, one.name)
+            if modes and mode not in modes and value != _default(one):
+                raise InputError(
+                    f"{one.name} is {value!r}, but teacher_mode is {mode!r}: it is for {' and '.join(modes)}"
+                )
+        if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
+            raise InputError(f"teacher_learning_rate is {self.teacher_learning_rate}; it must be above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        if "more_teachers" in _TAKES[mode] and not self.more_teachers:
+            raise InputError(f"teacher_mode is {mode!r}, which takes several teachers: name them with more_teachers")
+        self._check_weights()
+        named_terms(self.terms)
+
+    def _check_weights(self) -> None:
+        count = 1 + len(self.more_teachers)
+        if not self.teacher_weights:
+            return
+        if len(self.teacher_weights) != count:
+            raise InputError(f"teacher_weights has {len(self.teacher_weights)} numbers for {count} teachers")
+        if min(self.teacher_weights) < 0 or not sum(self.teacher_weights):
+            raise InputError(f"teacher_weights are {self.teacher_weights}; none may be below 0, nor all be 0")
+
+    @property
+    def of_itself(self) -> bool:
+        """Whether a student teaches, and the model of --teacher does no more than judge."""
+        return self.teacher_mode in _OF_ITSELF
+
+
+def named_terms(given: Any) -> list[dict[str, Any]]:
+    """Names and mappings, these as JSON, → mappings with a `type`. Raises InputError for what is neither."""
+    found = []
+    for text in given:
+        one: Any = {"type": text}
+        if text.lstrip().startswith("{"):
+            try:
+                one = json.loads(text)
+            except ValueError as error:
+                raise InputError(f"terms has {text!r}, which is no JSON: {error}") from error
+        if not isinstance(one.get("type"), str):
+            raise InputError(f'terms has {text!r}, which does not say its type, such as {{"type": "hidden"}}')
+        found.append(one)
+    return found
+
+
+def unfolded(given: Any) -> dict[str, Any]:
+    """terms of a YAML file: its mappings as JSON. Raises InputError for what is neither a name nor a mapping."""
+    items = given if isinstance(given, list) else [given]
+    for item in items:
+        if not isinstance(item, (str, dict)):
+            raise InputError(f"terms has {item!r}: a term is a name or a mapping with a type")
+    return {"terms": [item if isinstance(item, str) else json.dumps(item) for item in items]}
+
+
+def _default(one: Field[Any]) -> Any:
+    return one.default_factory() if callable(one.default_factory) else one.default

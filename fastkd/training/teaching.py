@@ -1,0 +1,97 @@
+"""From options to who teaches, and to the terms of the loss beside the teacher's predictions and the labels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+import transformers
+
+from fastkd import teachers
+from fastkd.teachers import TeacherMode
+from fastkd.terms import Term, Terms, make_terms
+from fastkd.training import loading
+from fastkd.training.checks import more_teachers
+from fastkd.training.options import InputError, named_terms
+from fastkd.training.setup import Setup
+
+__all__ = ["teacher_of", "terms_of"]
+
+
+def teacher_of(setup: Setup, student: Any) -> TeacherMode:
+    """The teacher that a run asks for. Models that it needs beside `setup.teacher` are loaded."""
+    return _MODES[setup.options.teaching.teacher_mode](setup, student)
+
+
+def terms_of(setup: Setup, student: Any, teacher: TeacherMode) -> list[Term]:
+    """The terms that a run asks for, checked against the student and its teacher. Raises InputError."""
+    try:
+        terms = make_terms(named_terms(setup.options.teaching.terms))
+        checked = Terms(terms, student)
+        if "attentions" in checked.needs:  # fused ones return none
+            for model in (student, setup.teacher):
+                model.set_attn_implementation("eager")
+        teacher.check(student, checked.needs)
+        checked.check(student, teacher.model)
+    except (ValueError, TypeError) as error:
+        raise InputError(str(error)) from error
+    return terms
+
+
+def _online(setup: Setup, student: Any) -> TeacherMode:
+    teacher = setup.teacher.requires_grad_(True).train()
+    return teachers.Online(teacher, learning_rate=setup.options.teaching.teacher_learning_rate)
+
+
+def _mutual(setup: Setup, student: Any) -> TeacherMode:
+    wanted, models = setup.options.teaching, setup.options.models
+    models = replace(models, student=wanted.peer) if wanted.peer else models
+    config = loading.student_config(models, loading.vocabulary_size(student.config), setup.materials.tokenizer)
+    transformers.set_seed(setup.options.training.seed + 1)  # or both would be the same, and stay it
+    peer = loading.load_student(models, config, setup.materials.device)
+    return teachers.Mutual(peer, learning_rate=wanted.teacher_learning_rate)
+
+
+def _ema(setup: Setup, student: Any) -> TeacherMode:
+    wanted = setup.options.teaching
+    dtype = None if wanted.ema_dtype == "student" else getattr(torch, wanted.ema_dtype)
+    return teachers.EMA(wanted.ema_decay, device=wanted.ema_device or None, dtype=dtype)
+
+
+def _snapshot(setup: Setup, student: Any) -> TeacherMode:
+    return teachers.Snapshot(setup.options.teaching.snapshot_every or "epoch")
+
+
+def _multi_view(setup: Setup, student: Any) -> TeacherMode:
+    views = setup.options.teaching.views
+    return teachers.MultiView(views) if views else teachers.MultiView()
+
+
+def _mixture(setup: Setup, student: Any) -> TeacherMode:
+    return teachers.Mixed(_several(setup), setup.options.teaching.teacher_weights or None)
+
+
+def _routed(setup: Setup, student: Any) -> TeacherMode:
+    return teachers.Routed(_several(setup), column="corpus")
+
+
+def _several(setup: Setup) -> list[Any]:
+    return [
+        setup.teacher,
+        *(loading.load_teacher(models, setup.materials.device) for models in more_teachers(setup.options)),
+    ]
+
+
+_MODES: dict[str, Callable[[Setup, Any], TeacherMode]] = {
+    "frozen": lambda setup, student: teachers.Frozen(setup.teacher),
+    "cached": lambda setup, student: teachers.Cached(),
+    "online": _online,
+    "mutual": _mutual,
+    "ema": _ema,
+    "snapshot": _snapshot,
+    "multi_view": _multi_view,
+    "mixture": _mixture,
+    "routed": _routed,
+}
