@@ -33,8 +33,8 @@ _IGNORED = -100
 #: What a model can be asked for beside its last hidden states; also the name of the field of its outputs.
 Need = Literal["hidden_states", "attentions"]
 Shape = Literal["constant", "linear", "cosine"]
-#: What the trainer logs itself.
-_TAKEN = (
+#: What a trainer logs itself, beside what begins with `eval_`.
+RESERVED = (
     *("loss", "ratio", "temperature", "soft_weight", "tokens_per_second"),
     *("learning_rate", "grad_norm", "epoch", "step", "total_flos", "num_input_tokens_seen"),
 )
@@ -177,8 +177,8 @@ class Term(nn.Module):
 
     def __init__(self, name: str, weight: float | Course = 1.0) -> None:
         super().__init__()
-        if not name or name in _TAKEN or name.startswith("eval_"):
-            taken = ", ".join(_TAKEN)
+        if not name or name in RESERVED or name.startswith("eval_"):
+            taken = ", ".join(RESERVED)
             raise ValueError(f"a term cannot be named {name!r}: the trainer logs {taken} and eval_… itself")
         self.course = weight if isinstance(weight, Course) else None
         for number in (weight.start, weight.end) if isinstance(weight, Course) else (weight,):

@@ -14,6 +14,7 @@ from fastkd.training.options import Options
 from fastkd.training.progress import Progress
 from fastkd.training.run import write_whole
 from fastkd.training.samples import samples
+from fastkd.training.trainer import logged_beside
 
 __all__ = ["DrawSamples", "ShowProgress", "StopOnInterrupt", "ValidateAtEnd"]
 
@@ -91,7 +92,8 @@ class ShowProgress(TrainerCallback):
         """New values."""
         assert self._progress is not None
         logs = kwargs["logs"]
-        found = {shown: form.format(logs[name]) for name, shown, form in _SHOWN if name in logs}
+        rows = (*_SHOWN, *((name, name, "{:.3g}") for name in logged_beside(logs) if "loss" in logs))
+        found = {shown: form.format(logs[name]) for name, shown, form in rows if name in logs}
         self._progress.update(state.global_step, found)
 
     def on_train_end(self, *_: Any, **__: Any) -> None:

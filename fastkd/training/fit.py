@@ -16,7 +16,7 @@ from fastkd.training.checkpoints import Sealer, checkpoint_of, last_whole, state
 from fastkd.training.data import Corpus, Windows, collate
 from fastkd.training.lessons import Lessons
 from fastkd.training.options import Options
-from fastkd.training.trainer import Course, KDTrainer
+from fastkd.training.trainer import Course, KDTrainer, logged_beside
 
 __all__ = ["Fitted", "fit"]
 
@@ -42,6 +42,11 @@ class Fitted:
     def losses(self) -> list[dict[str, float]]:
         """Lines with loss, hard, soft, ratio and tokens_per_second."""
         return [line for line in self.history if "tokens_per_second" in line]
+
+    @property
+    def beside(self) -> list[str]:
+        """What the lines of losses have of terms, and of a teacher that learns."""
+        return list(dict.fromkeys(name for line in self.losses for name in logged_beside(line)))
 
     @property
     def validations(self) -> list[dict[str, float]]:

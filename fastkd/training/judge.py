@@ -25,9 +25,21 @@ from fastkd.training.evaluation import (
 from fastkd.training.options import METRICS, Options
 from fastkd.training.samples import next_token, samples
 
-__all__ = ["CE_ONLY", "STUDENT", "TEACHER", "Contender", "Judge", "TaskResult", "differences", "verdict"]
+__all__ = [
+    "CE_ONLY",
+    "PEER",
+    "STUDENT",
+    "TEACHER",
+    "TRAINED",
+    "Contender",
+    "Judge",
+    "TaskResult",
+    "differences",
+    "verdict",
+]
 
 TEACHER, STUDENT, CE_ONLY = "teacher", "student", "CE-only student"
+PEER, TRAINED = "second student", "teacher after training"
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from fastkd.training.fit import Fitted
-from fastkd.training.judge import CE_ONLY, STUDENT, TEACHER, Contender
+from fastkd.training.judge import CE_ONLY, PEER, STUDENT, TEACHER, TRAINED, Contender
 from fastkd.training.plain import figure_text
 
 __all__ = [
@@ -27,7 +27,13 @@ __all__ = [
     "validation",
 ]
 
-_COLOURS = {TEACHER: "#808080", STUDENT: "#2b8ac6", CE_ONLY: "#d9822b"}  # seen on light and on dark pages
+_COLOURS = {  # seen on light and on dark pages
+    TEACHER: "#808080",
+    STUDENT: "#2b8ac6",
+    CE_ONLY: "#d9822b",
+    PEER: "#3f9e4d",
+    TRAINED: "#a05195",
+}
 _SIZE = (4.6, 3.2)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
 _TASK_FORMS = {"retention": "{:.1f}".format, "kl": "{:.3f}".format}
 _LONGEST = 40  # characters of a corpus' name on an axis

@@ -191,6 +191,7 @@ def _training(
             "hard ÷ soft loss",
             "Hard loss divided by soft loss, before their weights: which of them pulls harder.",
         ),
+        *((name, name, f"{name}: of a term or a teacher that learns, before its weight.") for name in student.beside),
         ("learning_rate", "learning rate", "Learning rate: it rises during warm-up, then follows its schedule."),
         ("grad_norm", "gradient norm", "Norm of the gradient before clipping. Peaks go with jumps of the loss."),
     ):

@@ -24,11 +24,11 @@ from transformers import EvalPrediction
 import fastkd
 from fastkd.teachers import Cached, Frozen, TeacherMode
 from fastkd.terms import Batch, Course, KDTerm, Outputs, RouterTerm, Term, Terms, asks_for_router_loss, outputs_of
+from fastkd.terms.term import RESERVED
 from fastkd.training.beside import TrainsBeside
 from fastkd.training.counting import COUNT, Counting
 
-__all__ = ["Course", "KDTrainer"]
-
+__all__ = ["Course", "KDTrainer", "logged_beside"]
 
 _NO_LOGITS = "no logits are formed; evaluation gives eval_hard and eval_perplexity, for more override prediction_step"
 #: What Trainer takes and a loss without logits cannot: (name, values that ask for nothing, what to do).
@@ -104,7 +104,7 @@ class KDTrainer(TrainsBeside):
         routed = asks_for_router_loss(self.model) and not any(isinstance(term, RouterTerm) for term in terms)
         all_terms = Terms([first, *terms, *([RouterTerm(self.model)] if routed else [])], self.model)
         mode = _mode(teacher)
-        mode.check(self.model, all_terms.needs)
+        mode.check(self.model, all_terms.needs, self.kd.vocab_size)
         all_terms.check(self.model, mode.model)
         self._stand_beside(all_terms, mode)
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
@@ -275,6 +275,11 @@ class KDTrainer(TrainsBeside):
             return work(*args, **kwargs)
         finally:
             self._paused += time.perf_counter() - started
+
+
+def logged_beside(line: dict[str, Any]) -> list[str]:
+    """What a line of logs has of terms and of a teacher that learns: names, in order."""
+    return [name for name in line if name not in (*RESERVED, "soft", "hard") and not name.startswith("eval_")]
 
 
 def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:

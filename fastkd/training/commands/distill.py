@@ -7,6 +7,7 @@ its predictions into a cache, if there is to be one; train; train without a teac
 from __future__ import annotations
 
 import shlex
+import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -42,6 +43,8 @@ examples:
   fastkd distill runs/reviews/config.yaml --resume
 """
 
+#: Models that learn beside the student: (name of the contender, folder a training leaves it in, folder of the run).
+_BESIDE = (("second student", "peer", "peer"), ("teacher after training", "teacher", "trained-teacher"))
 LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
 
 
@@ -93,12 +96,21 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
             fitted[judge.CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
             students[judge.CE_ONLY] = training.adapters.merged(alone, some, work / "ce-only")
 
+        beside = {
+            name: (work / "student" / left, to) for name, left, to in _BESIDE if (work / "student" / left).is_dir()
+        }
         with run.results() as staging:  # first of all: nothing that follows costs a student
             for name, model in students.items():
                 folder = staging if name == judge.STUDENT else staging / "ce-only"
                 model.save_pretrained(folder)
                 materials.tokenizer.save_pretrained(folder)
+            for left, folder in beside.values():
+                shutil.copytree(left, staging / folder)
+                materials.tokenizer.save_pretrained(staging / folder)
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
+        for name, (left, _) in beside.items():
+            models = replace(options.models, teacher=str(left), teacher_dtype="float32", teacher_quantization="none")
+            contenders.append(setup.judge.judge(name, training.loading.load_teacher(models, materials.device)))
         cost = _flops(setup, fitted[judge.STUDENT])
         lines = [*judge.verdict(contenders, before), _cost_line(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}

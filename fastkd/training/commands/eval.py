@@ -10,7 +10,7 @@ from typing import Any
 
 from fastkd import training
 from fastkd.training.configuration import Parser
-from fastkd.training.options import GROUPS, TRAINED_TEACHER, InputError, Options, at_home
+from fastkd.training.options import GROUPS, TRAINED_TEACHER, InputError, Options, TeachingOptions, at_home
 from fastkd.training.plain import visible
 
 __all__ = ["evaluate", "run"]
@@ -54,6 +54,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
     if models.teacher == TRAINED_TEACHER:
         models = replace(models, teacher=str(directory / "teacher"))
     options = options._replace(models=models, distillation=replace(options.distillation, cache_dir=""))  # none is read
+    options = options._replace(teaching=TeachingOptions())  # nor is anything taught
     if baseline is None and (directory / "ce-only" / "config.json").is_file():
         baseline = str(directory / "ce-only")
     setup = training.setup.with_teacher(options, training.setup.gather(options))
