@@ -27,7 +27,7 @@ LAYERS = [
     ("fastkd.cli",),
 ]
 #: Imported where they are used: a fastkd without them does all else. `pydoc_data` is half a megabyte of text.
-OPTIONAL = {"triton", "datasets", "peft", "torchao", "gguf", "pydoc_data"}
+OPTIONAL = {"triton", "datasets", "peft", "torchao", "gguf", "transformers", "safetensors", "pydoc_data"}
 LONGEST_FILE = 450
 
 
