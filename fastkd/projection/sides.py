@@ -33,7 +33,9 @@ __all__ = [
     "TeacherSide",
     "autocast_dtype",
     "head_size",
+    "operand_dtype",
     "part_of",
+    "product",
     "rows_at_hand",
     "student_side",
     "teacher_side",
@@ -193,7 +195,7 @@ def head_size(source: object, autocast: torch.dtype | None) -> HeadSize | None:
     )
 
 
-def _product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
+def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
     """a·b into `out`, or added to it, whose dtype is the operands' or fp32."""
     if a.dtype == out.dtype:
         if accumulate:
@@ -260,7 +262,7 @@ class Head:
         out = _held(self._buffer, columns, part)
         for some in self._parts(columns):
             weight = self.weight[some].to(self.operand)
-            _product(self._x[part], weight.t(), out[:, some.start - columns.start : some.stop - columns.start])
+            product(self._x[part], weight.t(), out[:, some.start - columns.start : some.stop - columns.start])
         if self.bias is not None:
             out.add_(self.bias[columns])
         if self.scale != 1:
@@ -296,9 +298,9 @@ class Head:
         for some in self._parts(columns):
             g = self._grad[:, some.start - columns.start : some.stop - columns.start]
             if self.wants.hidden:
-                _product(g, self.weight[some].to(self.operand), self._dx, accumulate=some.start > 0)
+                product(g, self.weight[some].to(self.operand), self._dx, accumulate=some.start > 0)
             if self.wants.weight:
-                _product(g.t(), self._x, self._weight_grad[some], accumulate=not first_of_weight)
+                product(g.t(), self._x, self._weight_grad[some], accumulate=not first_of_weight)
 
     def finish(self) -> None:
         if self.wants.hidden:
