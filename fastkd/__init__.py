@@ -34,7 +34,7 @@ __all__ += divergences.__all__
 
 
 def __getattr__(name: str) -> Any:
-    """`fastkd.cache`, which needs numpy and safetensors, terms and teachers: imported when they are first asked for."""
-    if name in ("cache", "terms", "teachers"):
+    """`fastkd.cache`, which needs numpy and safetensors, terms, teachers, students: imported when first asked for."""
+    if name in ("cache", "terms", "teachers", "students"):
         return importlib.import_module(f"fastkd.{name}")
     raise AttributeError(f"module 'fastkd' has no attribute {name!r}")
