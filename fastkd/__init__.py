@@ -46,8 +46,8 @@ _LAZY = {
 
 
 def __getattr__(name: str) -> Any:
-    """`fastkd.cache`, which needs numpy and safetensors, terms and teachers: imported when they are first asked for."""
-    if name in ("cache", "terms", "teachers"):
+    """`fastkd.cache`, which needs numpy and safetensors, terms, teachers, students: imported when first asked for."""
+    if name in ("cache", "terms", "teachers", "students"):
         return importlib.import_module(f"fastkd.{name}")
     if name in _LAZY:
         return getattr(importlib.import_module(_LAZY[name]), name)

@@ -19,6 +19,7 @@ LAYERS = [
     ("fastkd.ops",),
     ("fastkd.autograd",),
     ("fastkd.losses", "fastkd.statistics"),
+    ("fastkd.students",),
     ("fastkd.terms",),
     ("fastkd.teachers",),
     ("fastkd",),
