@@ -13,12 +13,13 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ("fastkd.arguments", "fastkd.rows", "fastkd.overlap", "fastkd.live"),
     ("fastkd.divergences",),
-    ("fastkd.sources", "fastkd.served", "fastkd.kernels", "fastkd.reference"),
+    ("fastkd.projected", "fastkd.mixture", "fastkd.sources", "fastkd.served", "fastkd.kernels", "fastkd.reference"),
     ("fastkd.sparse", "fastkd.call", "fastkd.backend"),
     ("fastkd.gradients", "fastkd.projection"),
     ("fastkd.ops",),
     ("fastkd.autograd",),
     ("fastkd.losses", "fastkd.statistics"),
+    ("fastkd.students",),
     ("fastkd.terms",),
     ("fastkd.teachers",),
     ("fastkd",),
@@ -27,7 +28,7 @@ LAYERS = [
     ("fastkd.cli",),
 ]
 #: Imported where they are used: a fastkd without them does all else. `pydoc_data` is half a megabyte of text.
-OPTIONAL = {"triton", "datasets", "peft", "torchao", "gguf", "pydoc_data"}
+OPTIONAL = {"triton", "datasets", "peft", "torchao", "gguf", "transformers", "safetensors", "pydoc_data"}
 LONGEST_FILE = 450
 
 

@@ -1,12 +1,17 @@
 """Terms: the addends of a distillation's training loss, for `KDTrainer` and for loops of one's own."""
 
+from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
+from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
 from fastkd.terms.term import Batch, Course, Need, Outputs, Term, Terms, outputs_of
 
 __all__ = [
     "Batch",
     "Course",
+    "HiddenStateTerm",
     "KDTerm",
+    "MultiTokenHeads",
+    "MultiTokenTerm",
     "Need",
     "Outputs",
     "RouterTerm",

@@ -4,7 +4,7 @@
         '''Keeps the normalisers of the student's rows near 1: mean of log²(Σ exp z).'''
 
         def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
-            logits = student.logits.hidden @ student.logits.weight.T
+            logits = student.projection.hidden @ student.projection.weight.T
             return batch.mean(logits.logsumexp(-1).square())
 
     trainer = KDTrainer(student, arguments, teacher=teacher, terms=[ZLoss("z_loss", weight=1e-4)], ...)
@@ -139,18 +139,19 @@ class Batch:
         The parts of all batches of an optimizer step add up to its mean, as the distillation loss' parts do.
         """
         found = torch.where(self.counted, values[:, :-1], 0.0).sum()
-        return self._over_step(found)
+        return self.over_step(found)
 
     def part(self, value: Tensor) -> Tensor:
         """The same of a mean over this batch, a scalar: `value` times the batch's share of the step's tokens."""
-        return value * self._over_step(self.counted.sum())
+        return value * self.over_step(self.counted.sum())
 
     @property
     def counted(self) -> Tensor:
         """Bool `[batch, tokens − 1]`: the positions whose next label counts."""
         return self.labels[:, 1:] != _IGNORED
 
-    def _over_step(self, found: Tensor) -> Tensor:
+    def over_step(self, found: Tensor) -> Tensor:
+        """The same of a sum over the tokens of this batch that count: `found` by the number of those of the step."""
         return found / (self.counted.sum().clamp(min=1) if self.num_items is None else self.num_items)
 
 
@@ -202,7 +203,10 @@ class Term(nn.Module):
         raise NotImplementedError
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Raise ValueError, before the first step, for models it cannot serve. `teacher` is None for a cache."""
+        """Raise ValueError for models it cannot serve; make the parameters whose shapes are the models'.
+
+        Called once, before the optimizer is made. `teacher` is None for a cache.
+        """
 
 
 class Terms(nn.ModuleList):
@@ -255,7 +259,7 @@ class Terms(nn.ModuleList):
             term.follow(progress)
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Raise ValueError, before the first step, for models that a term cannot serve."""
+        """Let each term look at the models, before the optimizer is made. ValueError where one cannot serve them."""
         for term in self._terms:
             term.check(student, teacher)
 

@@ -15,6 +15,7 @@ REFERENCE = Path(__file__).parents[2] / "docs/reference"
 PUBLIC = {
     *(f"fastkd.{name}" for name in fastkd.__all__),
     *(f"fastkd.cache.{name}" for name in fastkd.cache.__all__),
+    *(f"fastkd.students.{name}" for name in fastkd.students.__all__),
     "fastkd.terms.Batch",
     "fastkd.terms.Term",
     "fastkd.training.trainer.Course",

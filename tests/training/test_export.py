@@ -6,6 +6,7 @@ import pytest
 import torch
 import transformers
 
+import fastkd
 from fastkd.cli import main
 
 tokenizers = pytest.importorskip("tokenizers")
@@ -121,3 +122,22 @@ def test_bad_places(inputs, tmp_path, capsys):
     assert main(["export", str(tmp_path / "absent"), "--to", "hf", "--output", str(tmp_path / "new")]) == 2
     assert "cannot load" in capsys.readouterr().err
     assert not any(tmp_path.iterdir())
+
+
+def test_multi_token_heads_are_dropped_or_kept(tmp_path, tokenizer, capsys):
+    model = student("llama", tokenizer)
+    heads = fastkd.MultiTokenHeads(model.config, 2)
+    model.save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    asked = ["export", str(tmp_path / "student"), "--to"]
+    assert main([*asked, "hf", "--heads", "keep", "--output", str(tmp_path / "none")]) == 2
+    assert "has no multi_token_heads.safetensors" in capsys.readouterr().err
+    heads.save_pretrained(tmp_path / "student")
+    assert main([*asked, "gguf", "--heads", "keep", "--output", str(tmp_path / "none")]) == 2
+    assert "gguf has no place for multi-token heads" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
+    for name, options in (("dropped", []), ("kept", ["--heads", "keep"])):
+        assert main([*asked, "hf", *options, "--output", str(tmp_path / name)]) == 0
+    assert not list((tmp_path / "dropped").glob("multi*"))
+    found = fastkd.MultiTokenHeads.from_pretrained(tmp_path / "kept").state_dict()
+    assert all(torch.equal(weight, found[name]) for name, weight in heads.state_dict().items())

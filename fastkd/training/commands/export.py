@@ -14,6 +14,7 @@ import torch
 import transformers
 
 from fastkd import training
+from fastkd.terms.multi_token import HEADS_FILE
 from fastkd.training.configuration import Parser
 from fastkd.training.options import InputError, at_home
 
@@ -36,16 +37,26 @@ def run(arguments: Sequence[str]) -> None:
     parser.add("student", metavar="STUDENT", help="directory of a finished run, or of any model with its tokenizer")
     parser.add("--to", choices=("hf", "int4", "gguf"), required=True, help="the format")
     parser.add("--output", metavar="DIRECTORY", required=True, help="a new directory")
+    parser.add(
+        "--heads", choices=("drop", "keep"), default="drop", help="multi-token heads beside the student (default: drop)"
+    )
     (asked,) = parser.parse(arguments)
-    export(at_home(asked.student, "STUDENT"), asked.to, at_home(asked.output, "--output"))
+    export(
+        at_home(asked.student, "STUDENT"), asked.to, at_home(asked.output, "--output"), keep_heads=asked.heads == "keep"
+    )
 
 
-def export(student: str, to: str, output: str) -> None:
+def export(student: str, to: str, output: str, *, keep_heads: bool = False) -> None:
     """Write the model in the directory `student` to the new directory `output`.
 
     `hf`: as save_pretrained writes it. `int4`: likewise, with the weights of linear layers in 4 bits by torchao.
-    `gguf`: one file, model.gguf. Raises InputError, with nothing written, where that cannot be done.
+    `gguf`: one file, model.gguf. `keep_heads`: its multi-token heads too, as they are, not with `gguf`. Raises
+    InputError, with nothing written, where that cannot be done.
     """
+    if keep_heads and to == "gguf":
+        raise InputError("gguf has no place for multi-token heads: --heads drop, or --to hf")
+    if keep_heads and not (Path(student) / HEADS_FILE).is_file():
+        raise InputError(f"{student} has no {HEADS_FILE}, so there are no heads to keep: leave --heads away")
     if Path(output).exists():
         raise InputError(f"{output} exists: name a new directory with --output")
     training.places.check_writable(output, "--output")
@@ -70,6 +81,8 @@ def export(student: str, to: str, output: str) -> None:
         else:
             model.save_pretrained(directory)
             tokenizer.save_pretrained(directory)
+            if keep_heads:
+                shutil.copyfile(Path(student) / HEADS_FILE, directory / HEADS_FILE)
     size = sum(path.stat().st_size for path in Path(output).iterdir())
     print(
         f"saved to {output}: {', '.join(sorted(path.name for path in Path(output).iterdir()))}; {size / 2**20:,.1f} MiB"

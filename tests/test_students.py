@@ -1,0 +1,212 @@
+"""Students made from their teachers: the same function where all is kept, and one that works where it is not."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+
+import pytest
+import torch
+
+import fastkd
+from fastkd.students import keep_layers, narrow, parse_layers
+from tests.causal_lms import DECODER, V, batch, build, llama
+
+transformers = pytest.importorskip("transformers")
+
+DEEP = {**DECODER, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32, "bos_token_id": 1}
+GPT2 |= {"eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
+TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+MODELS = {
+    "gpt2": GPT2,
+    "llama": {**DEEP, "tie_word_embeddings": True},  # as SmolLM2
+    "qwen2": {**DEEP, "use_sliding_window": True, "sliding_window": 3, "layer_types": TYPES},
+    "qwen3": DEEP,
+    "gemma3_text": {**DEEP, "sliding_window": 3, "layer_types": TYPES},
+    "mixtral": {**DEEP, "num_local_experts": 4},
+    "qwen3_moe": {**DEEP, **EXPERTS, "decoder_sparse_step": 2, "mlp_only_layers": []},
+    "qwen2_moe": {**DEEP, **EXPERTS, "shared_expert_intermediate_size": 12, "mlp_only_layers": [1]},
+}
+
+
+def tiny(kind):
+    """In float32, which is what products of experts take."""
+    return build(kind, **MODELS[kind]).float()
+
+
+@pytest.fixture(params=MODELS)
+def model(request):
+    return tiny(request.param)
+
+
+def logits(model, inputs):
+    with torch.no_grad():
+        return model(**inputs, use_cache=False).logits
+
+
+def generated(model, use_cache):
+    ids = torch.arange(3, 9).view(1, -1)
+    kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    return model.generate(ids, use_cache=use_cache, **kwargs)
+
+
+def shares_memory(first, second):
+    return {one.data_ptr() for one in first.parameters()} & {one.data_ptr() for one in second.parameters()}
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("0,2,4", [0, 2, 4]),
+        ("0-8, 10, 12-13,29", [*range(9), 10, 12, 13, 29]),
+        ("7", [7]),
+        ("uniform:1", [0]),
+        ("uniform:2", [0, 29]),
+        ("uniform:4", [0, 10, 19, 29]),
+        ("uniform:30", list(range(30))),
+        ("last:3", [27, 28, 29]),
+        ("every:7", [0, 7, 14, 21, 28]),
+    ],
+)
+def test_layers_as_text(text, expected):
+    assert parse_layers(text, 30) == expected
+
+
+def test_uniform_is_as_even_as_integers_allow():
+    for layers in range(1, 40):
+        for count in range(1, layers + 1):
+            found = parse_layers(f"uniform:{count}", layers)
+            steps = {after - before for before, after in itertools.pairwise(found)}
+            assert len(found) == count
+            assert found[0] == 0
+            assert not steps or max(steps) - min(steps) <= 1
+            assert count == 1 or found[-1] == layers - 1
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("0,2,9", "of which '9' is no block of a model that has 0 to 3"),
+        ("0-9", "of which '0-9' is no block"),
+        ("2-1", "of which '2-1' is no block"),
+        ("0,0", "0 after 0; each block is taken once"),
+        ("0-2,1", "1 after 2"),
+        ("", "they must be indices from 0"),
+        ("first:2", "'first:2'; they must be indices"),
+        ("0,-1", "they must be indices"),
+        ("uniform:5", "N must be from 1 to the model's 4 blocks"),
+        ("every:0", "N must be from 1"),
+    ],
+)
+def test_bad_layers_as_text(text, message):
+    with pytest.raises(ValueError, match="layers") as refused:
+        parse_layers(text, 4)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"), [([], "empty"), ([4], "has 4"), ([-1], "has -1"), ([1, 0], "0 after 1"), ([2, 2], "2 after")]
+)
+def test_bad_layers(layers, message):
+    with pytest.raises(ValueError, match=message):
+        keep_layers(build("llama", **DEEP), layers)
+
+
+def test_all_layers_kept_is_the_model(model):
+    inputs = batch("right")
+    student = keep_layers(model, range(4))
+    torch.testing.assert_close(logits(student, inputs), logits(model, inputs), rtol=0, atol=0)
+    assert not shares_memory(model, student)
+    assert student.config.to_dict() == model.config.to_dict()
+
+
+def test_a_block_less_is_the_model_without_it(model):
+    """The judge is the model itself, with a hook that lets the hidden states past the blocks that are left out."""
+    inputs, kept = batch("right"), [0, 3]
+    student = keep_layers(model, kept)
+    name = "h" if hasattr(model.base_model, "h") else "layers"
+    assert [len(getattr(one.base_model, name)) for one in (student, model)] == [2, 4]
+    skipping = copy.deepcopy(model)
+    for index in {1, 2}:
+        block = getattr(skipping.base_model, name)[index]
+        block.register_forward_hook(lambda module, given, kwargs, out: given[0], with_kwargs=True)
+    expected = logits(skipping, inputs)
+    torch.testing.assert_close(logits(student, inputs), expected, rtol=1e-5, atol=1e-5)
+    assert (expected - logits(model, inputs)).abs().max() > 1e-3
+
+
+def test_a_cache_changes_nothing(model):
+    for student in (keep_layers(model, "1,3"), keep_layers(model, "last:1")):
+        assert student.config.num_hidden_layers == len(
+            getattr(student.base_model, "h", None) or student.base_model.layers
+        )
+        assert torch.equal(generated(student, True), generated(student, False))
+
+
+def test_it_is_saved_and_loaded(model, tmp_path):
+    student = keep_layers(model, "uniform:2")
+    student.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    inputs = batch()
+    torch.testing.assert_close(logits(loaded, inputs), logits(student, inputs), rtol=0, atol=0)
+
+
+def test_ties_stay_and_training_works(model):
+    student = keep_layers(model.requires_grad_(False), [0, 2]).train()
+    tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert (student.get_output_embeddings().weight is student.get_input_embeddings().weight) == tied
+    student(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert all(weight.requires_grad for weight in student.parameters())
+    assert not any(weight.requires_grad for weight in model.parameters())
+
+
+def test_settings_by_place_are_refused():
+    model = build("gpt2", **GPT2, scale_attn_by_inverse_layer_idx=True)
+    keep_layers(model, [0, 1])
+    with pytest.raises(ValueError, match=r"block 3 at 1 would have attn.scaling 0.17.* in place of 0.08"):
+        keep_layers(model, [0, 3])
+
+
+def test_what_is_no_causal_lm():
+    with pytest.raises(TypeError, match="got Linear"):
+        keep_layers(torch.nn.Linear(2, 2), [0])
+    model = llama()
+    model.lm_head.weight = torch.nn.Parameter(torch.zeros(V, 8, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(ValueError, match=r"lm_head.weight is quantised \(torch.int8\)"):
+        keep_layers(model, [0])
+
+
+def test_it_is_offered():
+    assert fastkd.students.keep_layers is keep_layers
+
+
+# A width ---------------------------------------------------------------------------------------------------------
+
+
+def deaf(model, channels):
+    """The model with nothing in some channels of its residual stream, so that leaving them out changes nothing.
+
+    Norms still divide by the whole width, so their weights make up for it in the student, by `scale`.
+    """
+    for name, weight in model.named_parameters():
+        for axis, size in enumerate(weight.shape):
+            if size == model.config.hidden_size and "q_proj" not in name and "o_proj" not in name:
+                weight.data.index_fill_(axis, torch.tensor(channels), 0.0)
+    return model
+
+
+@pytest.mark.parametrize("kind", sorted(MODELS))
+def test_narrower(kind):
+    model = tiny(kind)
+    student = narrow(model, 16, [batch("right"), batch("left")])
+    assert student.get_input_embeddings().weight.shape == (V, 16)
+    assert student.config.hidden_size == 16
+    assert student.config.num_attention_heads == 2
+    assert torch.equal(generated(student, True), generated(student, False))
+    assert not shares_memory(model, student)
+    student.train()(**batch(), labels=batch()["input_ids"]).loss.backward()
+    assert all(weight.grad is not None for weight in student.parameters() if weight.requires_grad)
+    ours, whole = (one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (student, model))
+    assert ours == whole
