@@ -1,11 +1,13 @@
 """Terms: the addends of a distillation's training loss, for `KDTrainer` and for loops of one's own."""
 
+from fastkd.terms.attention import AttentionTerm
 from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
 from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
-from fastkd.terms.term import Batch, Course, Need, Outputs, Term, Terms, outputs_of
+from fastkd.terms.term import Batch, Course, Need, Needs, Outputs, Term, Terms, outputs_of
 
 __all__ = [
+    "AttentionTerm",
     "Batch",
     "Course",
     "HiddenStateTerm",
@@ -13,6 +15,7 @@ __all__ = [
     "MultiTokenHeads",
     "MultiTokenTerm",
     "Need",
+    "Needs",
     "Outputs",
     "RouterTerm",
     "Term",

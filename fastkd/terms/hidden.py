@@ -115,6 +115,7 @@ class HiddenStateTerm(Term):
         if not self._made:
             self._make(ours, theirs, len(pairs), next(student.parameters()).device)
         self.pairs, self._made = pairs, made
+        self.teachers_blocks = frozenset(other for _, others in pairs for other in others)
 
     def _make(self, ours: Architecture, theirs: Architecture, pairs: int, device: torch.device) -> None:
         if ours.width != theirs.width:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,12 +27,13 @@ from torch import Tensor, nn
 
 from fastkd.projection.models import project
 from fastkd.sources import Projection, Teacher
+from fastkd.terms.recording import Heads, recorded
 
-__all__ = ["Batch", "Course", "Need", "Outputs", "Shape", "Term", "Terms", "outputs_of"]
+__all__ = ["Batch", "Course", "Need", "Needs", "Outputs", "Shape", "Term", "Terms", "outputs_of"]
 
 _IGNORED = -100
 #: What a model can be asked for beside its last hidden states; also the name of the field of its outputs.
-Need = Literal["hidden_states", "attentions"]
+Need = Literal["hidden_states", "attentions", "projections"]
 Shape = Literal["constant", "linear", "cosine"]
 #: What a trainer logs itself, beside what begins with `eval_`.
 RESERVED = (
@@ -78,7 +80,10 @@ class Outputs:
 
     @property
     def hidden_states(self) -> tuple[Tensor, ...]:
-        """`[batch, tokens, H]` each: the embedding's, then those after each block. ValueError where there are none."""
+        """`[batch, tokens, H]` each: the embedding's, then those after each block. ValueError where there are none.
+
+        None in the place of what no term reads of a teacher.
+        """
         found: tuple[Tensor, ...] = self._found("hidden_states")
         return found
 
@@ -88,6 +93,12 @@ class Outputs:
         found: tuple[Tensor, ...] = self._found("attentions")
         if any(one is None for one in found):
             raise ValueError(_NO_ATTENTIONS)
+        return found
+
+    @property
+    def projections(self) -> Mapping[int, Heads]:
+        """Queries, keys and values of each block, by its number. ValueError where there are none."""
+        found: Mapping[int, Heads] = self._found("projections")
         return found
 
     def _found(self, name: str) -> Any:
@@ -107,16 +118,32 @@ _NO_ATTENTIONS = (
 )
 
 
+class Needs(tuple[Need, ...]):
+    """What terms need of a model, and of which blocks alone, where not of all."""
+
+    blocks: Mapping[Need, frozenset[int]]
+
+    def __new__(cls, names: Sequence[Need], blocks: Mapping[Need, frozenset[int]]) -> Needs:
+        """A tuple of names."""
+        made = super().__new__(cls, names)
+        made.blocks = blocks
+        return made
+
+
 def outputs_of(model: nn.Module, inputs: Mapping[str, Any], needs: Sequence[Need] = ()) -> Outputs:
-    """One forward of a causal language model, with its `hidden_states` or `attentions` where terms need them.
+    """One forward of a causal language model, with what terms need beside its last hidden states.
 
     Args:
         model, inputs: as `fastkd.project` takes them, which says what it raises.
-        needs: `terms.needs`.
+        needs: `terms.needs`; for a teacher `terms.teachers_needs`, and nothing is kept of blocks that no term reads.
     """
-    asked = {f"output_{need}": True for need in needs}
-    logits, fields = project(model, return_outputs=True, **{**inputs, **asked})
-    return Outputs(logits, fields, model)
+    blocks: Mapping[Need, frozenset[int]] = needs.blocks if isinstance(needs, Needs) else {}
+    asked: dict[str, Any] = {f"output_{need}": True for need in needs if need != "projections"}
+    if "hidden_states" in blocks:
+        asked["output_hidden_states"] = [block + 1 for block in sorted(blocks["hidden_states"])]
+    with recorded(model, blocks.get("projections")) if "projections" in needs else nullcontext() as heads:
+        logits, fields = project(model, return_outputs=True, **{**inputs, **asked})
+    return Outputs(logits, fields if heads is None else {**fields, "projections": heads}, model)
 
 
 @dataclass(frozen=True)
@@ -170,6 +197,8 @@ class Term(nn.Module):
 
     #: What `forward` reads of both models' outputs, beside the logits.
     needs: tuple[Need, ...] = ()
+    #: The teacher's blocks of which `needs` are read, if not all: of others nothing is kept.
+    teachers_blocks: frozenset[int] | None = None
 
     @property
     def needs_teacher(self) -> bool:
@@ -242,6 +271,17 @@ class Terms(nn.ModuleList):
     def needs(self) -> tuple[Need, ...]:
         """What some term needs of the models' outputs."""
         return tuple(dict.fromkeys(need for term in self._terms for need in term.needs))
+
+    @property
+    def teachers_needs(self) -> Needs:
+        """The same of the teacher: without the blocks that no term reads, once `check` has been called."""
+        found: dict[Need, frozenset[int]] = {}
+        for need in self.needs:
+            read = [term.teachers_blocks for term in self._terms if need in term.needs]
+            known = [blocks for blocks in read if blocks is not None]
+            if len(known) == len(read):
+                found[need] = frozenset().union(*known)
+        return Needs(self.needs, found)
 
     @property
     def need_teacher(self) -> bool:

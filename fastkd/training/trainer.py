@@ -141,7 +141,7 @@ class KDTrainer(TrainsBeside):
             return Outputs(None)
         if taken.get("teacher") is not None and isinstance(self.teacher, Frozen):
             return Cached().outputs(model, inputs, taken)  # batches win over a live teacher
-        return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.needs)
+        return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.teachers_needs)
 
     def compute_loss(
         self,

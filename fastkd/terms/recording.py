@@ -1,0 +1,71 @@
+"""Queries, keys and values of a model's attention, as each block hands them to the attention function.
+
+Models of transformers look their attention function up by name at each call (`ALL_ATTENTION_FUNCTIONS`). While a model
+is recorded, the name stands for a function that keeps what it is given, rotary embedding included, and then calls
+the one it stands for. So fused implementations stay fused. Models are duck-typed; transformers is not imported.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["Heads", "recorded"]
+
+_TABLE = "ALL_ATTENTION_FUNCTIONS"
+
+
+@dataclass(frozen=True)
+class Heads:
+    """What one block's attention is computed from."""
+
+    #: `[batch, heads, tokens, head size]`.
+    queries: Tensor
+    #: `[batch, heads of keys and values, tokens, head size]`.
+    keys: Tensor
+    values: Tensor
+    #: Factor of the products of queries and keys.
+    scaling: float
+
+
+@contextmanager
+def recorded(model: nn.Module, blocks: Collection[int] | None = None) -> Iterator[dict[int, Heads]]:
+    """Run the model within: the dict then has, by their numbers, what the blocks computed; of `blocks` alone, if given.
+
+    Raises ValueError for a model that does not look its attention function up in transformers' table.
+    """
+    found: dict[int, Heads] = {}
+    files = {type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()}
+    tables = {id(table): table for file in files.values() if (table := getattr(file, _TABLE, None)) is not None}
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    names = {name for config in configs if isinstance(name := getattr(config, "_attn_implementation", None), str)}
+    if not (tables and names):
+        raise ValueError(f"{type(model).__name__} has no attention that can be recorded: it does not use {_TABLE}")
+    known = {id(module) for module in model.modules()}
+
+    def recording(original: Any) -> Any:
+        def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **options: Any) -> Any:
+            number = getattr(module, "layer_idx", None)
+            if id(module) in known and isinstance(number, int) and (blocks is None or number in blocks):
+                scaling = options.get("scaling")
+                found[number] = Heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+            # Eager attention is no row of the table, but a function beside each model.
+            forward = original or sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
+            return forward(module, query, key, value, *args, **options)
+
+        return attend
+
+    before = {key: dict(table._local_mapping) for key, table in tables.items()}
+    for table in tables.values():
+        for name in names:
+            table[name] = recording(table.get(name))
+    try:
+        yield found
+    finally:
+        for key, table in tables.items():
+            table._local_mapping = before[key]
