@@ -1,6 +1,18 @@
-"""Teachers: where the predictions of a batch come from. A mode is one class."""
+"""Teachers: where the predictions of a batch come from. A mode is one class, and a row of `MODES`."""
 
+from fastkd.teachers.following import EMA, Snapshot
 from fastkd.teachers.given import Cached, Frozen
+from fastkd.teachers.learning import Mutual, Online
 from fastkd.teachers.mode import TeacherMode
 
-__all__ = ["Cached", "Frozen", "TeacherMode"]
+__all__ = ["EMA", "MODES", "Cached", "Frozen", "Mutual", "Online", "Snapshot", "TeacherMode"]
+
+#: Name → class.
+MODES: dict[str, type[TeacherMode]] = {
+    "frozen": Frozen,
+    "cached": Cached,
+    "online": Online,
+    "mutual": Mutual,
+    "ema": EMA,
+    "snapshot": Snapshot,
+}

@@ -1,34 +1,56 @@
-"""What a teacher is to a training: where its predictions of a batch come from, and what of it changes between steps."""
+"""What a teacher is to a training: where its predictions of a batch come from, and what of it changes between steps.
+
+In a loop of one's own, whatever the mode is:
+
+    kd = KDTerm(fastkd.KDLoss(temperature=2.0))
+    for step, (inputs, labels) in enumerate(batches, 1):
+        teacher = mode.outputs(student, inputs)
+        learner, batch = outputs_of(student, inputs), Batch(labels, inputs)
+        loss = kd(learner, teacher, batch)["loss"] + sum(mode.loss(learner, batch).values())
+        loss.backward()
+        optimizer.step()  # of [*student.parameters(), *mode.trained]
+        optimizer.zero_grad()
+        mode.stepped(student, step)
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from types import MappingProxyType
+from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.terms import Batch, Need, Outputs
 
-__all__ = ["TeacherMode"]
+__all__ = ["NOTHING", "TeacherMode", "check_models", "detached", "unwrapped"]
+
+#: What a batch brings for the teacher where it brings nothing.
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class TeacherMode(nn.Module):
     """One row of the table of teachers. A mode defines `outputs`, and what else of the following it needs.
 
-    A training calls, for each batch, `outputs` once and then `loss` once; after each optimizer step `stepped`; at
-    checkpoints `kept` and, to resume, `restore`; at the end `save`.
+    A training calls `check` before its first step; for each batch, `outputs` once and then `loss` once; after each
+    optimizer step `stepped`; at checkpoints `kept` and, to resume, `restore`; at the end `save`.
     """
 
     #: Keys of a batch that are for the mode and not for models.
-    columns: ClassVar[tuple[str, ...]] = ()
+    columns: tuple[str, ...] = ()
     #: Peak learning rate of `trained`; None: the student's. The schedule is the student's.
     learning_rate: float | None = None
-    #: The model whose outputs terms read, where there is one that stays the same.
+    #: The model whose outputs terms read, or one like it; None where no single model teaches.
     model: nn.Module | None = None
 
     def outputs(
-        self, student: nn.Module, inputs: Mapping[str, Any], taken: Mapping[str, Any], needs: Sequence[Need] = ()
+        self,
+        student: nn.Module,
+        inputs: Mapping[str, Any],
+        taken: Mapping[str, Any] = NOTHING,
+        needs: Sequence[Need] = (),
     ) -> Outputs:
         """What the teacher says of a batch; no gradient flows into it from the student's losses.
 
@@ -51,14 +73,20 @@ class TeacherMode(nn.Module):
         """The parameters that learn from `loss`, which get a learning rate of their own."""
         return []
 
-    def check(self, student: nn.Module, needs: Sequence[Need]) -> None:
-        """Raise ValueError, before the first step, for models that do not fit, and for needs that cannot be served."""
+    def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
+        """Raise ValueError, before the first step, for models that do not fit, and for needs that cannot be served.
+
+        `vocab_size`: how many columns of the vocabulary count, where it is padded to different widths.
+        """
 
     def stepped(self, student: nn.Module, step: int, *, epoch_ended: bool = False) -> None:
         """Follow the student. `step`: how many optimizer steps have been taken, this one included."""
 
     def kept(self) -> dict[str, Any]:
-        """What a checkpoint needs, so that a resumed training is an uninterrupted one, bit for bit."""
+        """What a checkpoint needs, so that a resumed training is an uninterrupted one, bit for bit.
+
+        Tensors are the mode's own, as those of `state_dict` are: write them, or copy them, before the next step.
+        """
         return {}
 
     def restore(self, kept: Mapping[str, Any]) -> None:
@@ -66,3 +94,53 @@ class TeacherMode(nn.Module):
 
     def save(self, directory: Path) -> None:
         """Write what a run leaves of the teacher, such as the second student of two. By default nothing."""
+
+
+def detached(outputs: Outputs) -> Outputs:
+    """The same without graph: a teacher's, whose forward is differentiated for its own loss."""
+    fields = {name: _detached(value) for name, value in outputs.fields.items()}
+    return Outputs(outputs.projection.detach(), fields, outputs.model)
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.detach()
+    return tuple(_detached(one) for one in value) if isinstance(value, (tuple, list)) else value
+
+
+def check_models(student: nn.Module, models: Mapping[str, nn.Module], vocab_size: int | None = None) -> None:
+    """Raise ValueError for teachers, by how they are called, that are the student or have another vocabulary."""
+    learnt = {id(weight) for weight in student.parameters() if weight.requires_grad}
+    ours = _vocabulary(student)
+    for name, model in models.items():
+        if model is student or any(id(weight) in learnt for weight in model.parameters()):
+            raise ValueError(
+                f"{name} is the student itself, or shares parameters that it trains: pass a model of its own, such as "
+                "copy.deepcopy(student)"
+            )
+        theirs = _vocabulary(model)
+        if ours is None or theirs is None:
+            continue
+        if vocab_size is None and ours != theirs:
+            raise ValueError(
+                f"the student has a vocabulary of {ours} and {name} one of {theirs}: they need the same tokenizer; if "
+                "one is padded, pass the loss vocab_size=<number of real tokens>"
+            )
+        if vocab_size is not None and min(ours, theirs) < vocab_size:
+            raise ValueError(
+                f"vocab_size={vocab_size} must be in both, but the student has a vocabulary of {ours} and {name} one "
+                f"of {theirs}"
+            )
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """Rows of the output head; None for models that do not say which it is."""
+    found: Any = unwrapped(model)
+    head = found.get_output_embeddings() if hasattr(found, "get_output_embeddings") else None
+    weight = getattr(head, "weight", None)
+    return None if weight is None else int(weight.shape[0])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model within DistributedDataParallel."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
