@@ -10,6 +10,7 @@ import torch
 
 import fastkd
 from fastkd.students import keep_layers, narrow, parse_layers
+from fastkd.students.activity import observed
 from tests.causal_lms import DECODER, V, batch, build, llama
 
 transformers = pytest.importorskip("transformers")
@@ -126,12 +127,10 @@ def test_a_block_less_is_the_model_without_it(model):
     """The judge is the model itself, with a hook that lets the hidden states past the blocks that are left out."""
     inputs, kept = batch("right"), [0, 3]
     student = keep_layers(model, kept)
-    name = "h" if hasattr(model.base_model, "h") else "layers"
-    assert [len(getattr(one.base_model, name)) for one in (student, model)] == [2, 4]
+    assert [len(blocks(one)) for one in (student, model)] == [2, 4]
     skipping = copy.deepcopy(model)
     for index in {1, 2}:
-        block = getattr(skipping.base_model, name)[index]
-        block.register_forward_hook(lambda module, given, kwargs, out: given[0], with_kwargs=True)
+        blocks(skipping)[index].register_forward_hook(lambda module, given, kwargs, out: given[0], with_kwargs=True)
     expected = logits(skipping, inputs)
     torch.testing.assert_close(logits(student, inputs), expected, rtol=1e-5, atol=1e-5)
     assert (expected - logits(model, inputs)).abs().max() > 1e-3
@@ -139,9 +138,7 @@ def test_a_block_less_is_the_model_without_it(model):
 
 def test_a_cache_changes_nothing(model):
     for student in (keep_layers(model, "1,3"), keep_layers(model, "last:1")):
-        assert student.config.num_hidden_layers == len(
-            getattr(student.base_model, "h", None) or student.base_model.layers
-        )
+        assert student.config.num_hidden_layers == len(blocks(student))
         assert torch.equal(generated(student, True), generated(student, False))
 
 
@@ -185,16 +182,127 @@ def test_it_is_offered():
 # A width ---------------------------------------------------------------------------------------------------------
 
 
-def deaf(model, channels):
-    """The model with nothing in some channels of its residual stream, so that leaving them out changes nothing.
+WIDE, NARROW = 32, 16
+#: What writes into the residual stream, along which axis: only channels that live are written to.
+WRITES = {"embed_tokens.weight": 1, "o_proj.weight": 0, "down_proj.weight": 0}
+WRITES |= {"wte.weight": 1, "wpe.weight": 1, "c_proj.weight": 1, "c_proj.bias": 0}
 
-    Norms still divide by the whole width, so their weights make up for it in the student, by `scale`.
+
+def half_dead(model):
+    """Silence random halves of the channels and, by block, of the groups of heads and of the neurons, for ever.
+
+    What lives has mean 0 over the channels, so that a LayerNorm of the living alone takes away the same mean, 0.
     """
-    for name, weight in model.named_parameters():
-        for axis, size in enumerate(weight.shape):
-            if size == model.config.hidden_size and "q_proj" not in name and "o_proj" not in name:
-                weight.data.index_fill_(axis, torch.tensor(channels), 0.0)
+    config = model.config
+    size = getattr(config, "head_dim", None) or WIDE // config.num_attention_heads
+    with torch.no_grad():
+        dead = torch.randperm(WIDE)[: WIDE - NARROW]
+        live = torch.tensor([one for one in range(WIDE) if one not in dead])
+        for name, weight in model.named_parameters():
+            for ending, axis in WRITES.items():
+                if name.endswith(ending):
+                    weight.index_fill_(axis, dead, 0.0)
+                    weight.index_copy_(axis, live, centred(weight.index_select(axis, live), axis))
+            if "norm" in name or ".ln_" in name:
+                weight[dead] = 0.0
+        for block in blocks(model):
+            if hasattr(block, "attn"):
+                rows = 2 * WIDE + choice(config.num_attention_heads, size)  # values are the last third
+                silence(block.attn.c_attn, rows, axis=1)
+                silence(block.mlp.c_fc, choice(4 * WIDE, 1), axis=1)
+            else:
+                silence(block.self_attn.v_proj, choice(config.num_key_value_heads, size), axis=0)
+                silence(block.mlp.up_proj, choice(config.intermediate_size, 1), axis=0)
     return model
+
+
+def centred(values, axis):
+    return values - values.mean(axis, keepdim=True)
+
+
+def blocks(model):
+    return model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
+
+
+def choice(count, size):
+    """The rows of a random half of `count` parts of `size` rows."""
+    return (torch.randperm(count)[: count // 2, None] * size + torch.arange(size)).flatten()
+
+
+def silence(projection, rows, axis):
+    projection.weight.index_fill_(axis, rows, 0.0)
+    if projection.bias is not None:
+        projection.bias[rows] = 0.0
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen2"])
+def test_what_is_dead_is_left_out(kind):
+    """The student is the same function. Its norms divide by the root mean square of half as many channels."""
+    eps = {"layer_norm_epsilon": 1e-12} if kind == "gpt2" else {"rms_norm_eps": 1e-12}
+    model = half_dead(build(kind, **MODELS[kind] | eps))
+    student = narrow(model, NARROW, [batch("right")])
+    for module in student.modules():
+        if "Norm" in type(module).__name__:
+            module.weight.data *= (WIDE / NARROW) ** 0.5
+    inputs = batch()
+    torch.testing.assert_close(logits(student, inputs), logits(model, inputs), rtol=1e-5, atol=1e-5)  # RMSNorm is fp32
+    assert student.num_parameters() < 0.5 * model.num_parameters()
+
+
+def test_heads_of_one_group_are_shared_out():
+    """One head of keys cannot be halved: half of its query heads go."""
+    model = build("llama", **{**DEEP, "num_key_value_heads": 1})
+    student = narrow(model, NARROW, [batch()])
+    assert (student.config.num_attention_heads, student.config.num_key_value_heads) == (2, 1)
+    assert student.model.layers[0].self_attn.q_proj.weight.shape == (16, 16)
+
+
+def test_padding_does_not_count():
+    model, whole = llama(), batch()
+    short = {name: values[:, :4] for name, values in whole.items()}
+    padded = {**whole, "attention_mask": whole["attention_mask"].clone()}
+    padded["attention_mask"][:, 4:] = 0
+    projections = {"model.layers.0.mlp.down_proj": (model.model.layers[0].mlp.down_proj, "neurons")}
+    ours, expected, other = (observed(model, [one], projections) for one in (padded, short, whole))
+    torch.testing.assert_close(ours.channels, expected.channels)
+    torch.testing.assert_close(ours.inputs, expected.inputs)
+    assert (other.channels - expected.channels).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("width", "batches", "message"),
+    [
+        (WIDE, [batch()], "width must be from 1 to 31, below the model's 32, got 32"),
+        (0, [batch()], "width must be from 1 to 31"),
+        (12, [batch()], "width 12 gives no whole number of heads: of 4 heads in 2 groups over 32 channels"),
+        (12, [batch()], "widths of 16 do"),
+    ],
+)
+def test_bad_widths(width, batches, message):
+    with pytest.raises(ValueError, match="width") as refused:
+        narrow(build("llama", **DEEP), width, batches)
+    assert message in str(refused.value)
+
+
+def test_without_text_nothing_is_ranked():
+    with pytest.raises(ValueError, match="batches have no tokens"):
+        narrow(build("llama", **DEEP), NARROW, [])
+
+
+def test_unknown_projections_are_named():
+    model = build("gpt_neox", **{**DEEP, "rotary_pct": 0.5})
+    with pytest.raises(ValueError, match=r"attention.query_key_value.* does not know how"):
+        narrow(model, NARROW, [batch()])
+
+
+def test_the_teacher_is_left_as_it_was():
+    model = build("llama", **DEEP).train()
+    before = copy.deepcopy(model.state_dict())
+    student = narrow(model, NARROW, [batch()])
+    assert model.training
+    assert student.training
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @pytest.mark.parametrize("kind", sorted(MODELS))

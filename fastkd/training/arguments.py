@@ -62,7 +62,7 @@ def arguments(options: Options, directory: Path, *, resumed: bool = False) -> Tr
             dataloader_pin_memory=device_of(options.models).type != "cpu",
             remove_unused_columns=False,
             ddp_find_unused_parameters=False,
-            use_cpu=options.models.device == "cpu",
+            use_cpu=device_of(options.models).type == "cpu",  # said, so that bf16 is accepted there
             report_to="none",
         )
     except (ValueError, TypeError, ImportError) as error:

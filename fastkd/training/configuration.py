@@ -25,7 +25,12 @@ from fastkd.training.options.teaching import unfolded
 __all__ = ["Parser", "differences", "dump", "load"]
 
 #: Options that exclude each other: one on the command line drops the others of a YAML file.
-_RIVALS = ({"epochs", "max_steps"}, {"alpha", "alpha_on", "soft_weight", "hard_weight"})
+_RIVALS = (
+    {"epochs", "max_steps"},
+    {"alpha", "alpha_on", "soft_weight", "hard_weight"},
+    {"student", "student_layers"},
+    {"student", "student_width"},
+)
 
 #: Options that a file may give with mappings, which flags cannot: name → what makes of them values of options.
 _UNFOLDED = {"mix_data": weighted, "terms": unfolded}

@@ -24,6 +24,7 @@ __all__ = [
     "student_tokenizer",
     "teacher_config",
     "teacher_to_train",
+    "trained_config",
     "vocabulary_size",
 ]
 
@@ -64,7 +65,12 @@ def load_teacher(options: ModelOptions, device: torch.device) -> Any:
 
 def teacher_to_train(tokenizer: Any) -> Any:
     """A GPT-2 with random weights, 2.8 times as large as the small student, to become a teacher."""
-    return AutoModelForCausalLM.from_config(_gpt2(_TRAINED, len(tokenizer), tokenizer))
+    return AutoModelForCausalLM.from_config(trained_config(tokenizer))
+
+
+def trained_config(tokenizer: Any) -> Any:
+    """The configuration of the teacher that is trained first."""
+    return _gpt2(_TRAINED, len(tokenizer), tokenizer)
 
 
 def student_config(options: ModelOptions, vocab_size: int, tokenizer: Any) -> Any:
@@ -122,7 +128,9 @@ def vocabulary_size(config: Any) -> int:
 def from_scratch(options: ModelOptions) -> bool:
     """Whether the student starts from random weights."""
     path = Path(options.student)
-    return options.from_scratch or path.is_file() or (options.student == SMALL_GPT2 and not path.exists())
+    return (
+        options.from_scratch or options.cut or path.is_file() or (options.student == SMALL_GPT2 and not path.exists())
+    )
 
 
 def _gpt2(size: dict[str, int], vocab_size: int, tokenizer: Any) -> Any:

@@ -207,6 +207,8 @@ def _training(
 def _run(record: Mapping[str, Any], contenders: Sequence[Contender], options: Options) -> Iterable[tuple[str, str]]:
     """Facts of the run, as far as they are recorded: what, and its value with its unit."""
     machine, seconds = record.get("machine", {}), record.get("seconds", {})
+    if record.get("student"):
+        yield "student", str(record["student"])
     if machine:
         yield "processor", f"{machine['processor']}, cores: {machine['cores']}, threads: {machine['threads']}"
         yield "device", str(machine["device"])

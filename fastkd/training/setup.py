@@ -13,11 +13,12 @@ import transformers
 
 from fastkd.cache.fingerprints import fingerprint, state_fingerprint
 from fastkd.training import caching, checks, loading
-from fastkd.training.adapters import check_adapters
+from fastkd.training.adapters import adapt, check_adapters
 from fastkd.training.arguments import arguments, distillation_loss
+from fastkd.training.cut import cut_configuration, cut_student
 from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.judge import Judge
-from fastkd.training.options import TRAINED_TEACHER, InputError, Options
+from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
 
 __all__ = ["Materials", "Setup", "gather", "with_teacher"]
@@ -46,11 +47,17 @@ class Setup:
     student_config: Any
     teacher: Any  # None once it is not needed any more
     judge: Judge
+    loaded: ModelOptions  # which the teacher was loaded by
 
     def student(self) -> Any:
-        """A student; the same one, to the last bit of its random weights, at every call."""
+        """A student; the same one, to the last bit of its weights, at every call."""
         transformers.set_seed(self.options.training.seed)
-        return loading.load_student(self.options.models, self.student_config, self.materials.device)
+        models, device = self.options.models, self.materials.device
+        if not models.cut:
+            return loading.load_student(models, self.student_config, device)
+        size = self.options.evaluation.eval_batch_size
+        student = cut_student(self.loaded, self.teacher, self.materials.corpus.train, size, device)
+        return adapt(student, models)
 
     def fingerprints(self, student: Any) -> dict[str, str]:
         """Of what a resumed run takes from elsewhere than its checkpoints, before training.
@@ -79,7 +86,7 @@ def gather(options: Options) -> Materials:
     if options.models.teacher != TRAINED_TEACHER:
         _, student = _configurations(options, tokenizer)
     else:  # the teacher's configuration is ours
-        student = loading.student_config(options.models, len(tokenizer), tokenizer)
+        student = _student_configuration(options.models, loading.trained_config(tokenizer), tokenizer)
     check_adapters(options.models, student)
     corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
     if len(corpus.train) < options.training.batch_size:
@@ -101,7 +108,7 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     if on_validation:
         corpus = replace(corpus, held_out=corpus.validation, tasks=())  # nothing of what they hold out is seen
     judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size)
-    return Setup(options, materials, vocab_size, config, teacher, judge)
+    return Setup(options, materials, vocab_size, config, teacher, judge, options.models)
 
 
 def _digest(content: bytes) -> str:
@@ -123,6 +130,12 @@ def _training_device(options: Options) -> torch.device:
 def _configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any]:
     """(number of ids that count, or None for all; the student's configuration)."""
     teacher = loading.teacher_config(options.models.teacher)
-    student = loading.student_config(options.models, loading.vocabulary_size(teacher), tokenizer)
+    student = _student_configuration(options.models, teacher, tokenizer)
     checks.check_context(options.data.max_length, student=student, teacher=teacher)
     return checks.common_vocabulary(teacher, student, tokenizer), student
+
+
+def _student_configuration(models: ModelOptions, teacher: Any, tokenizer: Any) -> Any:
+    if models.cut:
+        return cut_configuration(models, teacher)
+    return loading.student_config(models, loading.vocabulary_size(teacher), tokenizer)

@@ -118,7 +118,7 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         record["differences"] = judge.differences(contenders, options.training.seed)
         record["seconds"] = seconds | {"total": time.perf_counter() - started}
         with run.results() as staging:
-            title = f"{options.models.teacher} → {options.models.student}: {run.output.name}"
+            title = f"{options.models.teacher} → {options.models.student_name}: {run.output.name}"
             failed = training.report.write(
                 staging, title, contenders, fitted, lines, options, materials.tokenizer, record
             )
@@ -135,6 +135,8 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
 
 def _introduce(setup: Setup, before: Contender) -> None:
     teacher, student = setup.judge.teacher, before
+    if setup.options.models.cut:
+        print(visible(f"student: made of {setup.options.models.student_name}"))
     print(
         f"student: {student.parameters:,} parameters on {setup.materials.device}, "
         f"{student.parameters / teacher.parameters:.2%} of the teacher's {teacher.parameters:,}; perplexity on "
@@ -214,6 +216,7 @@ def _record(
     """What metrics.json says."""
     return {
         "models": {one.name: one.record() for one in (before, *contenders)},
+        "student": setup.options.models.student_name,
         "verdict": lines,
         "training": {
             name: {

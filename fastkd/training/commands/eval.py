@@ -50,7 +50,16 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
         unfinished = directory / training.run.CONFIG_FILE
         has = f"an unfinished run: see its {unfinished.name}" if unfinished.is_file() else "no config.json"
         raise InputError(f"{student} holds no model ({has}); name the directory of a finished run or of a model")
-    models = replace(options.models, student=student, from_scratch=False, lora_rank=0, lora_targets=[])
+    made = f" ({options.models.student_name})" if options.models.cut else ""
+    models = replace(
+        options.models,
+        student=student,
+        student_layers="",
+        student_width=0,
+        from_scratch=False,
+        lora_rank=0,
+        lora_targets=[],
+    )
     if models.teacher == TRAINED_TEACHER:
         models = replace(models, teacher=str(directory / "teacher"))
     options = options._replace(models=models, distillation=replace(options.distillation, cache_dir=""))  # none is read
@@ -65,6 +74,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
     lines = judge.verdict(contenders)
     record = {
         "models": {one.name: one.record() for one in contenders},
+        "student": f"{student}{made}",
         "verdict": lines,
         "differences": judge.differences(contenders, options.training.seed),
         **training.machine.made_on(setup.materials.device),
@@ -74,7 +84,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
         (directory / "eval").mkdir()
         training.run.note_files(directory, ["eval"])
     with training.run.results(directory / "eval") as staging:
-        title = f"{options.models.teacher} and {student}"
+        title = f"{options.models.teacher} and {student}{made}"
         failed = training.report.write(
             staging, title, contenders, {}, lines, options, setup.materials.tokenizer, record
         )
