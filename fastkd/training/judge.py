@@ -26,6 +26,7 @@ from fastkd.training.options import METRICS, Options
 from fastkd.training.samples import next_token, samples
 
 __all__ = [
+    "AVERAGE",
     "CE_ONLY",
     "PEER",
     "STUDENT",
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 TEACHER, STUDENT, CE_ONLY = "teacher", "student", "CE-only student"
-PEER, TRAINED = "second student", "teacher after training"
+PEER, TRAINED, AVERAGE = "second student", "teacher after training", "moving average"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,10 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
         terms = terms_of(setup, student, mode)
         if teaching.of_itself:
             _free(setup)
-        columns = {"corpus": corpus.origins} if "corpus" in mode.columns else {}
+        columns = {}
+        if "corpus" in mode.columns:
+            assert corpus.origins is not None  # as many corpora as teachers are asked for
+            columns["corpus"] = corpus.origins
         return Lessons(Windows(corpus.train, **columns), collate, mode, terms)
     terms = terms_of(setup, student, Cached())
     if not options.needs_teacher:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
 from fastkd.training.fit import Fitted
-from fastkd.training.judge import CE_ONLY, PEER, STUDENT, TEACHER, TRAINED, Contender
+from fastkd.training.judge import AVERAGE, CE_ONLY, PEER, STUDENT, TEACHER, TRAINED, Contender
 from fastkd.training.plain import figure_text
 
 __all__ = [
@@ -33,6 +33,7 @@ _COLOURS = {  # seen on light and on dark pages
     CE_ONLY: "#d9822b",
     PEER: "#3f9e4d",
     TRAINED: "#a05195",
+    AVERAGE: "#c9a227",
 }
 _SIZE = (4.6, 3.2)  # inches, of a figure of the page: letters are legible where it is as wide as a phone
 _TASK_FORMS = {"retention": "{:.1f}".format, "kl": "{:.3f}".format}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from fastkd.training.bootstrap import LEVEL
-from fastkd.training.judge import CE_ONLY, PEER, STUDENT, TEACHER, TRAINED, Contender
+from fastkd.training.judge import AVERAGE, CE_ONLY, PEER, STUDENT, TEACHER, TRAINED, Contender
 
 __all__ = [
     "INTERVAL",
@@ -121,7 +121,7 @@ _MODEL = Column(
     "",
     f"The {TEACHER} is what the {STUDENT} learns from. The {CE_ONLY}, if there is one, is the same {STUDENT} trained "
     f"for as many steps on the labels alone, without the {TEACHER}. "
-    f"A {PEER} and a {TRAINED} learnt beside the {STUDENT}.",
+    f"A {PEER} and a {TRAINED} learnt beside the {STUDENT}; a {AVERAGE} is of its weights.",
 )
 _PARAMETERS = Column("parameters", "weights", "Size of the model, trained or not.", "{:,}".format)
 _TASK = Column("task", "", "A corpus of the mixture, judged on documents of its own that no model was trained on.")

@@ -44,7 +44,11 @@ examples:
 """
 
 #: Models that learn beside the student: (name of the contender, folder a training leaves it in, folder of the run).
-_BESIDE = (("second student", "peer", "peer"), ("teacher after training", "teacher", "trained-teacher"))
+_BESIDE = (
+    ("second student", "peer", "peer"),
+    ("teacher after training", "teacher", "trained-teacher"),
+    ("moving average", "ema", "ema"),
+)
 LABELS_ALONE = DistillationOptions(soft_weight=0.0, hard_weight=1.0)
 
 
@@ -104,12 +108,12 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
                 folder = staging if name == judge.STUDENT else staging / "ce-only"
                 model.save_pretrained(folder)
                 materials.tokenizer.save_pretrained(folder)
-            for left, folder in beside.values():
-                shutil.copytree(left, staging / folder)
+            for source, folder in beside.values():
+                shutil.copytree(source, staging / folder)
                 materials.tokenizer.save_pretrained(staging / folder)
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
-        for name, (left, _) in beside.items():
-            models = replace(options.models, teacher=str(left), teacher_dtype="float32", teacher_quantization="none")
+        for name, (kept, _) in beside.items():
+            models = replace(options.models, teacher=str(kept), teacher_dtype="float32", teacher_quantization="none")
             contenders.append(setup.judge.judge(name, training.loading.load_teacher(models, materials.device)))
         cost = _flops(setup, fitted[judge.STUDENT])
         lines = [*judge.verdict(contenders, before), _cost_line(cost)]

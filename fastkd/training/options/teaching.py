@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 from fastkd.training.options.base import InputError, at_least, check_finite, expand_home, option
 
-__all__ = ["TeachingOptions", "named_terms", "unfolded"]
+__all__ = ["TAKES", "ModeOptions", "TeachingOptions", "named_terms", "unfolded"]
 
-#: Mode → the options that are for it. Others are refused beside it.
-_TAKES: dict[str, tuple[str, ...]] = {
+#: Mode → the options that are for it alone. They are refused beside others.
+TAKES: dict[str, tuple[str, ...]] = {
     "frozen": (),
     "cached": (),
     "online": ("teacher_learning_rate",),
@@ -27,7 +28,43 @@ _OF_ITSELF = ("mutual", "ema", "snapshot", "multi_view")
 
 
 @dataclass(frozen=True)
-class TeachingOptions:
+class ModeOptions:
+    """What modes of teaching can be asked."""
+
+    teacher_learning_rate: float | None = option(
+        None, "online, mutual: peak learning rate of what learns beside [same]"
+    )
+    peer: str = option("", "mutual: the second student, named as student is [the student, from other random weights]")
+    ema_decay: float = option(0.999, "ema: what of the average stays at each step; less in the first ones")
+    ema_device: str = option("", "ema: where the average is kept [the student's device]")
+    ema_dtype: Literal["student", "float32", "bfloat16"] = option("student", "ema: the average's precision")
+    snapshot_every: int = option(0, "snapshot: steps from one to the next; 0: the student of the last epoch's end")
+    views: list[str] = option([], "multi_view: what is done to the student's inputs, such as token_dropout [all]")
+    more_teachers: list[str] = option([], "mixture, routed: the teachers after --teacher, named as it is")
+    teacher_weights: list[float] = option([], "mixture: weights of all teachers, --teacher's first [equal]")
+
+    def __post_init__(self) -> None:
+        expand_home(self, "peer")
+        check_finite(self)
+        at_least(self, snapshot_every=0)
+        if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
+            raise InputError(f"teacher_learning_rate is {self.teacher_learning_rate}; it must be above 0")
+        if not 0 <= self.ema_decay < 1:
+            raise InputError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
+        count = 1 + len(self.more_teachers)
+        if self.teacher_weights and len(self.teacher_weights) != count:
+            raise InputError(f"teacher_weights has {len(self.teacher_weights)} numbers for {count} teachers")
+        if self.teacher_weights and (min(self.teacher_weights) < 0 or not sum(self.teacher_weights)):
+            raise InputError(f"teacher_weights are {self.teacher_weights}; none may be below 0, nor all be 0")
+
+    def of_mode(self, mode: str, terms: Sequence[str]) -> TeachingOptions:
+        """Options of one mode, with what of these is for it. Raises InputError for what contradicts itself."""
+        mine = {name: getattr(self, name) for name in TAKES[mode]}
+        return TeachingOptions(teacher_mode=mode, terms=list(terms), **mine)  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class TeachingOptions(ModeOptions):
     """Who teaches, and the terms of the loss beside the teacher's predictions and the labels."""
 
     _argument_group_name: ClassVar[str] = "teaching"
@@ -42,15 +79,6 @@ class TeachingOptions:
         "probabilities averaged; routed: each corpus of a mixture (mix_data) has its teacher. Whatever teaches, the "
         "student is judged beside the model that --teacher names",
     )
-    teacher_learning_rate: float | None = option(None, "peak learning rate of the model that learns beside the student")
-    peer: str = option("", "mutual: the second student, named as student is [the student, from other random weights]")
-    ema_decay: float = option(0.999, "ema: what of the average stays at each step; less in the first ones")
-    ema_device: str = option("", "ema: where the average is kept [the student's device]")
-    ema_dtype: Literal["student", "float32", "bfloat16"] = option("student", "ema: what the average is kept in")
-    snapshot_every: int = option(0, "snapshot: steps from one to the next; 0: the student of the last epoch's end")
-    views: list[str] = option([], "multi_view: what is done to the inputs: token_dropout, token_replacement, ... ")
-    more_teachers: list[str] = option([], "mixture, routed: the teachers after --teacher, named as it is")
-    teacher_weights: list[float] = option([], "mixture: weights of all teachers, --teacher's first [equal]")
     terms: list[str] = option(
         [],
         "what the loss has beside the teacher's predictions and the labels: hidden, attention, ..., or a mapping "
@@ -58,33 +86,17 @@ class TeachingOptions:
     )
 
     def __post_init__(self) -> None:
-        expand_home(self, "peer")
-        check_finite(self)
-        at_least(self, snapshot_every=0)
+        super().__post_init__()
         mode = self.teacher_mode
         for one in fields(self):
-            modes, value = [other for other, names in _TAKES.items() if one.name in names], getattr(self, one.name)
+            modes, value = [other for other, names in TAKES.items() if one.name in names], getattr(self, one.name)
             if modes and mode not in modes and value != _default(one):
                 raise InputError(
                     f"{one.name} is {value!r}, but teacher_mode is {mode!r}: it is for {' and '.join(modes)}"
                 )
-        if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
-            raise InputError(f"teacher_learning_rate is {self.teacher_learning_rate}; it must be above 0")
-        if not 0 <= self.ema_decay < 1:
-            raise InputError(f"ema_decay is {self.ema_decay}; it must be in [0, 1)")
-        if "more_teachers" in _TAKES[mode] and not self.more_teachers:
+        if "more_teachers" in TAKES[mode] and not self.more_teachers:
             raise InputError(f"teacher_mode is {mode!r}, which takes several teachers: name them with more_teachers")
-        self._check_weights()
         named_terms(self.terms)
-
-    def _check_weights(self) -> None:
-        count = 1 + len(self.more_teachers)
-        if not self.teacher_weights:
-            return
-        if len(self.teacher_weights) != count:
-            raise InputError(f"teacher_weights has {len(self.teacher_weights)} numbers for {count} teachers")
-        if min(self.teacher_weights) < 0 or not sum(self.teacher_weights):
-            raise InputError(f"teacher_weights are {self.teacher_weights}; none may be below 0, nor all be 0")
 
     @property
     def of_itself(self) -> bool:
