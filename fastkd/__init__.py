@@ -7,6 +7,7 @@ from fastkd import divergences
 from fastkd.backend import backends, use_backend
 from fastkd.divergences import *  # noqa: F403  the parameters of each
 from fastkd.losses import KDLoss, KDParts, kd_loss
+from fastkd.mixture import Mixture
 from fastkd.projection.estimate import plan
 from fastkd.projection.models import project
 from fastkd.projection.plan import Plan
@@ -31,6 +32,7 @@ __all__ = [
     "use_backend",
 ]
 __all__ += divergences.__all__
+__all__ += ["Mixture"]
 
 
 def __getattr__(name: str) -> Any:

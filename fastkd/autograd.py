@@ -1,7 +1,7 @@
 """How the operators are differentiated: what each keeps of its forward, and how gradients are made from it.
 
 Each formula is an `autograd.Function` on the operator's Autograd key, which calls the operator again below autograd.
-`torch.library.register_autograd` would do the same, but looks every argument up in the schema at every call: for the 26
+`torch.library.register_autograd` would do the same, but looks every argument up in the schema at every call: for those
 of a loss that costs more time on the host than all the rest of it.
 """
 
@@ -90,7 +90,7 @@ class _KDLossPerRow(torch.autograd.Function):
     def forward(ctx: Any, student: Tensor, weight: Tensor | None, bias: Tensor | None, others: Any) -> Any:
         call = Call(student, weight, bias, *others)
         outputs = _below_autograd(torch.ops.fastkd.kd_loss_per_row.default, call)
-        ctx.numbers, ctx.backend = call[len(call.tensors) :], forced()
+        ctx.numbers, ctx.backend = call.numbers, forced()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*outputs[1:])
         ctx.save_for_backward(*call.tensors)
@@ -102,7 +102,7 @@ class _KDLossPerRow(torch.autograd.Function):
         _refuse_double_backward()
         if upstream is None:
             return None, None, None, None
-        call = Call(*ctx.saved_tensors, *ctx.numbers)
+        call = Call.of(ctx.saved_tensors, ctx.numbers)
         call = call._replace(
             soft_scale=None if call.soft_scale is None else call.soft_scale * upstream,
             hard_scale=None if call.hard_scale is None else call.hard_scale * upstream,

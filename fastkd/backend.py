@@ -12,7 +12,7 @@ import re
 import threading
 import warnings
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
 from typing import NamedTuple, Protocol, cast
@@ -101,6 +101,22 @@ class Backend(Protocol):
         """Σ soft_weight·soft_scale·soft + hard_weight·hard_scale·hard over all rows, 0-dim; the same at every call.
 
         A term without a scale, or of weight 0, is absent.
+        """
+        ...
+
+    def mix_rows(
+        self,
+        teachers: Sequence[Tensor],
+        weights: Sequence[float],
+        temperature: float,
+        scale: Tensor | None,
+        out: Tensor,
+    ) -> None:
+        """Write logits of which softmax(out / temperature) is Σ weights · softmax(teachers / temperature).
+
+        They are temperature · log p, up to a constant of the row; −inf where p is 0. `teachers` and `out` are
+        `[rows, columns]`; weights are above 0, with a sum of 1. `out` is fp32 (float64 for the reference), and may be
+        one of the teachers. Rows whose `scale` is 0 may hold anything afterwards.
         """
         ...
 

@@ -17,12 +17,12 @@ __all__ = ["SCHEMA", "Call", "call_for"]
 
 
 class Call(NamedTuple):
-    """The arguments of the loss operators, tensors first.
+    """The arguments of the loss operators, tensors first, then a list of tensors.
 
     A source is the fields that begin with `student` or `teacher`, which `sources.parts` fills and `sources.of_parts`
     reads: logits; or hidden states with weight and bias, beside which `*_head` holds softcap (0: none) and logit scale;
-    or the parts of `SparseTargets`. The fields of `RowSpec` are here under their own names. At most `live` rows
-    have a scale that is not 0, which matters from hidden states on devices that cannot be asked how many.
+    or the parts of `SparseTargets` or of a `Mixture`. The fields of `RowSpec` are here under their own names. At most
+    `live` rows have a scale that is not 0, which matters from hidden states on devices that cannot be asked how many.
     """
 
     student: Tensor
@@ -38,8 +38,10 @@ class Call(NamedTuple):
     labels: Tensor | None
     soft_scale: Tensor | None
     hard_scale: Tensor | None
+    teacher_mixed: Sequence[Tensor]
     student_head: Sequence[float]
     teacher_head: Sequence[float]
+    teacher_mixture: Sequence[float]
     teacher_kind: str
     divergence: str
     parameters: Sequence[float]
@@ -54,8 +56,19 @@ class Call(NamedTuple):
 
     @property
     def tensors(self) -> tuple[Tensor | None, ...]:
-        """The arguments that are tensors, which come first."""
-        return self[: len(_TENSORS)]  # type: ignore[return-value]
+        """Every argument that is a tensor, with those of the list."""
+        return (*cast("tuple[Tensor | None, ...]", self[: len(_TENSORS)]), *self.teacher_mixed)
+
+    @property
+    def numbers(self) -> tuple[Any, ...]:
+        """The other arguments."""
+        return self[len(_TENSORS) + 1 :]
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> Call:
+        """The call with these `tensors` and `numbers`."""
+        given: tuple[Any, ...] = (*tensors[: len(_TENSORS)], list(tensors[len(_TENSORS) :]), *numbers)
+        return cls(*given)
 
     @property
     def spec(self) -> RowSpec:
@@ -64,8 +77,8 @@ class Call(NamedTuple):
 
     @property
     def on_logits(self) -> bool:
-        """Whether neither side is a projection."""
-        return self.student_weight is None and self.teacher_weight is None
+        """Whether each side is there as it is: neither is a projection or a mixture, which is made chunk by chunk."""
+        return self.student_weight is None and self.teacher_weight is None and not self.teacher_mixed
 
     def split(self) -> tuple[Call | None, Call]:
         """A term of weight 0 that could spoil the gradient of the other, or None, and the call without it.
@@ -80,8 +93,7 @@ class Call(NamedTuple):
         return None, self
 
     def _without(self, term: tuple[str, ...]) -> Call:
-        absent: dict[str, Any] = dict.fromkeys(term)
-        return self._replace(**absent)
+        return self._replace(**{name: _ABSENT[name] for name in term})
 
     def student_source(self) -> Source:
         source = of_parts("student", self)
@@ -96,6 +108,7 @@ class Call(NamedTuple):
 _TYPES: dict[Any, tuple[str, Any]] = {
     Tensor: ("Tensor", None),
     Tensor | None: ("Tensor?", None),
+    Sequence[Tensor]: ("Tensor[]", []),
     Sequence[float]: ("float[]", []),
     str: ("str", ""),
     float: ("float", 0.0),
@@ -106,16 +119,17 @@ _TYPES: dict[Any, tuple[str, Any]] = {
 }
 _FIELDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
 _ABSENT = {name: absent for name, (_, absent) in _FIELDS.items()}
-_TENSORS = [name for name, (kind, _) in _FIELDS.items() if kind.startswith("Tensor")]
+_TENSORS = [name for name, (kind, _) in _FIELDS.items() if kind in ("Tensor", "Tensor?")]
 _SPEC_FIELDS = tuple(field.name for field in fields(RowSpec))
 _SPEC = slice(Call._fields.index(_SPEC_FIELDS[0]), Call._fields.index(_SPEC_FIELDS[-1]) + 1)
 assert tuple(Call._fields[_SPEC]) == _SPEC_FIELDS, "the fields of RowSpec stand together in Call, in its order"
+assert Call._fields[: len(_TENSORS) + 1] == (*_TENSORS, "teacher_mixed"), "tensors come first, then the list of them"
 
 #: What follows `Tensor student` in a schema: the other fields, in their order.
 SCHEMA = ", ".join(f"{kind} {name}" for name, (kind, _) in _FIELDS.items() if name != "student")
 
 #: The tensors that only one of the two terms reads.
-_SOFT = (*(name for name in _TENSORS if name.startswith("teacher")), "soft_scale")
+_SOFT = (*(name for name in _TENSORS if name.startswith("teacher")), "teacher_mixed", "soft_scale")
 _HARD = ("labels", "hard_scale")
 
 

@@ -8,7 +8,7 @@ from torch.autograd import forward_ad
 
 from fastkd import sources
 from fastkd.backend import warn_once
-from fastkd.sources import Projection, Source, Teacher
+from fastkd.sources import Mixture, Projection, Source, Teacher
 
 __all__ = ["check", "refuse_forward_mode"]
 
@@ -45,4 +45,6 @@ def _wants_gradient(teacher: Teacher) -> bool:
     """Of a projection only the hidden states count: a head that is not frozen is no sign of a mistake."""
     if isinstance(teacher, Projection):
         return teacher.hidden.requires_grad
+    if isinstance(teacher, Mixture):
+        return any(_wants_gradient(member) for member in teacher.teachers)
     return any(tensor.requires_grad for tensor in sources.tensors(teacher))

@@ -9,7 +9,7 @@ Mask, weights and divisor are multiplied into one scale per row and term before 
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,7 @@ from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
 from fastkd.rows import RowSpec, Wants, row_layout
-from fastkd.sources import LogProbabilities, Source, SparseTargets, Teacher
+from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
 
@@ -125,8 +125,9 @@ class KDLoss(nn.Module):
         Args:
             student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
                 `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
-            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it. It
-                gets no gradient; a warning says so once, if it requires one. May be None where `soft_weight=0`.
+            teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it, or a
+                `fastkd.Mixture` of several. It gets no gradient; a warning says so once, if it requires one. May be
+                None where `soft_weight=0`.
             labels: token ids `[...]`. May be None where `hard_weight=0`; positions equal to `ignore_index` are masked.
             weights: per-token weights `[...]`, multiplied into both terms and into the mean's divisor. Get no
                 gradient: ValueError if they require it.
@@ -151,7 +152,11 @@ class KDLoss(nn.Module):
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
+        if isinstance(teacher, Mixture):
+            self._check_served("mixture", teacher)
         vocab_size = sources.check(student, teacher, labels, weights, self.vocab_size)
+        if isinstance(teacher, Mixture):
+            teacher = teacher.simplified()
         gradients.check(student, teacher, weights, num_items)
         self._check_call(student, teacher, labels, weights, num_items, live)
         if labels is not None:
@@ -394,12 +399,10 @@ def _for_backward(call: Call, wants: Wants) -> Call:
     """The call as its backward can compute it again: the budget suffices, and autograd may keep the tensors."""
     if not call.on_logits:
         check_budget(call, wants)
-    kept: dict[str, Any] = {
-        name: tensor.clone()
-        for name, tensor in zip(call._fields, call.tensors, strict=False)
-        if tensor is not None and tensor.is_inference()
-    }
-    return call._replace(**kept)
+    if not any(tensor is not None and tensor.is_inference() for tensor in call.tensors):
+        return call
+    kept = [x if x is None or not x.is_inference() else x.clone() for x in call.tensors]
+    return Call.of(kept, call.numbers)
 
 
 def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:

@@ -30,7 +30,8 @@ from fastkd.call import SCHEMA, Call
 from fastkd.divergences import TABLE
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.projection.loop import from_hidden_states
-from fastkd.projection.sides import Gradients, rows_at_hand
+from fastkd.projection.sides import Gradients
+from fastkd.projection.teachers import rows_at_hand
 from fastkd.reference import weighted_rows
 from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
 

@@ -24,6 +24,7 @@ __all__ = [
     "kd_rows",
     "log_softmax",
     "log_softmax_backward",
+    "mix_rows",
     "row_scales",
     "row_statistics",
     "sample",
@@ -239,6 +240,17 @@ def kd_rows(
         grad[..., : spec.vocab_size].copy_(gradient.view(*grad.shape[:-1], spec.vocab_size))
         grad[..., spec.vocab_size :].zero_()
     return soft, hard
+
+
+def mix_rows(
+    teachers: Sequence[Tensor], weights: Sequence[float], temperature: float, scale: Tensor | None, out: Tensor
+) -> None:
+    """See `backend.Backend.mix_rows`."""
+    log_p = torch.full_like(out, -math.inf)
+    for teacher, weight in zip(teachers, weights, strict=True):
+        own = torch.log_softmax(_shifted(teacher.to(out.dtype), temperature)[0], -1)
+        log_p = torch.logaddexp(log_p, own + math.log(weight))
+    out.copy_(temperature * log_p)
 
 
 def row_scales(

@@ -22,7 +22,7 @@ class Served(NamedTuple):
 
 _TEMPERED = tuple(name for name, row in TABLE.items() if row.tempered)
 
-#: `LogProbabilities`, and the kinds of `SparseTargets`.
+#: `LogProbabilities`, the kinds of `SparseTargets`, and `Mixture`.
 SERVES: dict[str, Served] = {
     "dense": Served(
         _TEMPERED, True, "holds log-probabilities, which are its teacher's logits up to a constant per row"
@@ -30,6 +30,7 @@ SERVES: dict[str, Served] = {
     "ghost": Served(_TEMPERED, False, "holds the probabilities of some tokens, and no logits"),
     "renormalize": Served(("forward_kl",), False, "does not have the tokens that it left out"),
     "sampled": Served(("forward_kl",), False, "does not have the tokens that it left out"),
+    "mixture": Served(_TEMPERED, True, "has the probabilities of several teachers, and no logits"),
 }
 #: What a cache of each format is read as.
 FORMATS = {"sampled": "sampled", "topk": "ghost", "dense": "dense"}
@@ -46,10 +47,9 @@ def refusal(kind: str, divergence: Divergence) -> str | None:
             f"{divergence} compares raw logits, and a {kind!r} teacher {serves.why}: use a live teacher, or another "
             "divergence"
         )
-    able = [f"{name!r}" for name, other in SERVES.items() if divergence.name in other.divergences]
-    formats = [f"{_CACHES[name]!r}" for name, other in SERVES.items() if divergence.name in other.divergences]
+    able = [name for name, other in SERVES.items() if name in _CACHES and divergence.name in other.divergences]
     return (
         f"{divergence} needs every token's probability, and a {kind!r} teacher {serves.why}: use "
-        f"{' or '.join(map(repr, serves.divergences))}, or a teacher of kind {' or '.join(able)} (a cache of format "
-        f"{' or '.join(formats)})"
+        f"{' or '.join(map(repr, serves.divergences))}, or a teacher of kind "
+        f"{' or '.join(map(repr, able))} (a cache of format {' or '.join(repr(_CACHES[name]) for name in able)})"
     )

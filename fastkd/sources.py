@@ -1,9 +1,9 @@
 """Where a row of logits comes from, and whether the sources of one call fit together.
 
 A source is a tensor of logits `[..., V]` or a `Projection`, whose logits are computed a chunk at a time and never
-formed as a whole; a teacher may also be `SparseTargets`, what a cache kept of each of its rows. `check` raises before
-any work, quoting the offending value. `parts` takes a source apart into the arguments of an operator, which are
-tensors and numbers, and `of_parts` puts it together again.
+formed as a whole; a teacher may also be `SparseTargets`, what a cache kept of each of its rows, or a `Mixture` of
+several teachers. `check` raises before any work, quoting the offending value. `parts` takes a source apart into the
+arguments of an operator, which are tensors and numbers, and `of_parts` puts it together again.
 """
 
 from __future__ import annotations
@@ -16,9 +16,12 @@ import torch
 from torch import Tensor
 
 from fastkd import arguments
+from fastkd.mixture import Mixture
+from fastkd.projected import LogProbabilities, Projection, check_logits
 
 __all__ = [
     "LogProbabilities",
+    "Mixture",
     "Projection",
     "Source",
     "SparseKind",
@@ -30,105 +33,6 @@ __all__ = [
     "parts",
     "tensors",
 ]
-
-
-@dataclass(frozen=True, eq=False)
-class Projection:
-    """Logits as the product of hidden states and an output head: `z = logit_scale·(hidden·weightᵀ + bias)`.
-
-    With a softcap, z is replaced by `softcap·tanh(z / softcap)`. Pass one wherever a loss takes logits; gradients
-    flow to `hidden`, `weight` and `bias`, in their dtypes, where these require them.
-
-    Args:
-        hidden: hidden states `[..., H]`, fp32 / bf16 / fp16 (float64 on the reference backend).
-        weight: output head `[V, H]`, as in `nn.Linear(H, V).weight`; its dtype may differ from that of `hidden`.
-        bias: `[V]` or None.
-        softcap: bound of the logits' absolute value (Gemma 2, Gemma Team 2024), or None.
-        logit_scale: factor of the logits (Cohere's Command models).
-
-    The product is accumulated in fp32 and its fp32 result is used, whatever the operands' dtypes: rounding logits to
-    16 bits ruins the distillation gradient of a student close to its teacher.
-
-    Raises TypeError or ValueError for operands that do not fit together.
-    """
-
-    hidden: Tensor
-    weight: Tensor
-    bias: Tensor | None = None
-    softcap: float | None = None
-    logit_scale: float = 1.0
-
-    def __post_init__(self) -> None:
-        for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
-            if tensor is not None or name != "bias":
-                arguments.floating(f"Projection {name}", tensor)
-        if self.weight.dim() != 2 or 0 in self.weight.shape:
-            raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
-        if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:
-            raise ValueError(
-                f"Projection hidden {tuple(self.hidden.shape)} must end in the {self.weight.shape[1]} columns of "
-                f"weight {tuple(self.weight.shape)}"
-            )
-        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
-            raise ValueError(
-                f"Projection bias must have shape [{self.weight.shape[0]}] beside weight {tuple(self.weight.shape)}, "
-                f"got {tuple(self.bias.shape)}"
-            )
-        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
-            if tensor is not None and tensor.device != self.hidden.device:
-                raise ValueError(f"Projection {name} is on {tensor.device}, but hidden is on {self.hidden.device}")
-        doubles = [t.dtype == torch.float64 for t in (self.hidden, self.weight, self.bias) if t is not None]
-        if any(doubles) and not all(doubles):
-            raise TypeError(
-                "Projection hidden, weight and bias must all be float64 or none of them, got "
-                f"{self.hidden.dtype}, {self.weight.dtype} and {None if self.bias is None else self.bias.dtype}"
-            )
-        if self.softcap is not None:
-            arguments.number("Projection softcap", self.softcap, above=True)
-        arguments.number("Projection logit_scale", self.logit_scale, above=True)
-
-    @property
-    def shape(self) -> torch.Size:
-        """The shape `[..., V]` its logits would have."""
-        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
-
-    @property
-    def device(self) -> torch.device:
-        return self.hidden.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.hidden.dtype
-
-    def dim(self) -> int:
-        return self.hidden.dim()
-
-    def parts(self, side: str) -> dict[str, Any]:
-        """See `sources.parts`."""
-        head = [float(self.softcap or 0), float(self.logit_scale)]
-        return {side: self.hidden, f"{side}_weight": self.weight, f"{side}_bias": self.bias, f"{side}_head": head}
-
-    @classmethod
-    def of_parts(cls, side: str, call: Any) -> Projection | None:
-        """See `sources.of_parts`."""
-        weight = getattr(call, f"{side}_weight")
-        if weight is None:
-            return None
-        softcap, logit_scale = getattr(call, f"{side}_head")
-        return cls(getattr(call, side), weight, getattr(call, f"{side}_bias"), softcap or None, logit_scale)
-
-    def logits(self) -> Tensor:
-        """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
-        wide = torch.promote_types(self.hidden.dtype, self.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(wide)
-        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), self.weight.to(wide), bias)
-        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
-
-    def detach(self) -> Projection:
-        """The same logits without gradient."""
-        bias = None if self.bias is None else self.bias.detach()
-        return Projection(self.hidden.detach(), self.weight.detach(), bias, self.softcap, self.logit_scale)
-
 
 SparseKind = Literal["ghost", "renormalize", "sampled"]
 
@@ -243,16 +147,8 @@ class SparseTargets:
         return replace(self, ids=function(self.ids), logprobs=function(self.logprobs), rest=rest, entropy=entropy)
 
 
-class LogProbabilities(Tensor):
-    """Log-probabilities `[..., V]` in the place of a teacher's logits, as a dense cache keeps them.
-
-    A tensor like any other. Losses with a softmax take it as logits: adding a constant to a row does not change them. A
-    loss on raw logits refuses it. `tensor.as_subclass(LogProbabilities)` makes one.
-    """
-
-
 Source = Tensor | Projection
-Teacher = Tensor | Projection | SparseTargets
+Teacher = Tensor | Projection | SparseTargets | Mixture
 
 
 def check(
@@ -267,7 +163,7 @@ def check(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or size.
     """
     _check_source("student", student)
-    projected = isinstance(student, Projection) or isinstance(teacher, Projection)
+    projected = any(isinstance(source, Projection) for source in (student, *_members(teacher)))
     arguments.holds_values("student", student)
     if teacher is not None:
         if not isinstance(teacher, SparseTargets):
@@ -285,7 +181,7 @@ def check(
 
 
 #: The sources that are no tensor.
-_COMPOSED: tuple[type[Projection] | type[SparseTargets], ...] = (Projection, SparseTargets)
+_COMPOSED: tuple[type[Projection] | type[SparseTargets] | type[Mixture], ...] = (Projection, SparseTargets, Mixture)
 
 
 def parts(side: str, source: Teacher | None) -> dict[str, Any]:
@@ -312,24 +208,23 @@ def tensors(source: Teacher) -> list[Tensor]:
     """Every tensor a source is made of."""
     if isinstance(source, Tensor):
         return [source]
+    if isinstance(source, Mixture):
+        return [tensor for teacher in source.teachers for tensor in tensors(teacher)]
     return [value for value in vars(source).values() if isinstance(value, Tensor)]
 
 
+def _members(teacher: object) -> tuple[object, ...]:
+    """The teachers of a mixture, or the teacher."""
+    return tuple(teacher.teachers) if isinstance(teacher, Mixture) else (teacher,)
+
+
 def _check_source(name: str, source: object) -> None:
-    if isinstance(source, Projection):
+    if isinstance(source, Projection) or (isinstance(source, Mixture) and name == "teacher"):
         return  # checked itself
     if not isinstance(source, Tensor):
-        also = " or fastkd.SparseTargets" if name == "teacher" else ""
+        also = ", fastkd.SparseTargets or fastkd.Mixture" if name == "teacher" else ""
         arguments.tensor(name, source, also=f" of logits or a fastkd.Projection{also}")
     check_logits(source, f"{name} logits")
-
-
-def check_logits(logits: object, name: str = "logits") -> None:
-    """Raise TypeError or ValueError for anything but a floating tensor `[..., vocab]`."""
-    arguments.floating(name, logits)
-    assert isinstance(logits, Tensor)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
 
 
 def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Size, may_be_on_cpu: bool = False) -> None:

@@ -13,7 +13,7 @@ import torch
 import fastkd
 from fastkd import backend, reference, sources
 from fastkd.call import Call, call_for
-from fastkd.projection.sides import rows_at_hand, teacher_side
+from fastkd.projection.teachers import rows_at_hand, teacher_side
 from fastkd.rows import RowSpec
 
 SPEC = RowSpec("forward_kl", (), 2.0, 2.0, 1.0, 0.0, 5)
@@ -26,6 +26,7 @@ ONE_OF_EACH: list[Any] = [
     fastkd.Projection(torch.zeros(3, 2), torch.zeros(5, 2), torch.zeros(5), softcap=30.0, logit_scale=0.5),
     fastkd.SparseTargets(torch.tensor([[1], [2], [0]]), HALF[:, None], "ghost", 2.0, rest=HALF),
     fastkd.SparseTargets(torch.tensor([[1], [2], [0]]), HALF[:, None], "sampled", 2.0, entropy=HALF),
+    fastkd.Mixture([torch.eye(3, 5), fastkd.Projection(torch.eye(3, 2), torch.eye(5, 2), softcap=3.0)], [0.25, 0.75]),
 ]
 
 
@@ -74,12 +75,17 @@ def test_one_module_and_one_row_make_a_backend(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize("source", ONE_OF_EACH, ids=lambda source: type(source).__name__)
 def test_a_source_is_put_together_from_its_parts(source: Any) -> None:
     call = call_for(torch.zeros(3, 5), source, None, None, None, SPEC)
-    again = call.teacher_source()
-    assert type(again) is type(source)
+    assert is_put_together(call.teacher_source(), source)
+
+
+def is_put_together(again: Any, source: Any) -> bool:
     if isinstance(source, torch.Tensor):
-        assert again is source
-        return
-    assert vars(again) == vars(source)
+        return again is source
+    if isinstance(source, tuple):
+        return all(is_put_together(*pair) for pair in zip(again, source, strict=True))
+    if type(source) in sources._COMPOSED:
+        return type(again) is type(source) and is_put_together((*vars(again).values(),), (*vars(source).values(),))
+    return bool(again == source)
 
 
 @pytest.mark.parametrize("source", ONE_OF_EACH, ids=lambda source: type(source).__name__)

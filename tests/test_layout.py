@@ -13,7 +13,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 LAYERS = [
     ("fastkd.arguments", "fastkd.rows", "fastkd.overlap", "fastkd.live"),
     ("fastkd.divergences",),
-    ("fastkd.sources", "fastkd.served", "fastkd.kernels", "fastkd.reference"),
+    ("fastkd.projected", "fastkd.mixture", "fastkd.sources", "fastkd.served", "fastkd.kernels", "fastkd.reference"),
     ("fastkd.sparse", "fastkd.call", "fastkd.backend"),
     ("fastkd.gradients", "fastkd.projection"),
     ("fastkd.ops",),

@@ -7,7 +7,7 @@ overlaps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
@@ -25,7 +25,7 @@ def plan(
     tokens: int,
     vocab_size: int,
     student_hidden: int | None,
-    teacher_hidden: int | None,
+    teacher_hidden: int | Sequence[int] | None,
     *,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
@@ -39,7 +39,8 @@ def plan(
         tokens: rows of the batch that count: those not masked on the CPU, or where their number is known (`live=`).
         vocab_size: columns of the output heads that count.
         student_hidden: H of the student, or None where it comes as a tensor of logits.
-        teacher_hidden: H of the teacher, or None where it comes as logits or there is none.
+        teacher_hidden: H of the teacher, or None where it comes as logits or there is none; several of a
+            `fastkd.Mixture`, of its projections.
         dtype: of hidden states and weights.
         device: where they are.
         gpu: plan for this kind of GPU in place of the machine's, with all of its memory free: "A100" (80 GB, SXM),
@@ -55,26 +56,31 @@ def plan(
     """
     device = torch.device(device)
     sizes = {"tokens": tokens, "vocab_size": vocab_size}
-    widths = {"student_hidden": student_hidden, "teacher_hidden": teacher_hidden}
-    for name, value in (sizes | {name: width for name, width in widths.items() if width is not None}).items():
+    taught = () if teacher_hidden is None else teacher_hidden
+    taught = (*taught,) if isinstance(taught, Sequence) else (taught,)
+    if student_hidden is not None:
+        sizes["student_hidden"] = student_hidden
+    for name, value in (*sizes.items(), *(("teacher_hidden", width) for width in taught)):
         arguments.integer(name, value, least=1)
-    if student_hidden is None and teacher_hidden is None:
+    if student_hidden is None and not taught:
         raise ValueError("student_hidden and teacher_hidden are both None: losses on logits need no plan")
     if gpu is not None and (gpu not in GPUS or device.type != "cuda"):
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, with device='cuda', got {gpu!r} with {str(device)!r}")
     size = dtype.itemsize
     operand = 4 if device.type == "cpu" and size == 2 else size
-    student, teacher = (
-        None if width is None else HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand)
-        for width in (student_hidden, teacher_hidden)
-    )
+
+    def head(width: int) -> HeadSize:
+        return HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand)
+
+    student = None if student_hidden is None else head(student_hidden)
+    teachers = [head(width) for width in taught]
     wants, found = Wants(hidden=True, weight=student is not None, bias=False), resolve(divergence)
     memory = None if gpu is None else GPUS[gpu].memory
-    planned = plan_for(tokens, vocab_size, student, teacher, wants, found, device, memory_budget, free=memory)
+    planned = plan_for(tokens, vocab_size, student, teachers, wants, found, device, memory_budget, free=memory)
     card = gpu_of(device) if gpu is None else GPUS[gpu]
     if card is None or size == 8:
         return planned
-    return replace(planned, milliseconds=1e3 * _seconds(planned, student, teacher, size, found.normalised, card))
+    return replace(planned, milliseconds=1e3 * _seconds(planned, student, teachers, size, found.normalised, card))
 
 
 def product_seconds(m: int, k: int, n: int, operand_bytes: int, result_bytes: float, gpu: Gpu) -> float:
@@ -85,14 +91,14 @@ def product_seconds(m: int, k: int, n: int, operand_bytes: int, result_bytes: fl
 
 
 def _seconds(
-    plan: Plan, student: HeadSize | None, teacher: HeadSize | None, size: int, normalised: bool, gpu: Gpu
+    plan: Plan, student: HeadSize | None, teachers: Sequence[HeadSize], size: int, normalised: bool, gpu: Gpu
 ) -> float:
     passes = 1 if plan.strategy == "chunks" else 2 + normalised
     seconds = 0.0
     for group, groups in _parts(plan.tokens, plan.group):
         for width, tiles in _parts(plan.vocab_size, plan.tile):
             for chunk, chunks in _parts(group, plan.chunk):
-                for side in (student, teacher):
+                for side in (student, *teachers):
                     if side is not None:
                         product = product_seconds(chunk, side.hidden_size, width, side.operand_bytes, 4, gpu)
                         seconds += groups * tiles * chunks * passes * product
@@ -102,9 +108,11 @@ def _seconds(
                 d_hidden = product_seconds(group, width, h, operand, _mean_traffic(plan.vocab_size, plan.tile), gpu)
                 d_weight = product_seconds(width, group, h, operand, _mean_traffic(plan.tokens, plan.group), gpu)
                 seconds += groups * tiles * (d_hidden + d_weight)
-    read = sum(size if side is None else 4 for side in (student, teacher))
+    read = (4 if student is not None else size) + (4 if teachers else size)
     written = size if student is None else student.operand_bytes
     moved = plan.tokens * plan.vocab_size * ((2 + normalised) * read + written)
+    if len(teachers) > 1:
+        moved += plan.tokens * plan.vocab_size * (2 * len(teachers) + 1) * 4  # mixed: each read twice, one row written
     if student is not None and size == 2:
         moved += (plan.tokens + plan.vocab_size) * student.hidden_size * (4 + size)  # fp32 sums, rounded
     return seconds + moved / gpu.bytes

@@ -22,7 +22,7 @@ from torch import Tensor
 from fastkd.backend import select
 from fastkd.call import Call
 from fastkd.divergences import TABLE, ForwardKL
-from fastkd.projection.plan import Plan, plan_for
+from fastkd.projection.plan import ROW_ALONE, Plan, plan_for
 from fastkd.projection.sides import (
     Gradients,
     Head,
@@ -31,8 +31,8 @@ from fastkd.projection.sides import (
     head_size,
     part_of,
     student_side,
-    teacher_side,
 )
+from fastkd.projection.teachers import teacher_side, teacher_sizes
 from fastkd.rows import NOTHING, Stage, Tile, Wants, row_count, row_dtype
 from fastkd.sources import Projection
 
@@ -66,23 +66,27 @@ def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
         max(_count(live), 1),
         call.vocab_size,
         head_size(call.student_source(), call.autocast),
-        head_size(call.teacher_source(), call.autocast),
+        teacher_sizes(call),
         wants,
         TABLE[call.divergence](*call.parameters),
         call.student.device,
         call.memory_budget,
         whole_teacher=call.teacher_ids is None,
         own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
-        tiles_allowed=hasattr(select(call.student), "tile_state"),
+        tiles_allowed=hasattr(select(call.student), "tile_state") and not call.teacher_mixed,
         gathered=isinstance(live, Tensor) and not _tells(call),
     )
 
 
 def _live_rows(call: Call) -> RowIndex:
-    """The rows to compute: those with a scale, where their number is known, else all."""
+    """The rows to compute: those with a scale, where their number is known, else all. All too without products."""
     count, told = row_count(call.student), call.live
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
-    if not scales or (not _tells(call) and (told is None or count - told < max(count // _FEW, 1))):
+    if (
+        not scales
+        or not _has_products(call)
+        or (not _tells(call) and (told is None or count - told < max(count // _FEW, 1)))
+    ):
         return slice(0, count)
     counts = torch.stack([scale != 0 for scale in scales]).any(0)
     if not _tells(call) and told is not None:
@@ -91,6 +95,11 @@ def _live_rows(call: Call) -> RowIndex:
         return torch.argsort(counts.logical_not().to(torch.uint8), stable=True)[: max(told, 1)]
     live = counts.nonzero()[:, 0]
     return slice(0, count) if len(live) == count else live
+
+
+def _has_products(call: Call) -> bool:
+    """Whether logits are computed: else kernels skip the rows that do not count, and nothing else would be spared."""
+    return not call.teacher_mixed or call.student_weight is not None or teacher_sizes(call) != (ROW_ALONE,)
 
 
 def _tells(call: Call) -> bool:
@@ -180,7 +189,7 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
         max(count, 1),
         vocab_size,
         head_size(source, autocast),
-        None,
+        (),
         NOTHING,
         ForwardKL(),
         device,

@@ -8,6 +8,7 @@ would fit, so few that products with them would be slow.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from fastkd.divergences import Divergence
 from fastkd.projection.devices import free_bytes
 from fastkd.rows import Wants
 
-__all__ = ["CAST_COLUMNS", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan_for"]
+__all__ = ["CAST_COLUMNS", "ROW_ALONE", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan_for"]
 
 #: Working memory of a loss that is given no budget, on CPUs, and on GPUs that cannot be asked.
 _DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 2 << 30}
@@ -37,6 +38,8 @@ _CHUNK_OF_GROUP, _LOGITS_OF_CHUNK = 512, 1 << 25
 #: Chunks in a group at least, where the budget is what limits both. Half the traffic with the head is that of its
 #: gradient; a token costs it a quarter or a half of the bytes that its logits take.
 _CHUNKS_OF_GROUP = 4
+#: Logits of a chunk at most, where no side is a product: on CPUs those that stay in the cache until they are read.
+_WITHOUT_PRODUCTS = {"cpu": 1 << 20, "cuda": 1 << 25}
 #: Tiles narrow from `_WIDEST` columns to `_NARROWEST` to hold `_ENOUGH` tokens; the loss gives up below `_LEAST_TILED`.
 _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 #: Rows of logits begin at multiples of this many columns, and chunks have a multiple of it of tokens: matrix products
@@ -57,6 +60,10 @@ class HeadSize(NamedTuple):
     weight_bytes: int
     operand_bytes: int  # as operands of products
     softcap: bool = False
+
+
+#: A buffer of logits that no product fills: the rows of teachers that are mixed.
+ROW_ALONE = HeadSize(0, 4, 4, 4, 4)
 
 
 @dataclass(frozen=True)
@@ -103,7 +110,7 @@ def plan_for(
     tokens: int,
     vocab_size: int,
     student: HeadSize | None,
-    teacher: HeadSize | None,
+    teachers: Sequence[HeadSize],
     wants: Wants,
     divergence: Divergence,
     device: torch.device,
@@ -116,19 +123,19 @@ def plan_for(
 ) -> Plan:
     """The plan of one call.
 
-    `whole_teacher`: every column of it is known, so its exponentials are stashed. `own_exponential`: the
-    cross-entropy's e^z is no power of e^(z/T), and is stashed too. `gathered`: the rows are some of more,
-    and copied; on CPUs that is not counted, since groups are short there. `free`: bytes of a device that is not to be
-    asked.
+    `teachers`: those whose logits are computed, several where they are mixed. `whole_teacher`: every column of it is
+    known, so its exponentials are stashed. `own_exponential`: the cross-entropy's e^z is no power of e^(z/T), and is
+    stashed too. `gathered`: the rows are some of more, and copied; on CPUs that is not counted, since groups are short
+    there. `free`: bytes of a device that is not to be asked.
     """
     request = _Request(
-        tokens, vocab_size, student, teacher, wants, divergence, device, whole_teacher, own_exponential, gathered
+        tokens, vocab_size, student, (*teachers,), wants, divergence, device, whole_teacher, own_exponential, gathered
     )
-    if memory_budget is not None:
-        budget = int(memory_budget)
-    else:
-        budget = request.default_budget(free)
+    if not any(side.hidden_size for side in request.sides):
+        request = request._replace(most=max(_WITHOUT_PRODUCTS[request.kind] // vocab_size, 1))
+    elif memory_budget is None:
         request = request._replace(most=max(_HELPFUL.get(request.kind, tokens), _LOGITS_OF_CHUNK // vocab_size))
+    budget = request.default_budget(free) if memory_budget is None else int(memory_budget)
     whole = request.largest(vocab_size, budget)
     if whole.chunk >= min(tokens, _LEAST_CHUNK[request.kind]) or not tiles_allowed:
         return request.planned("chunks", whole if whole.chunk else _Sizes(1, 1), vocab_size)
@@ -160,7 +167,7 @@ class _Request(NamedTuple):
     tokens: int
     vocab_size: int
     student: HeadSize | None
-    teacher: HeadSize | None
+    teachers: tuple[HeadSize, ...]
     wants: Wants
     divergence: Divergence
     device: torch.device
@@ -178,7 +185,7 @@ class _Request(NamedTuple):
 
     @property
     def sides(self) -> list[HeadSize]:
-        return [side for side in (self.student, self.teacher) if side is not None]
+        return [side for side in (self.student, *self.teachers) if side is not None]
 
     @property
     def grouped(self) -> bool:

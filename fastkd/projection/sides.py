@@ -1,8 +1,8 @@
 """The two sides of a loss from hidden states: where the logits of some tokens and columns come from, and the way back.
 
-A side is the product of a `Projection` (`Head`), a tensor of logits (`Logits`), or what is known of a sparse teacher
-(`Sparse`). `student_side` and `teacher_side` choose; the loop asks none of them what it is. Tokens come in groups, and
-the tokens of a group in parts, the chunks: a slice of the group each.
+A side is the product of a `Projection` (`Head`) or a tensor of logits (`Logits`); teachers may be more, which is in
+`teachers`. The loop asks no side what it is. Tokens come in groups, and the tokens of a group in parts, the chunks: a
+slice of the group each.
 
 Products accumulate in fp32 and leave fp32, also from 16-bit operands: on GPUs by asking the product for it, elsewhere
 by casting the operands, a part of the head's rows at a time. Nothing here has the size of the vocabulary times that of
@@ -21,9 +21,8 @@ from torch import Tensor
 
 from fastkd.call import Call
 from fastkd.projection.plan import CAST_COLUMNS, HeadSize, padded
-from fastkd.rows import NOTHING, SparseRows, Wants, kept_dtype, row_dtype
-from fastkd.sources import Projection, SparseTargets, Teacher
-from fastkd.sparse import sparse_rows
+from fastkd.rows import SparseRows, Wants, kept_dtype, row_dtype
+from fastkd.sources import Projection
 
 __all__ = [
     "Gradients",
@@ -33,10 +32,9 @@ __all__ = [
     "TeacherSide",
     "autocast_dtype",
     "head_size",
+    "held",
     "part_of",
-    "rows_at_hand",
     "student_side",
-    "teacher_side",
 ]
 
 #: Some rows of all, by their numbers.
@@ -107,25 +105,6 @@ def student_side(call: Call, wants: Wants, grad: Tensor | None) -> StudentSide:
     return (
         Head(source, call.vocab_size, call.autocast, wants) if isinstance(source, Projection) else Logits(source, grad)
     )
-
-
-def teacher_side(call: Call) -> TeacherSide | None:
-    source = call.teacher_source()
-    if isinstance(source, Projection):
-        return Head(source, call.vocab_size, call.autocast, NOTHING)
-    rows = rows_at_hand(source, call)
-    if isinstance(rows, SparseRows):
-        return Sparse(rows)
-    return None if rows is None else Logits(rows, None)
-
-
-def rows_at_hand(teacher: Teacher | None, call: Call) -> Tensor | SparseRows | None:
-    """What a backend is given of a teacher that needs no product. Raises TypeError for a source it does not know."""
-    if isinstance(teacher, SparseTargets):
-        return sparse_rows(teacher, call.soft_scale, call.vocab_size, row_dtype(call.student.dtype))
-    if teacher is None or isinstance(teacher, Tensor):
-        return teacher
-    raise TypeError(f"no backend is given rows of a {type(teacher).__name__}")
 
 
 #: RuntimeErrors that say nothing of what a device can do. The second came with torch 2.8.
@@ -257,7 +236,7 @@ class Head:
             self._direct = direct
 
     def logits(self, columns: slice, part: slice) -> Tensor:
-        out = _held(self._buffer, columns, part)
+        out = held(self._buffer, columns, part)
         for some in self._parts(columns):
             weight = self.weight[some].to(self.operand)
             _product(self._x[part], weight.t(), out[:, some.start - columns.start : some.stop - columns.start])
@@ -268,7 +247,7 @@ class Head:
         if self.softcap is not None:
             out.div_(self.softcap).tanh_()
             if self._slope is not None:
-                slope = _held(self._slope, columns, part)
+                slope = held(self._slope, columns, part)
                 torch.mul(out, out, out=slope)
                 slope.neg_().add_(1)
             out.mul_(self.softcap)
@@ -284,7 +263,7 @@ class Head:
         width = columns.stop - columns.start
         if self._slope is not None:
             out = grad if self._narrow is None else self._narrow[part, :width]
-            torch.mul(grad, _held(self._slope, columns, part), out=out)
+            torch.mul(grad, held(self._slope, columns, part), out=out)
         self._grad = grad if self._narrow is None else self._narrow[: len(self._x), :width]
 
     def multiply(self, columns: slice) -> None:
@@ -387,25 +366,7 @@ class Logits:
         return (*_unravelled(rows, tensor.shape[:-1]), columns)
 
 
-class Sparse:
-    """A sparse teacher: no logits, but what is known of each row."""
-
-    whole: bool = False
-
-    def __init__(self, rows: SparseRows) -> None:
-        self._all = rows
-
-    def allocate(self, chunk: int, group: int, tile: int) -> None:
-        """Nothing is needed."""
-
-    def start(self, rows: RowIndex) -> None:
-        self._group = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
-
-    def logits(self, columns: slice, part: slice) -> SparseRows:
-        return self._group.part(part)
-
-
-def _held(buffer: Tensor, columns: slice, part: slice) -> Tensor:
+def held(buffer: Tensor, columns: slice, part: slice) -> Tensor:
     """What of a buffer for a chunk holds these columns of these tokens."""
     return buffer[: part.stop - part.start, : columns.stop - columns.start]
 

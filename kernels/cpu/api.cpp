@@ -51,7 +51,7 @@ const Choice& chosen() {
 
 // What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
 // functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
-FASTKD_API int fastkd_abi() { return 5; }
+FASTKD_API int fastkd_abi() { return 6; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
@@ -60,8 +60,8 @@ FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.kn
 // Bytes of an argument struct, or of a row's state between tiles ("state"). -1 for any other name.
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
-      {"KDRows", sizeof(KDRows)}, {"Statistics", sizeof(Statistics)}, {"LogSoftmax", sizeof(LogSoftmax)},
-      {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)}, {"WeightedTotal", sizeof(WeightedTotal)},
+      {"KDRows", sizeof(KDRows)}, {"MixRows", sizeof(MixRows)}, {"Statistics", sizeof(Statistics)},
+      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)}, {"WeightedTotal", sizeof(WeightedTotal)},
       {"state", kStateBytes}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
@@ -69,6 +69,8 @@ FASTKD_API int64_t fastkd_size(const char* name) {
 }
 
 FASTKD_API int fastkd_kd_rows(const KDRows* call) { return chosen().kernels.kd_rows(*call); }
+
+FASTKD_API int fastkd_mix_rows(const MixRows* call) { return chosen().kernels.mix_rows(*call); }
 
 FASTKD_API int fastkd_row_statistics(const Statistics* call) { return chosen().kernels.row_statistics(*call); }
 

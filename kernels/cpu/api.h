@@ -49,6 +49,18 @@ struct KDRows {
   SparseTeacher sparse;  // in place of `teacher`
 };
 
+// See fastkd/backend.py, Backend.mix_rows. `out` is fp32, and may be one of the teachers.
+struct MixRows {
+  const Matrix* teachers;  // `count` of them
+  const double* weights;
+  Matrix out;
+  const float* scale;  // nullptr: every row is wanted
+  int64_t count;
+  int64_t rows;
+  int64_t threads;
+  double temperature;
+};
+
 struct Statistics {
   Matrix logits;
   const int64_t* labels;  // nullptr: every label_logprob is NaN
@@ -116,6 +128,7 @@ enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2 };
 // The kernels of one instruction set. Each returns an Outcome; `knows` whether there is a divergence of that name.
 struct Kernels {
   int (*kd_rows)(const KDRows&);
+  int (*mix_rows)(const MixRows&);
   int (*row_statistics)(const Statistics&);
   int (*log_softmax)(const LogSoftmax&);
   int (*log_softmax_backward)(const LogSoftmax&);

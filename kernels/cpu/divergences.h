@@ -89,7 +89,7 @@ struct SymmetricKL {
 // overflows, no infinities are subtracted, and log_mix keeps its relative precision as d -> 0.
 inline vec log_mix(vec d, float weight) {
   const vec share = select(d > 0.f, splat(weight), splat(1.f - weight));
-  return log1p_nonpositive(share * expm1_nonpositive(-abs(d)));
+  return log1p(share * expm1_nonpositive(-abs(d)));
 }
 
 // (e^d - 1) / (weight + (1 - weight) e^d), with the same properties.

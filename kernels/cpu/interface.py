@@ -11,6 +11,7 @@ __all__ = [
     "KDRows",
     "LogSoftmax",
     "Matrix",
+    "MixRows",
     "RowScales",
     "Selection",
     "SparseTeacher",
@@ -66,6 +67,19 @@ class KDRows(ctypes.Structure):
         ("first", ctypes.c_int64),
         ("state", ctypes.c_void_p),
         ("sparse", SparseTeacher),
+    )
+
+
+class MixRows(ctypes.Structure):
+    _fields_ = (
+        ("teachers", ctypes.POINTER(Matrix)),
+        ("weights", ctypes.POINTER(ctypes.c_double)),
+        ("out", Matrix),
+        ("scale", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("rows", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("temperature", ctypes.c_double),
     )
 
 
@@ -139,7 +153,8 @@ class WeightedTotal(ctypes.Structure):
 
 #: The argument structs, by their names in C++.
 STRUCTURES = {
-    structure.__name__: structure for structure in (KDRows, Statistics, LogSoftmax, Selection, RowScales, WeightedTotal)
+    structure.__name__: structure
+    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, RowScales, WeightedTotal)
 }
 
 #: Every entry point: what it returns, and what it takes.
@@ -149,6 +164,7 @@ ENTRIES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fastkd_knows": (ctypes.c_int, (ctypes.c_char_p,)),
     "fastkd_size": (ctypes.c_int64, (ctypes.c_char_p,)),
     "fastkd_kd_rows": (ctypes.c_int, (ctypes.POINTER(KDRows),)),
+    "fastkd_mix_rows": (ctypes.c_int, (ctypes.POINTER(MixRows),)),
     "fastkd_row_statistics": (ctypes.c_int, (ctypes.POINTER(Statistics),)),
     "fastkd_log_softmax": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),
     "fastkd_log_softmax_backward": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),

@@ -13,16 +13,18 @@
 //   sparse.h       the loss of a row beside a sparse teacher
 //   loss.h         the loss of a row, and a call of it
 //   normaliser.h   log-softmax and row statistics, on row.h alone
+//   mixture.h      several teachers as one, on normaliser.h
 //   select.h       top-k and sampling, on normaliser.h
 //
 // Everything is in the namespace FASTKD_ISA, types that templates are instantiated with included. Otherwise the linker
 // would keep one instruction set's copy of a template for all of them.
 #include "loss.h"
+#include "mixture.h"
 #include "normaliser.h"
 #include "select.h"
 
 namespace FASTKD_ISA {
 
-Kernels kernels() { return {kd_rows, row_statistics, log_softmax, log_softmax_backward, select, knows}; }
+Kernels kernels() { return {kd_rows, mix_rows, row_statistics, log_softmax, log_softmax_backward, select, knows}; }
 
 }  // namespace FASTKD_ISA

@@ -11,6 +11,7 @@ import ctypes
 import functools
 import os
 import pathlib
+from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -23,6 +24,7 @@ from fastkd.kernels.cpu.interface import (
     KDRows,
     LogSoftmax,
     Matrix,
+    MixRows,
     RowScales,
     Selection,
     SparseTeacher,
@@ -36,6 +38,7 @@ __all__ = [
     "kd_rows",
     "log_softmax",
     "log_softmax_backward",
+    "mix_rows",
     "row_scales",
     "row_statistics",
     "sample",
@@ -46,7 +49,7 @@ __all__ = [
     "weighted_total",
 ]
 
-_ABI = 5
+_ABI = 6
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
 _OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
@@ -258,6 +261,27 @@ def weighted_total(
         ),
     )
     return total
+
+
+def mix_rows(
+    teachers: Sequence[Tensor], weights: Sequence[float], temperature: float, scale: Tensor | None, out: Tensor
+) -> None:
+    """See `fastkd.backend.Backend.mix_rows`."""
+    count = len(teachers)
+    scale = None if scale is None else scale.contiguous()
+    _call(
+        "fastkd_mix_rows",
+        MixRows(
+            (Matrix * count)(*map(_matrix, teachers)),
+            (ctypes.c_double * count)(*weights),
+            _matrix(out),
+            _pointer(scale),
+            count,
+            row_count(out),
+            torch.get_num_threads(),
+            temperature,
+        ),
+    )
 
 
 def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -120,8 +120,8 @@ inline Decay decay(vec x) {
 
 inline vec expm1_nonpositive(vec x) { return decay(x).minus_one; }
 
-// log(1 + u) for -1 < u <= 0, with a relative error of 2e-7, however near u is to 0.
-inline vec log1p_nonpositive(vec u) {
+// log(1 + u) for u > -1, with a relative error of 2e-7, however near u is to 0.
+inline vec log1p(vec u) {
   const vec w = u + 1.f;
   // w = 2^n m with m in [sqrt(1/2), sqrt(2)). Rounding 1 + u to w loses a little: (u - (w - 1)) / w restores it.
   const ivec n = (bits(w) - 0x3f3504f3) >> 23;

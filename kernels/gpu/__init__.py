@@ -1,5 +1,6 @@
 """The Triton backend: NVIDIA, AMD and Intel GPUs. Offers the functions of `fastkd.backend.Backend`, and `scale_`."""
 
+from fastkd.kernels.gpu.mixture import mix_rows
 from fastkd.kernels.gpu.row_scalars import row_scales, weighted_total
 from fastkd.kernels.gpu.rows import kd_rows
 from fastkd.kernels.gpu.scale import scale_
@@ -11,6 +12,7 @@ __all__ = [
     "kd_rows",
     "log_softmax",
     "log_softmax_backward",
+    "mix_rows",
     "row_scales",
     "row_statistics",
     "sample",

@@ -1,0 +1,127 @@
+"""Sources that have every column of a row: tensors of logits, and `Projection`, which computes them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastkd import arguments
+
+__all__ = ["LogProbabilities", "Projection", "check_logits"]
+
+
+def check_logits(logits: object, name: str = "logits") -> None:
+    """Raise TypeError or ValueError for anything but a floating tensor `[..., vocab]`."""
+    arguments.floating(name, logits)
+    assert isinstance(logits, Tensor)
+    if logits.dim() == 0 or logits.shape[-1] == 0:
+        raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
+
+
+class LogProbabilities(Tensor):
+    """Log-probabilities `[..., V]` in the place of a teacher's logits, as a dense cache keeps them.
+
+    A tensor like any other. Losses with a softmax take it as logits: adding a constant to a row does not change them. A
+    loss on raw logits refuses it. `tensor.as_subclass(LogProbabilities)` makes one.
+    """
+
+
+@dataclass(frozen=True, eq=False)
+class Projection:
+    """Logits as the product of hidden states and an output head: `z = logit_scale·(hidden·weightᵀ + bias)`.
+
+    With a softcap, z is replaced by `softcap·tanh(z / softcap)`. Pass one wherever a loss takes logits; gradients
+    flow to `hidden`, `weight` and `bias`, in their dtypes, where these require them.
+
+    Args:
+        hidden: hidden states `[..., H]`, fp32 / bf16 / fp16 (float64 on the reference backend).
+        weight: output head `[V, H]`, as in `nn.Linear(H, V).weight`; its dtype may differ from that of `hidden`.
+        bias: `[V]` or None.
+        softcap: bound of the logits' absolute value (Gemma 2, Gemma Team 2024), or None.
+        logit_scale: factor of the logits (Cohere's Command models).
+
+    The product is accumulated in fp32 and its fp32 result is used, whatever the operands' dtypes: rounding logits to
+    16 bits ruins the distillation gradient of a student close to its teacher.
+
+    Raises TypeError or ValueError for operands that do not fit together.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None or name != "bias":
+                arguments.floating(f"Projection {name}", tensor)
+        if self.weight.dim() != 2 or 0 in self.weight.shape:
+            raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
+        if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:
+            raise ValueError(
+                f"Projection hidden {tuple(self.hidden.shape)} must end in the {self.weight.shape[1]} columns of "
+                f"weight {tuple(self.weight.shape)}"
+            )
+        if self.bias is not None and self.bias.shape != self.weight.shape[:1]:
+            raise ValueError(
+                f"Projection bias must have shape [{self.weight.shape[0]}] beside weight {tuple(self.weight.shape)}, "
+                f"got {tuple(self.bias.shape)}"
+            )
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
+            if tensor is not None and tensor.device != self.hidden.device:
+                raise ValueError(f"Projection {name} is on {tensor.device}, but hidden is on {self.hidden.device}")
+        doubles = [t.dtype == torch.float64 for t in (self.hidden, self.weight, self.bias) if t is not None]
+        if any(doubles) and not all(doubles):
+            raise TypeError(
+                "Projection hidden, weight and bias must all be float64 or none of them, got "
+                f"{self.hidden.dtype}, {self.weight.dtype} and {None if self.bias is None else self.bias.dtype}"
+            )
+        if self.softcap is not None:
+            arguments.number("Projection softcap", self.softcap, above=True)
+        arguments.number("Projection logit_scale", self.logit_scale, above=True)
+
+    @property
+    def shape(self) -> torch.Size:
+        """The shape `[..., V]` its logits would have."""
+        return torch.Size((*self.hidden.shape[:-1], self.weight.shape[0]))
+
+    @property
+    def device(self) -> torch.device:
+        return self.hidden.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.hidden.dtype
+
+    def dim(self) -> int:
+        return self.hidden.dim()
+
+    def parts(self, side: str) -> dict[str, Any]:
+        """See `sources.parts`."""
+        head = [float(self.softcap or 0), float(self.logit_scale)]
+        return {side: self.hidden, f"{side}_weight": self.weight, f"{side}_bias": self.bias, f"{side}_head": head}
+
+    @classmethod
+    def of_parts(cls, side: str, call: Any) -> Projection | None:
+        """See `sources.of_parts`."""
+        weight = getattr(call, f"{side}_weight")
+        if weight is None:
+            return None
+        softcap, logit_scale = getattr(call, f"{side}_head")
+        return cls(getattr(call, side), weight, getattr(call, f"{side}_bias"), softcap or None, logit_scale)
+
+    def logits(self) -> Tensor:
+        """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
+        wide = torch.promote_types(self.hidden.dtype, self.weight.dtype)
+        bias = None if self.bias is None else self.bias.to(wide)
+        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), self.weight.to(wide), bias)
+        return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def detach(self) -> Projection:
+        """The same logits without gradient."""
+        bias = None if self.bias is None else self.bias.detach()
+        return Projection(self.hidden.detach(), self.weight.detach(), bias, self.softcap, self.logit_scale)

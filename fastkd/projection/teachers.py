@@ -1,0 +1,100 @@
+"""The teacher's side of a loss from hidden states: one teacher's rows, or those of several, mixed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastkd.backend import Backend, select
+from fastkd.call import Call
+from fastkd.projection.plan import ROW_ALONE, HeadSize, padded
+from fastkd.projection.sides import Head, Logits, RowIndex, TeacherSide, head_size, held
+from fastkd.rows import NOTHING, SparseRows, row_dtype
+from fastkd.sources import Mixture, Projection, SparseTargets, Teacher
+from fastkd.sparse import sparse_rows
+
+__all__ = ["rows_at_hand", "teacher_side", "teacher_sizes"]
+
+
+def teacher_side(call: Call) -> TeacherSide | None:
+    source = call.teacher_source()
+    if isinstance(source, Mixture):
+        return Mixed(source, call)
+    if isinstance(source, (Tensor, Projection)):
+        return _whole(source, call)
+    rows = rows_at_hand(source, call)
+    return Sparse(rows) if isinstance(rows, SparseRows) else None
+
+
+def _whole(source: Tensor | Projection, call: Call) -> Head | Logits:
+    if isinstance(source, Projection):
+        return Head(source, call.vocab_size, call.autocast, NOTHING)
+    return Logits(source, None)
+
+
+def teacher_sizes(call: Call) -> tuple[HeadSize, ...]:
+    """What memory and arithmetic depend on, of each buffer of logits that the teacher's side has."""
+    source = call.teacher_source()
+    members = source.teachers if isinstance(source, Mixture) else (source,)
+    sizes = tuple(size for member in members if (size := head_size(member, call.autocast)) is not None)
+    return sizes or ((ROW_ALONE,) if isinstance(source, Mixture) else ())
+
+
+def rows_at_hand(teacher: Teacher | None, call: Call) -> Tensor | SparseRows | None:
+    """What a backend is given of a teacher that needs no product. Raises TypeError for a source it does not know."""
+    if isinstance(teacher, SparseTargets):
+        return sparse_rows(teacher, call.soft_scale, call.vocab_size, row_dtype(call.student.dtype))
+    if teacher is None or isinstance(teacher, Tensor):
+        return teacher
+    raise TypeError(f"no backend is given rows of a {type(teacher).__name__}")
+
+
+class Sparse:
+    """A sparse teacher: no logits, but what is known of each row."""
+
+    whole: bool = False
+
+    def __init__(self, rows: SparseRows) -> None:
+        self._all = rows
+
+    def allocate(self, chunk: int, group: int, tile: int) -> None:
+        """Nothing is needed."""
+
+    def start(self, rows: RowIndex) -> None:
+        self._group = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
+
+    def logits(self, columns: slice, part: slice) -> SparseRows:
+        return self._group.part(part)
+
+
+class Mixed:
+    """Several teachers, mixed over the logits of the first projection or, if there is none, in a buffer for that."""
+
+    whole: bool = True
+
+    def __init__(self, mixture: Mixture, call: Call) -> None:
+        pairs = sorted(mixture.pairs(), key=lambda pair: not isinstance(pair[0], Projection))
+        self._sides = [_whole(teacher, call) for teacher, _ in pairs]
+        self._weights = [weight for _, weight in pairs]
+        self._temperature, self._scale = call.teacher_temperature, call.soft_scale
+        self._backend: Backend = select(call.student)
+        self._student = call.student
+
+    def allocate(self, chunk: int, group: int, tile: int) -> None:
+        for side in self._sides:
+            side.allocate(chunk, group, tile)
+        if isinstance(self._sides[0], Logits):
+            dtype, device = row_dtype(self._student.dtype), self._student.device
+            self._buffer = torch.empty(chunk, padded(tile), dtype=dtype, device=device)
+
+    def start(self, rows: RowIndex) -> None:
+        self._scales = None if self._scale is None else self._scale[rows]
+        for side in self._sides:
+            side.start(rows)
+
+    def logits(self, columns: slice, part: slice) -> Tensor:
+        rows = [side.logits(columns, part) for side in self._sides]
+        out = held(self._buffer, columns, part) if isinstance(self._sides[0], Logits) else rows[0]
+        scales = None if self._scales is None else self._scales[part]
+        self._backend.mix_rows(rows, self._weights, self._temperature, scales, out)
+        return out
