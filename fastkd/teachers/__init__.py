@@ -4,7 +4,7 @@ from fastkd.teachers.following import EMA, Snapshot
 from fastkd.teachers.given import Cached, Frozen
 from fastkd.teachers.learning import Mutual, Online
 from fastkd.teachers.mode import TeacherMode
-from fastkd.teachers.several import Routed
+from fastkd.teachers.several import Mixed, Routed
 from fastkd.teachers.views import VIEWS, MultiView
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "VIEWS",
     "Cached",
     "Frozen",
+    "Mixed",
     "MultiView",
     "Mutual",
     "Online",
@@ -30,5 +31,6 @@ MODES: dict[str, type[TeacherMode]] = {
     "ema": EMA,
     "snapshot": Snapshot,
     "multi_view": MultiView,
+    "mixture": Mixed,
     "routed": Routed,
 }

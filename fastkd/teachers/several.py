@@ -1,4 +1,4 @@
-"""Several frozen teachers: each with rows of its own."""
+"""Several frozen teachers: their probabilities averaged, or each with rows of its own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastkd import arguments
+from fastkd.mixture import Mixture
 from fastkd.teachers.given import check_frozen
 from fastkd.teachers.mode import NOTHING, TeacherMode, check_models
 from fastkd.terms import Need, Outputs, RoutedLogits, outputs_of
 
-__all__ = ["Routed"]
+__all__ = ["Mixed", "Routed"]
 
 
 class _Several(TeacherMode):
@@ -42,6 +44,47 @@ class _Several(TeacherMode):
                 "one's features are the teacher's: take one teacher, or those terms away"
             )
         check_models(student, {f"teacher {name!r}": model for name, model in self._models.items()}, vocab_size)
+
+
+class Mixed(_Several):
+    """An ensemble: the average of several teachers' probabilities, at the loss's temperature (Hinton et al. 2015).
+
+    Args:
+        models: each frozen, in eval mode, on the student's device, with the student's vocabulary; or names and models.
+        weights: one of each model, at least 0, not all 0: their shares. None: equal.
+
+    The predictions are a `fastkd.Mixture`, for any divergence with a softmax: each row of each teacher is read once,
+    and no probabilities are formed. A teacher of weight 0 is not run.
+
+    Raises ValueError where there are no models, for one that is trainable or in training mode, and for weights that are
+    not as above; `check` for a model that is the student or has another vocabulary, and for terms that need hidden
+    states or attentions.
+    """
+
+    def __init__(
+        self, models: Mapping[str, nn.Module] | Sequence[nn.Module], weights: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(models)
+        given = [1.0] * len(self._models) if weights is None else list(weights)
+        if len(given) != len(self._models):
+            raise ValueError(f"there are {len(given)} weights for {len(self._models)} teachers")
+        for number, weight in enumerate(given):
+            arguments.number(f"weights[{number}]", weight)
+        if not sum(given):
+            raise ValueError(f"all weights are 0: {given}")
+        self.weights = [weight / sum(given) for weight in given]
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        student: nn.Module,
+        inputs: Mapping[str, Any],
+        taken: Mapping[str, Any] = NOTHING,
+        needs: Sequence[Need] = (),
+    ) -> Outputs:
+        """One forward of each teacher."""
+        pairs = [pair for pair in zip(self._models.values(), self.weights, strict=True) if pair[1]]
+        return Outputs(Mixture([outputs_of(model, inputs).projection for model, _ in pairs], [w for _, w in pairs]))
 
 
 class Routed(_Several):
