@@ -4,6 +4,7 @@ from fastkd.terms.attention import AttentionTerm
 from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
 from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
+from fastkd.terms.routed import RoutedLogits
 from fastkd.terms.term import Batch, Course, Need, Needs, Outputs, Term, Terms, outputs_of
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "Need",
     "Needs",
     "Outputs",
+    "RoutedLogits",
     "RouterTerm",
     "Term",
     "Terms",

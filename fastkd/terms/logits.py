@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd.losses import KDLoss, KDParts
+from fastkd.terms.routed import RoutedLogits, rows_of
 from fastkd.terms.term import Batch, Course, Outputs, Term
 
 __all__ = ["KDTerm", "RouterTerm", "asks_for_router_loss", "text_config"]
@@ -51,13 +52,29 @@ class KDTerm(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """`loss`, `soft` and `hard`."""
+        taught = teacher.logits if self.kd.soft_weight else None
+        if isinstance(taught, RoutedLogits):
+            return self._routed(student, taught, batch)
         # An override of the loss may mask other tokens than those that were counted.
         known = batch.live is not None and type(self.kd).forward is KDLoss.forward
         options: dict[str, Any] = {"live": batch.live} if known else {}
-        taught = teacher.logits if self.kd.soft_weight else None
         parts = self.kd(student.projection, taught, batch.labels, num_items=batch.num_items, **options)
         assert isinstance(parts, KDParts)
         return parts._asdict()
+
+    def _routed(self, student: Outputs, teacher: RoutedLogits, batch: Batch) -> dict[str, Tensor]:
+        """The sums of what each teacher's rows give, all divided by the same number of tokens."""
+        items = batch.num_items
+        if items is None:
+            if not self.kd.mask_soft:
+                raise ValueError("routed teachers with mask_soft=False need num_items, the divisor of both parts")
+            items = (batch.labels[:, 1:] != self.kd.ignore_index).sum().clamp(min=1)
+        found: dict[str, Tensor] = {}
+        for rows, logits in teacher.parts:
+            parts = self.kd(rows_of(student.projection, rows), logits, batch.labels[rows], num_items=items)
+            assert isinstance(parts, KDParts)
+            found = {name: found[name] + value if found else value for name, value in parts._asdict().items()}
+        return found
 
 
 class RouterTerm(Term):

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from fastkd.projection.models import project
 from fastkd.sources import Projection, Teacher
 from fastkd.terms.recording import Heads, recorded
+from fastkd.terms.routed import RoutedLogits
 
 __all__ = ["Batch", "Course", "Need", "Needs", "Outputs", "Shape", "Term", "Terms", "outputs_of"]
 
@@ -63,9 +64,9 @@ class Course:
 class Outputs:
     """What one model says of one batch."""
 
-    #: Last hidden states `[batch, tokens, H]` with the output head; logits; or what a cache has kept of a teacher.
-    #: None where nobody asked.
-    logits: Teacher | None
+    #: Last hidden states `[batch, tokens, H]` with the output head; logits; or what a cache has kept of a teacher. Of
+    #: several teachers, each with its rows, those. None where nobody asked.
+    logits: Teacher | RoutedLogits | None
     #: The model's own outputs, without its logits: `hidden_states`, `attentions`, `aux_loss`, ... Empty for a cache.
     fields: Mapping[str, Any] = field(default_factory=dict)
     #: The model itself, for terms that look into it; None for a cache.
