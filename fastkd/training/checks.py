@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.terms import TERMS
+from fastkd.terms import Term, terms_named
 from fastkd.training import loading
 from fastkd.training.options import InputError, ModelOptions, Options, named_terms
 
 __all__ = [
+    "asked_terms",
     "check_better",
     "check_context",
     "check_frozen",
@@ -92,13 +93,12 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
         raise InputError(f"teacher_mode is {mode!r}, whose predictions change or are of several: take cache_dir away")
     if mode != "frozen" and not options.learns:
         raise InputError(f"teacher_mode is {mode!r}, but soft_weight is 0 and there are no terms: nothing is taught")
-    kinds = [spec["type"] for spec in named_terms(wanted.terms)]
-    for kind in kinds:
-        if kind not in TERMS:
-            raise InputError(f"terms has the type {kind!r}; there are {', '.join(TERMS)}")
-        if cache and TERMS[kind].needs:
-            needs = " and ".join(TERMS[kind].needs)
-            raise InputError(f"the term {kind!r} needs the teacher's {needs}, which no cache has: take cache_dir away")
+    for term in asked_terms(options):
+        if cache and term.needs:
+            raise InputError(
+                f"the term {term.name!r} needs the teacher's {' and '.join(term.needs)}, which no cache has: take "
+                "cache_dir away"
+            )
     corpora = 1 + len(options.data.mix_data)
     if mode == "routed" and corpora != 1 + len(wanted.more_teachers):
         raise InputError(
@@ -113,6 +113,14 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
     for models in more_teachers(options):
         check_tokenizers(loading.load_tokenizer(models.teacher), tokenizer)
         check_context(options.data.max_length, teacher=loading.teacher_config(models.teacher))
+
+
+def asked_terms(options: Options) -> list[Term]:
+    """The terms that are asked for, not yet checked against models. Raises InputError."""
+    try:
+        return terms_named(named_terms(options.teaching.terms))
+    except (ValueError, TypeError) as error:
+        raise InputError(f"terms: {error}") from error
 
 
 def more_teachers(options: Options) -> list[ModelOptions]:

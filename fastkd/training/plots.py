@@ -14,6 +14,7 @@ from fastkd.training.judge import AVERAGE, CE_ONLY, PEER, STUDENT, TEACHER, TRAI
 from fastkd.training.plain import figure_text
 
 __all__ = [
+    "ablation",
     "calibration",
     "confidence",
     "course",
@@ -171,6 +172,34 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(xlabel="weight of the soft loss", ylabel=title)
         _finished(figure, axes)
     return figure
+
+
+def ablation(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Perplexity and KL to the teacher of each row of a sweep, with standard deviations where there are several seeds.
+
+    The best is on top.
+    """
+    figure = Figure(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
+    names = [_kind(row) for row in rows]
+    for axes, (name, title) in zip(
+        figure.subplots(1, 2, sharey=True),
+        (("perplexity", "validation perplexity"), ("kl", "KL(teacher ‖ student) at T = 1, nats")),
+        strict=True,
+    ):
+        values, spread = [row[name] for row in rows], [row.get(f"{name}_spread", 0.0) for row in rows]
+        axes.errorbar(values, range(len(rows)), xerr=spread, fmt="o", capsize=4, color=_COLOURS[STUDENT])
+        axes.set(xlabel=title, ylim=(len(rows) - 0.5, -0.5))
+        axes.grid(axis="x", alpha=0.3)
+        axes.set_yticks(range(len(rows)), names)
+    return figure
+
+
+def _kind(row: Mapping[str, Any]) -> str:
+    """What tells a row of a sweep from others, as a label."""
+    if row["teacher"] == "–":
+        return "labels alone"
+    grid = f"soft {row['soft_weight']:g}, T {row['temperature']:g}"
+    return figure_text(f"{row['teacher']}, {row['terms']}\n{grid}")
 
 
 def temperatures(curves: Mapping[float, Sequence[float]], tokens: Sequence[str], title: str) -> Figure:

@@ -11,10 +11,10 @@ import transformers
 
 from fastkd import teachers
 from fastkd.teachers import TeacherMode
-from fastkd.terms import Term, Terms, make_terms
+from fastkd.terms import Term, Terms
 from fastkd.training import loading
-from fastkd.training.checks import more_teachers
-from fastkd.training.options import InputError, named_terms
+from fastkd.training.checks import asked_terms, more_teachers
+from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
 
 __all__ = ["teacher_of", "terms_of"]
@@ -28,7 +28,7 @@ def teacher_of(setup: Setup, student: Any) -> TeacherMode:
 def terms_of(setup: Setup, student: Any, teacher: TeacherMode) -> list[Term]:
     """The terms that a run asks for, checked against the student and its teacher. Raises InputError."""
     try:
-        terms = make_terms(named_terms(setup.options.teaching.terms))
+        terms = asked_terms(setup.options)
         checked = Terms(terms, student)
         if "attentions" in checked.needs:  # fused ones return none
             for model in (student, setup.teacher):

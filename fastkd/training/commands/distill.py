@@ -108,9 +108,9 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
                 folder = staging if name == judge.STUDENT else staging / "ce-only"
                 model.save_pretrained(folder)
                 materials.tokenizer.save_pretrained(folder)
-            for source, folder in beside.values():
-                shutil.copytree(source, staging / folder)
-                materials.tokenizer.save_pretrained(staging / folder)
+            for source, place in beside.values():
+                shutil.copytree(source, staging / place)
+                materials.tokenizer.save_pretrained(staging / place)
         contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
         for name, (kept, _) in beside.items():
             models = replace(options.models, teacher=str(kept), teacher_dtype="float32", teacher_quantization="none")

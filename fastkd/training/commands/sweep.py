@@ -2,49 +2,86 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
-from collections.abc import Sequence
-from dataclasses import dataclass
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 from fastkd import training
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import (
+    TAKES,
     TRAINED_TEACHER,
     DataOptions,
     DistillationOptions,
     EvaluationOptions,
     InputError,
     ModelOptions,
+    ModeOptions,
     Options,
+    TeachingOptions,
     TrainingOptions,
+    did_you_mean,
     expand_home,
     option,
+    term_set,
 )
 from fastkd.training.plain import visible
 
 if TYPE_CHECKING:
+    from fastkd.training.judge import Contender
+    from fastkd.training.lessons import Lessons
     from fastkd.training.setup import Setup
 
 __all__ = ["SweepOptions", "run", "sweep"]
 
+#: What several seeds have a spread of.
+SPREAD = ("loss", "perplexity", "kl", "top1_agreement")
+
 _DESCRIPTION = """\
 Train a student for every weight and temperature, and rank them by cross-entropy and KL to the teacher at T = 1.
 
-Takes the options of fastkd distill beside the grid. Writes results.csv and sweep.png. With --resume, an interrupted
-sweep keeps the students that are finished.
+Takes the options of fastkd distill beside the grid. Writes results.csv, results.md and plots. With more than one of
+--teacher-mode or --terms it is an ablation: one thing differs from the first of each. With --seeds every student is
+trained once for each, and the table has the spread. With --resume, an interrupted sweep keeps the students that are
+finished.
 
 examples:
   fastkd sweep --alpha 0 0.5 1 --temperature 1 2 4
   fastkd sweep config.yaml --alpha 0.2 0.5 0.8 --alpha-on soft --cache-dir caches
+  fastkd sweep --alpha 0 0.5 --temperature 1 --terms none hidden --teacher-mode frozen ema --seeds 0 1 2
   fastkd sweep runs/distill/config.yaml --resume
 """
 
 
+class Cell(NamedTuple):
+    """One kind of student of a sweep."""
+
+    distillation: DistillationOptions
+    teaching: TeachingOptions
+    terms: str  # as they were asked for
+    assistant: str = ""  # learns from the teacher first, and then teaches the student
+
+    @property
+    def mode(self) -> str:
+        """How it is taught: a teacher's mode; progressive where there is an assistant; nothing on the labels alone."""
+        if not self.distillation.needs_teacher and not self.teaching.terms:
+            return "–"
+        return "progressive" if self.assistant else self.teaching.teacher_mode
+
+    def name(self) -> str:
+        """What tells it from the other cells, for a line on the terminal."""
+        soft, hard = self.distillation.weights
+        grid = f"soft weight {soft:g}, hard weight {hard:g}, temperature {self.distillation.temperature:g}"
+        return grid if self.mode == "–" else f"{grid}, teacher {self.mode}, terms {self.terms}"
+
+
 @dataclass(frozen=True)
-class SweepOptions:
+class SweepOptions(ModeOptions):
     """The grid of `fastkd sweep`, in the place of DistillationOptions; every cell trains one student."""
 
     _argument_group_name: ClassVar[str] = "sweep"
@@ -53,29 +90,67 @@ class SweepOptions:
     alpha_on: Literal["soft", "hard"] = option("soft", "the loss that alpha multiplies")
     temperature: list[float] = option([1.0, 2.0, 4.0], "temperatures of the soft loss to try")
     divergence: str = option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
-    cache_dir: str = option("", "directory of caches, one for each temperature")
+    teacher_mode: list[str] = option(
+        ["frozen"],
+        f"teachers to try, the first with all terms, the others with the first of them: {', '.join(TAKES)}",
+    )
+    terms: list[str] = option(
+        ["none"],
+        "terms to try: none, a term as fastkd distill takes it, several as hidden+attention or as a list in JSON",
+    )
+    assistant: str = option(
+        "", "a model between teacher and student, named as student is: tried too, first as a student, then as teacher"
+    )
+    seeds: list[int] = option([], "train every student once for each of these [the one of --seed]")
+    cache_dir: str = option("", "directory of caches, one for each temperature; for frozen teachers without terms")
     cache_format: Literal["sampled", "topk"] = option("sampled", "what a cache keeps of each prediction")
     cache_tokens: int | None = option(None, "tokens that a cache keeps of each prediction [sampled: 12, topk: 64]")
 
     def __post_init__(self) -> None:
-        expand_home(self, "cache_dir")
+        super().__post_init__()
+        expand_home(self, "cache_dir", "assistant")
+        if len(set(self.seeds)) < len(self.seeds):
+            raise InputError(f"seeds are {self.seeds}: one is there twice")
+        for mode in self.teacher_mode:
+            if mode not in TAKES:
+                raise InputError(f"teacher_mode has {mode!r}{did_you_mean(mode, TAKES)}; there are {', '.join(TAKES)}")
 
-    def cells(self) -> list[DistillationOptions]:
+    def cells(self) -> list[Cell]:
         """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
-        found: dict[tuple[tuple[float, float], float | None], DistillationOptions] = {}
+        found: dict[tuple[Any, ...], Cell] = {}
         for alpha in self.alpha:
             for temperature in self.temperature:
-                cell = DistillationOptions(
-                    temperature=temperature,
-                    alpha=alpha,
-                    alpha_on=self.alpha_on,
-                    divergence=self.divergence,
-                    cache_dir=f"{self.cache_dir}/temperature-{temperature:g}" if self.cache_dir else "",
-                    cache_format=self.cache_format,
-                    cache_tokens=self.cache_tokens,
-                )
-                found.setdefault((cell.weights, temperature if cell.needs_teacher else None), cell)
+                for cell in self._taught(alpha, temperature):
+                    learns = cell.mode != "–"
+                    what = (temperature, cell.mode, cell.terms) if learns else ()
+                    found.setdefault((cell.distillation.weights, *what), cell)
         return list(found.values())
+
+    def _taught(self, alpha: float, temperature: float) -> Iterator[Cell]:
+        """The cells of one weight and temperature: the first mode and terms, and what differs from them in one."""
+        settings: dict[str, Any] = {
+            "temperature": temperature,
+            "alpha": alpha,
+            "alpha_on": self.alpha_on,
+            "divergence": self.divergence,
+        }
+        live = DistillationOptions(**settings)
+        cached = live
+        if self.cache_dir:
+            place = f"{self.cache_dir}/temperature-{temperature:g}"
+            settings |= {"cache_format": self.cache_format, "cache_tokens": self.cache_tokens, "cache_dir": place}
+            cached = DistillationOptions(**settings)
+        if not live.needs_teacher:
+            yield Cell(cached, TeachingOptions(), "none")
+            return
+        sets = [(name, term_set(name)) for name in self.terms]
+        for mode in self.teacher_mode:
+            for name, terms in sets if mode == self.teacher_mode[0] else sets[:1]:
+                plain = mode in ("frozen", "cached") and not terms
+                yield Cell(cached if plain else live, self.of_mode(mode, terms), name)
+        if self.assistant:
+            name, terms = sets[0]
+            yield Cell(live, TeachingOptions(terms=terms), name, self.assistant)
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -87,8 +162,8 @@ def run(arguments: Sequence[str]) -> None:
         return
     cells = grid.cells()
     if not cells:
-        raise InputError("the grid is empty: give --alpha and --temperature")
-    sweep(Options(models, data, cells[0], optimisation, evaluation), grid, extra.config)
+        raise InputError("the grid is empty: give --alpha, --temperature, --teacher-mode and --terms")
+    sweep(Options(models, data, cells[0].distillation, optimisation, evaluation), grid, extra.config)
 
 
 def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> list[dict[str, Any]]:
@@ -105,59 +180,132 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
             f"a sweep needs a teacher that is there: train one with fastkd distill --teacher {TRAINED_TEACHER}, "
             "whose run has it in its folder 'teacher'"
         )
-    cells = grid.cells()
+    cells, seeds = grid.cells(), grid.seeds or [options.training.seed]
     for cell in cells:
-        training.arguments.distillation_loss(cell)
+        training.arguments.distillation_loss(cell.distillation)
     groups = (grid, options.models, options.data, options.training, options.evaluation)
     with training.run.claimed(options, "sweep", groups, config) as run:
         materials = training.setup.gather(options)
+        for cell in cells:
+            asked = options._replace(distillation=cell.distillation, teaching=cell.teaching)
+            training.checks.check_teaching(asked, materials.tokenizer)
+            if cell.assistant:
+                training.loading.student_config(_assisted(options.models, cell), 1, materials.tokenizer)
         output = run.begin(**materials.fingerprints())
         setup = training.setup.with_teacher(options, materials, on_validation=True)
         student = setup.student()
         run.pin(**setup.fingerprints(student))
         before = setup.judge.judge("student before", student)
         training.checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
-        rows = _ranked(_rows(setup, cells, output / training.run.CHECKPOINTS))
+        rows = _ranked(_rows(setup, cells, seeds, output / training.run.CHECKPOINTS))
         with run.results() as staging:
             training.report.write_csv(staging / "results.csv", rows)
-            draw = {"sweep.png": lambda path: training.plots.sweep(rows).savefig(path, dpi=110)}
+            (staging / "results.md").write_text(_markdown(rows, setup.judge.teacher), encoding="utf-8")
+            first = next(((cell.mode, cell.terms) for cell in cells if cell.mode != "–"), ())
+            plain = [row for row in rows if row["teacher"] == "–" or (row["teacher"], row["terms"]) == first]
+            draw = {"sweep.png": lambda path: training.plots.sweep(plain).savefig(path, dpi=110)}
+            if len(rows) > len(plain):
+                draw["ablation.png"] = lambda path: training.plots.ablation(rows).savefig(path, dpi=110)
             failed = training.report.write_each(staging, draw)
-    shown = ("rank", "soft_weight", "hard_weight", "temperature", "loss", "kl", "top1_agreement")
-    print("\n" + training.report.table([shown, *([_short(row[name]) for name in shown] for row in rows)]) + "\n")
-    print(visible(f"saved to {run.output}: results.csv{'' if failed else ', sweep.png'}"))
+    print("\n" + training.report.table(_table(rows)) + "\n")
+    print(visible(f"saved to {run.output}: results.csv, results.md{'' if failed else ', ' + ', '.join(draw)}"))
     training.report.warn(failed, f"{run.output / 'results.csv'} has all that it would show")
     return rows
 
 
-def _rows(setup: Setup, cells: list[DistillationOptions], work: Path) -> list[dict[str, Any]]:
-    """A row per cell. Those of finished cells are kept in a file, with which a resumed sweep begins."""
+def _rows(setup: Setup, cells: list[Cell], seeds: list[int], work: Path) -> list[dict[str, Any]]:
+    """A row per cell. What was found of finished students is kept in a file, with which a resumed sweep begins."""
     file = work / "rows.json"
-    rows: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
-    if rows:
-        print(f"{len(rows)} of {len(cells)} students are finished")
-    for number, cell in enumerate(cells[len(rows) :], len(rows) + 1):
+    asked = [(cell, seed) for cell in cells for seed in seeds]
+    found: list[dict[str, Any]] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    if found:
+        print(f"{len(found)} of {len(asked)} students are finished")
+    for number, (cell, seed) in enumerate(asked[len(found) :], len(found) + 1):
         checkpoints = work / f"cell-{number}"
-        rows.append(_row(setup, cell, checkpoints, f"{number} of {len(cells)}"))
-        training.run.write_whole(file, json.dumps(rows))
+        print(f"student {number} of {len(asked)}: {cell.name()}{f', seed {seed}' if len(seeds) > 1 else ''}")
+        found.append(_measured(setup, cell, seed, checkpoints))
+        training.run.write_whole(file, json.dumps(found))
         shutil.rmtree(checkpoints)
-    return rows
+    return [_row(cell, found[place * len(seeds) :][: len(seeds)]) for place, cell in enumerate(cells)]
 
 
-def _row(setup: Setup, cell: DistillationOptions, directory: Path, count: str) -> dict[str, Any]:
-    soft, hard = cell.weights
-    print(f"student {count}: soft weight {soft:g}, hard weight {hard:g}, temperature {cell.temperature:g}")
-    setup.options = setup.options._replace(distillation=cell)
-    teacher = setup.teacher
-    student = setup.student()
-    given = training.lessons.lessons_of(setup, student)
-    setup.teacher = teacher  # the next cell may need it
-    kd = training.arguments.distillation_loss(cell, setup.counted)
-    training.fit.fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, setup.options, directory)
-    found = setup.judge.judge(
-        "student", training.adapters.merged(student, setup.materials.corpus.validation[:4], directory)
+def _measured(setup: Setup, cell: Cell, seed: int, directory: Path) -> dict[str, Any]:
+    """Train one student and judge it."""
+    options = setup.options
+    optimisation = replace(options.training, seed=seed)
+    mine = replace(
+        setup,
+        options=options._replace(distillation=cell.distillation, teaching=cell.teaching, training=optimisation),
     )
-    asked = {"soft_weight": soft, "hard_weight": hard, "temperature": cell.temperature}
-    return {**asked, "loss": found.held_out.loss, **found.row()}
+    if cell.teaching.teacher_mode == "online":
+        mine.teacher = copy.deepcopy(setup.teacher)  # the next cell needs it as it was
+    if cell.assistant:
+        mine.teacher = _assistant(mine, cell, directory / "assistant")
+    student = mine.student()
+    given = training.lessons.lessons_of(mine, student)
+    _fit(mine, student, given, directory)
+    some = setup.materials.corpus.validation[:4]
+    found = setup.judge.judge("student", training.adapters.merged(student, some, directory))
+    return {"loss": found.held_out.loss, **found.row()}
+
+
+def _assistant(setup: Setup, cell: Cell, directory: Path) -> Any:
+    """A model that has learnt from the teacher, to teach in its place."""
+    options, size = setup.options, training.loading.vocabulary_size(setup.student_config)
+    models = _assisted(options.models, cell)
+    config = training.loading.student_config(models, size, setup.materials.tokenizer)
+    mine = replace(setup, options=options._replace(models=models), student_config=config)
+    assistant = mine.student()
+    _fit(mine, assistant, training.lessons.lessons_of(mine, assistant), directory)
+    return assistant.eval().requires_grad_(False)
+
+
+def _assisted(models: ModelOptions, cell: Cell) -> ModelOptions:
+    return replace(models, student=cell.assistant, student_layers="", student_width=0)
+
+
+def _fit(setup: Setup, student: Any, given: Lessons, directory: Path) -> None:
+    kd = training.arguments.distillation_loss(setup.options.distillation, setup.counted)
+    materials = setup.materials
+    training.fit.fit(student, materials.tokenizer, materials.corpus, given, kd, setup.options, directory)
+
+
+def _row(cell: Cell, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the students of one cell have in the mean; of several seeds also standard deviations."""
+    soft, hard = cell.distillation.weights
+    asked = {"soft_weight": soft, "hard_weight": hard, "temperature": cell.distillation.temperature}
+    columns = {name: [one[name] for one in found] for name in found[0]}
+    means = {
+        name: None if None in values else statistics.fmean(values) if len(values) > 1 else values[0]
+        for name, values in columns.items()
+    }
+    spread = {}
+    if len(found) > 1:
+        spread = {f"{name}_spread": statistics.stdev(columns[name]) for name in SPREAD}
+    return {**asked, "teacher": cell.mode, "terms": cell.terms, **means, **spread}
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A header, then what is shown of each row."""
+    several = len({(row["teacher"], row["terms"]) for row in rows}) > 1
+    taught = ("teacher", "terms") if several else ()
+    shown = ("rank", "soft_weight", "hard_weight", "temperature", *taught, "loss", "perplexity", "kl", "top1_agreement")
+    return [list(shown), *([_short(row, name) for name in shown] for row in rows)]
+
+
+def _markdown(rows: Sequence[Mapping[str, Any]], teacher: Contender) -> str:
+    header, *lines = _table(rows)
+    spread = "; ± is the standard deviation over seeds" if f"{SPREAD[0]}_spread" in rows[0] else ""
+    return "\n".join(
+        [
+            f"On validation text, on which the teacher's perplexity is {teacher.held_out.perplexity:,.1f}{spread}.",
+            "",
+            "| " + " | ".join(header) + " |",
+            "|---" * len(header) + "|",
+            *("| " + " | ".join(line) + " |" for line in lines),
+            "",
+        ]
+    )
 
 
 def _ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -170,5 +318,8 @@ def _by(name: str) -> Any:
     return lambda row: row[name]
 
 
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+def _short(row: Mapping[str, Any], name: str) -> str:
+    value, spread = row[name], row.get(f"{name}_spread")
+    if not isinstance(value, float):
+        return "–" if value is None else str(value)
+    return f"{value:.4g}" if spread is None else f"{value:.4g} ± {spread:.2g}"

@@ -23,7 +23,7 @@ from fastkd.training.options.data import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, 
 from fastkd.training.options.distillation import DistillationOptions, check_kept
 from fastkd.training.options.evaluation import METRICS, EvaluationOptions
 from fastkd.training.options.models import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, ModelOptions
-from fastkd.training.options.teaching import TAKES, ModeOptions, TeachingOptions, named_terms
+from fastkd.training.options.teaching import TAKES, ModeOptions, TeachingOptions, named_terms, term_set
 from fastkd.training.options.training import TrainingOptions
 
 __all__ = [
@@ -56,6 +56,7 @@ __all__ = [
     "expand_home",
     "named_terms",
     "option",
+    "term_set",
 ]
 
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Literal
 
 from fastkd.training.options.base import InputError, at_least, check_finite, expand_home, option
 
-__all__ = ["TAKES", "ModeOptions", "TeachingOptions", "named_terms", "unfolded"]
+__all__ = ["TAKES", "ModeOptions", "TeachingOptions", "named_terms", "term_set", "unfolded"]
 
 #: Mode → the options that are for it alone. They are refused beside others.
 TAKES: dict[str, tuple[str, ...]] = {
@@ -109,22 +109,39 @@ def named_terms(given: Any) -> list[dict[str, Any]]:
     found = []
     for text in given:
         one: Any = {"type": text}
-        if text.lstrip().startswith("{"):
+        if text.lstrip().startswith(("{", "[")):
             try:
                 one = json.loads(text)
             except ValueError as error:
                 raise InputError(f"terms has {text!r}, which is no JSON: {error}") from error
-        if not isinstance(one.get("type"), str):
+        if not isinstance(one, dict) or not isinstance(one.get("type"), str):
             raise InputError(f'terms has {text!r}, which does not say its type, such as {{"type": "hidden"}}')
         found.append(one)
     return found
+
+
+def term_set(given: str) -> list[str]:
+    """One of the sets that a sweep tries: none, names joined by +, a mapping or a list of both in JSON.
+
+    Raises InputError as `named_terms` does.
+    """
+    found: list[Any] = [] if given == "none" else given.split("+")
+    if given.lstrip().startswith(("{", "[")):
+        try:
+            read = json.loads(given)
+        except ValueError as error:
+            raise InputError(f"terms has {given!r}, which is no JSON: {error}") from error
+        found = read if isinstance(read, list) else [read]
+    terms = [one if isinstance(one, str) else json.dumps(one) for one in found]
+    named_terms(terms)
+    return terms
 
 
 def unfolded(given: Any) -> dict[str, Any]:
     """terms of a YAML file: its mappings as JSON. Raises InputError for what is neither a name nor a mapping."""
     items = given if isinstance(given, list) else [given]
     for item in items:
-        if not isinstance(item, (str, dict)):
+        if not isinstance(item, (str, dict, list)):
             raise InputError(f"terms has {item!r}: a term is a name or a mapping with a type")
     return {"terms": [item if isinstance(item, str) else json.dumps(item) for item in items]}
 
