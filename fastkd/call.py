@@ -38,7 +38,7 @@ class Call(NamedTuple):
     labels: Tensor | None
     soft_scale: Tensor | None
     hard_scale: Tensor | None
-    teacher_mixed: Sequence[Tensor]
+    teacher_mixed: Sequence[Tensor | None]
     student_head: Sequence[float]
     teacher_head: Sequence[float]
     teacher_mixture: Sequence[float]
@@ -108,7 +108,7 @@ class Call(NamedTuple):
 _TYPES: dict[Any, tuple[str, Any]] = {
     Tensor: ("Tensor", None),
     Tensor | None: ("Tensor?", None),
-    Sequence[Tensor]: ("Tensor[]", []),
+    Sequence[Tensor | None]: ("Tensor?[]", []),
     Sequence[float]: ("float[]", []),
     str: ("str", ""),
     float: ("float", 0.0),

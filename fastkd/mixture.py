@@ -17,17 +17,15 @@ __all__ = ["Mixture"]
 
 #: How far the weights' sum may be from 1. A loss normalises the mixture's rows, so this is no error of the result.
 _SUM = 1e-5
-#: Numbers of a teacher beside its tensors: its weight, and how many tensors, softcap (0: none) and logit scale.
-_NUMBERS = 4
 
 
 @dataclass(frozen=True, eq=False)
 class Mixture:
     """Several teachers as one: `p = Σ wᵢ·softmax(zᵢ / T)`, T the loss's temperature for the teacher.
 
-    The probabilities of an ensemble are averaged, as in Hinton et al. (2015), not its logits. Pass one wherever a loss
-    takes a teacher, for any divergence with a softmax. Each row of each teacher is read in one pass of a fused kernel,
-    and no probability tensor is formed; of teachers that are projections the logits of one chunk of tokens at a time.
+    The probabilities of an ensemble are averaged, not its logits, as for specialists in Hinton et al. (2015). Pass one
+    wherever a loss takes a teacher, for any divergence with a softmax. One kernel mixes the rows of some tokens at a
+    time, which the loss then reads. So neither probabilities nor, of projections, logits are formed for more tokens.
 
     Args:
         teachers: one or more, each logits `[..., V]` (fp32 / bf16 / fp16; float64 on the reference backend) or a
@@ -86,17 +84,16 @@ class Mixture:
         return self if len(kept) == len(self.teachers) else Mixture(*zip(*kept, strict=True))
 
     def parts(self, side: str) -> dict[str, Any]:
-        """See `sources.parts`: the tensors of all teachers, and the numbers that tell them apart."""
-        tensors: list[Tensor] = []
+        """See `sources.parts`. Of each teacher logits or hidden states, weight and bias; its weight, and its head."""
+        tensors: list[Tensor | None] = []
         numbers: list[float] = []
         for teacher, weight in self.pairs():
             if isinstance(teacher, Projection):
-                own = [x for x in (teacher.hidden, teacher.weight, teacher.bias) if x is not None]
-                head = float(teacher.softcap or 0), float(teacher.logit_scale)
+                tensors += [teacher.hidden, teacher.weight, teacher.bias]
+                numbers += [weight, float(teacher.softcap or 0), float(teacher.logit_scale)]
             else:
-                own, head = [teacher], (0.0, 1.0)
-            tensors += own
-            numbers += [weight, float(len(own)), *head]
+                tensors += [teacher, None, None]
+                numbers += [weight, 0.0, 1.0]
         return {f"{side}_mixed": tensors, f"{side}_mixture": numbers}
 
     @classmethod
@@ -106,13 +103,13 @@ class Mixture:
         if not tensors or not numbers:
             return None
         teachers: list[Tensor | Projection] = []
-        left = iter(tensors)
-        for start in range(0, len(numbers), _NUMBERS):
-            _, count, softcap, logit_scale = numbers[start : start + _NUMBERS]
-            own = [next(left) for _ in range(int(count))]
-            bias = own[2] if len(own) > 2 else None
-            teachers.append(own[0] if len(own) == 1 else Projection(own[0], own[1], bias, softcap or None, logit_scale))
-        return cls(teachers, numbers[::_NUMBERS])
+        for i in range(0, len(tensors), 3):
+            logits, weight, bias = tensors[i : i + 3]
+            _, softcap, logit_scale = numbers[i : i + 3]
+            teachers.append(
+                logits if weight is None else Projection(logits, weight, bias, softcap or None, logit_scale)
+            )
+        return cls(teachers, numbers[::3])
 
 
 def _checked(index: int, teacher: Any) -> Tensor | Projection:

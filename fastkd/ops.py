@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from fastkd import arguments
 from fastkd.backend import select
@@ -294,5 +295,23 @@ for _name, _implementation, _fake in (
     # One implementation for every device: the backend is chosen inside.
     library.impl(_name, _implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"fastkd::{_name}", _fake, lib=library)
+
+
+def _one_after_another(operator: Any) -> Any:
+    """What `torch.vmap` makes of an operator: as its own fallback, which takes no operator with a list of tensors."""
+
+    def mapped(info: Any, dims: tuple[Any, ...], *arguments: Any) -> tuple[Any, Any]:
+        results = [
+            operator(*tree_map(lambda x, dim, i=i: x if dim is None else x.select(dim, i), arguments, dims))
+            for i in range(info.batch_size)
+        ]
+        return tuple(torch.stack(parts) for parts in zip(*results, strict=True)), (0,) * len(results[0])
+
+    return mapped
+
+
+for _name in ("kd_loss", "kd_loss_per_row"):
+    _operator = getattr(torch.ops.fastkd, _name).default
+    torch.library.register_vmap(_operator, _one_after_another(_operator), lib=library)
 
 library.impl("row_scales", torch.library.fallthrough_kernel, "Autograd")  # the student is asked for its shape only
