@@ -1,0 +1,219 @@
+"""Every mode of teachers in KDTrainer: trained, logged, resumed bit for bit, and the same on two processes."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers
+
+import fastkd
+from fastkd.teachers import EMA, MODES, Cached, Frozen, Mixed, MultiView, Mutual, Online, Routed, Snapshot
+from fastkd.training.data import collate
+from fastkd.training.trainer import KDTrainer
+from tests.training.test_trainer import LENGTH, VOCAB, Ragged, logged, teacher, trainer, weights, windows
+from tests.training.two_processes import on_two
+
+
+def gpt2(seed, wide=16, dropout=0.1):
+    torch.manual_seed(seed)
+    config = transformers.GPT2Config(
+        vocab_size=VOCAB,
+        n_positions=LENGTH,
+        n_embd=wide,
+        n_layer=1,
+        n_head=2,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        initializer_range=0.3,
+    )
+    return transformers.GPT2LMHeadModel(config)
+
+
+class Corpora(Ragged):
+    """Rows of two corpora."""
+
+    def __getitem__(self, index):
+        return super().__getitem__(index) | {"corpus": index % 2}
+
+
+def with_corpus(examples):
+    numbers = torch.tensor([example.pop("corpus") for example in examples])
+    return {**collate(examples), "corpus": numbers}
+
+
+class WithTeacher:
+    """Puts a teacher's likeliest tokens into batches, as the collator of a cache does."""
+
+    def __init__(self):
+        self.teacher = teacher()
+
+    def __call__(self, examples):
+        batch = collate(examples)
+        with torch.no_grad():
+            logprobs, ids = self.teacher(batch["input_ids"]).logits.log_softmax(-1).topk(4)
+        return {**batch, "teacher": fastkd.SparseTargets(ids, logprobs, "ghost", 1.0)}
+
+
+KD = fastkd.KDLoss(1.0)
+#: Mode → what makes it, and what else the trainer is given.
+MAKERS = {
+    "frozen": (lambda: Frozen(teacher()), {}),
+    "cached": (Cached, {"data_collator": WithTeacher()}),
+    "online": (lambda: Online(gpt2(1, 24), 1e-3), {}),
+    "mutual": (lambda: Mutual(gpt2(1, 24), KD), {}),
+    "ema": (lambda: EMA(0.9), {}),
+    "snapshot": (lambda: Snapshot(2), {}),
+    "multi_view": (MultiView, {}),
+    "mixture": (lambda: Mixed([teacher(), gpt2(2, 8).eval().requires_grad_(False)], [2, 1]), {}),
+    "routed": (
+        lambda: Routed([teacher(), gpt2(2, 8).eval().requires_grad_(False)], "corpus"),
+        {"data": Corpora(windows()), "data_collator": with_corpus},
+    ),
+}
+LOGGED = {"online": "teacher_loss", "mutual": "peer_loss"}
+
+
+def running(path, name, **settings):
+    make, more = MAKERS[name]
+    found = trainer(path, gpt2(0), kd=KD, teacher=make(), max_steps=4, **more, **settings)
+    found.args.optim = "adamw_torch"
+    return found
+
+
+def kept(found):
+    """What a mode keeps, flat."""
+
+    def leaves(value):
+        if isinstance(value, dict):
+            return [leaf for name in sorted(value) for leaf in leaves(value[name])]
+        return [torch.as_tensor(value)]
+
+    return leaves(found.teacher.kept())
+
+
+def test_every_mode_is_here():
+    assert MAKERS.keys() == MODES.keys()
+
+
+@pytest.mark.parametrize("name", MAKERS)
+def test_resumed_is_uninterrupted(name, tmp_path):
+    """Bit for bit, with dropout: the student, what the mode keeps, and every line of the log."""
+    whole = running(tmp_path / "whole", name, save_strategy="steps", save_steps=2)
+    before = weights(whole.model).clone()
+    whole.train()
+    assert not torch.equal(weights(whole.model), before)
+    rest = running(tmp_path / "rest", name)
+    with torch.no_grad():
+        for weight in rest.model.parameters():
+            weight.add_(0.1)
+    rest.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert torch.equal(weights(whole.model), weights(rest.model))
+    for one, other in zip(kept(whole), kept(rest), strict=True):
+        assert torch.equal(one, other)
+    for value in ("loss", "soft", "hard", LOGGED.get(name, "loss")):
+        assert len(logged(whole, value)) == 4
+        assert logged(rest, value) == logged(whole, value)
+    whole.teacher.save(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "value"), LOGGED.items())
+def test_what_learns_is_logged_and_has_its_rate(name, value, tmp_path):
+    found = running(tmp_path, name)
+    found.train()
+    for loss, soft, hard, own in zip(*(logged(found, one) for one in ("loss", "soft", "hard", value)), strict=True):
+        assert loss == pytest.approx(0.5 * soft + 0.5 * hard + own, rel=1e-5)
+    rates = {id(weight): group["lr"] for group in found.optimizer.param_groups for weight in group["params"]}
+    expected = found.teacher.learning_rate or 1e-2
+    assert {rates[id(weight)] for weight in found.teacher.trained} == {expected}
+    assert {rates[id(weight)] for weight in found.model.parameters()} == {1e-2}
+
+
+def test_epochs_end_where_snapshots_are_taken(tmp_path):
+    """8 batches an epoch: the snapshot is of step 8."""
+    states = {}
+
+    class Watched(KDTrainer):
+        def training_step(self, *args, **kwargs):
+            states[self.state.global_step] = weights(self.model).clone()
+            return super().training_step(*args, **kwargs)
+
+    found = trainer(tmp_path, gpt2(0), kd=KD, teacher=Snapshot(), max_steps=11, kind=Watched)
+    found.train()
+    assert torch.equal(weights(found.teacher.model), states[8])
+
+
+def test_accumulated_batches_are_one(tmp_path):
+    """Of a peer that learns, and of an average that follows once a step."""
+    for make in (lambda: Mutual(gpt2(1, 24, 0.0), KD), lambda: EMA(0.5)):
+        results = []
+        for settings in ({"per_device_train_batch_size": 16}, {"gradient_accumulation_steps": 4}):
+            found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), **settings)
+            found.train()
+            results.append((weights(found.model), weights(found.teacher.model)))
+        for one, four in zip(*results, strict=True):
+            torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["ema", "online", "multi_view"])
+def test_bf16_autocast(name, tmp_path):
+    """Accelerate replaces the forward of a student, of which a copy must not be the student's."""
+    found = running(tmp_path, name, bf16=True)
+    found.train()
+    assert all(torch.isfinite(torch.tensor(logged(found, "loss"))))
+    if name == "ema":
+        batch = next(iter(found.get_train_dataloader()))
+        batch.pop("tokens", None)
+        ids = {"input_ids": batch["input_ids"]}
+        mean, own = (fastkd.project(model.eval(), **ids) for model in (found.teacher.model, found.model))
+        assert mean.weight is not own.weight
+        assert not torch.equal(mean.hidden, own.hidden)
+
+
+def test_wrong_teachers_are_refused_before_the_first_step(tmp_path):
+    def refused(mode, match):
+        with pytest.raises(ValueError, match=match):
+            trainer(tmp_path, student, teacher=mode)
+
+    student = gpt2(0)
+    refused(Online(student), "the teacher is the student itself")
+    refused(Mutual(gpt2(0)), "the peer has the student's weights")
+    other = copy.deepcopy(teacher()).train().requires_grad_(True)
+    other.resize_token_embeddings(VOCAB + 4, mean_resizing=False)
+    refused(Online(other), f"the student has a vocabulary of {VOCAB} and the teacher one of {VOCAB + 4}")
+    frozen = other.eval().requires_grad_(False)
+    refused(Mixed([teacher(), frozen]), f"of {VOCAB} and teacher 1 one of {VOCAB + 4}")
+    refused(Routed({"a": teacher(), "b": frozen}), f"of {VOCAB} and teacher 'b' one of {VOCAB + 4}")
+    with pytest.raises(ValueError, match="names the teacher of each row"):
+        trainer(tmp_path, student, teacher=Routed([teacher()])).train()
+
+
+def both(rank: int, folder: str) -> None:
+    for name in ("online", "ema"):
+        torch.manual_seed(rank)  # the first process' start counts
+        student = gpt2(rank, dropout=0.0)
+        mode = Online(gpt2(1 + rank, 24, 0.0), 1e-3) if name == "online" else EMA(0.5)
+        found = trainer(folder, student, kd=KD, teacher=mode, per_device_train_batch_size=8, max_grad_norm=0.5)
+        found.train()
+        torch.save((weights(found.model), weights(mode.model), logged(found, "loss")), f"{folder}/{name}{rank}.pt")
+
+
+def test_two_processes_are_one(tmp_path):
+    on_two(both, tmp_path)
+    for name, mode in (("online", Online(gpt2(1, 24, 0.0), 1e-3)), ("ema", EMA(0.5))):
+        alone = trainer(
+            tmp_path,
+            gpt2(0, dropout=0.0),
+            kd=KD,
+            teacher=mode,
+            per_device_train_batch_size=16,
+            max_grad_norm=0.5,
+        )
+        alone.train()
+        for rank in range(2):
+            student, above, losses = torch.load(tmp_path / f"{name}{rank}.pt")
+            torch.testing.assert_close(student, weights(alone.model), rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(above, weights(mode.model), rtol=1e-5, atol=1e-6)
+            assert rank or losses == pytest.approx(logged(alone, "loss"), rel=1e-5)
