@@ -1,0 +1,187 @@
+"""`fastkd distill` with every mode of teachers and with terms: trained, resumed, reported, refused."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from fastkd.cli import main
+from fastkd.training.configuration import Parser, dump
+from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
+from tests.training.conftest import changed, run
+from tests.training.test_resume import interrupt_after, outcome
+
+
+@pytest.fixture
+def options(options):
+    """A run of 6 steps with checkpoints at 3 and 6."""
+    options = changed(options, max_steps=6, eval_steps=3, logging_steps=1, eval_windows=4, sample_tokens=2)
+    return changed(options, batch_size=16, learning_rate=1e-3)
+
+
+def asked(options, inputs, mode):
+    """A run with a teacher of this mode."""
+    teacher = str(inputs / "teacher")
+    for_mode = {
+        "cached": {"cache_dir": str(inputs.parent / "cache")},
+        "mixture": {"more_teachers": [teacher], "teacher_weights": [3.0, 1.0]},
+        "routed": {"more_teachers": [teacher], "mix_data": [str(inputs / "other.txt")]},
+        "snapshot": {"snapshot_every": 2},
+        "online": {"teacher_learning_rate": 1e-4},
+        "multi_view": {"views": ["token_dropout"]},
+    }
+    if mode == "routed":
+        half = (inputs / "text.txt").read_text().splitlines()[::2]
+        (inputs / "other.txt").write_text("\n".join(f"the {line}" for line in half))
+    return changed(options, teacher_mode=mode, **for_mode.get(mode, {}))
+
+
+@pytest.mark.parametrize("mode", TAKES)
+def test_every_mode_is_resumed_to_the_bit(options, inputs, tmp_path, monkeypatch, mode):
+    """And what has learnt beside the student is saved and judged."""
+    wanted = asked(options, inputs, mode)
+    whole = run(wanted, output=str(tmp_path / "whole"))
+    rest = changed(wanted, output=str(tmp_path / "rest"))
+    interrupt_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(rest)
+    monkeypatch.undo()
+    run(rest, resume=True)
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "rest")
+    history = whole["training"]["student"]["history"]
+    assert any(line.get("soft", 0) > 0 for line in history)
+    left = {"mutual": ("peer", "second student"), "ema": ("ema", "moving average")}
+    left["online"] = ("trained-teacher", "teacher after training")
+    folder, name = left.get(mode, ("", ""))
+    assert set(whole["models"]) - {"teacher", "student", "student before"} == ({name} if name else set())
+    if name:
+        one, other = (
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path / each / folder) for each in ("whole", "rest")
+        )
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+        assert (tmp_path / "whole" / folder / "tokenizer.json").is_file()
+    if mode in ("mutual", "online"):
+        assert any(line.get("peer_loss" if mode == "mutual" else "teacher_loss", 0) > 0 for line in history)
+
+
+def test_terms_are_trained_logged_and_resumed(options, tmp_path, monkeypatch, capsys):
+    options = changed(options, terms=["hidden", json.dumps({"type": "attention", "weight": 0.5})])
+    whole = run(options, output=str(tmp_path / "whole"))
+    rest = changed(options, output=str(tmp_path / "rest"))
+    interrupt_after(monkeypatch, 4)
+    with pytest.raises(KeyboardInterrupt):
+        run(rest)
+    monkeypatch.undo()
+    run(rest, resume=True)
+    assert outcome(tmp_path / "whole") == outcome(tmp_path / "rest")
+    lines = [line for line in whole["training"]["student"]["history"] if "loss" in line]
+    for line in lines:
+        parts = 0.5 * line["soft"] + 0.5 * line["hard"] + line["hidden"] + 0.5 * line["attention"]
+        assert line["loss"] == pytest.approx(parts, rel=1e-4)
+    page = (tmp_path / "whole" / "report.html").read_text()
+    assert "hidden: of a term" in page
+    assert "attention=" in capsys.readouterr().err
+
+
+def test_a_term_teaches_without_the_divergence(options):
+    found = run(options, soft_weight=0.0, hard_weight=1.0, terms=["hidden"])
+    lines = [line for line in found["training"]["student"]["history"] if "loss" in line]
+    assert all(line["hidden"] > 0 and not line["soft"] for line in lines)
+
+
+def test_a_file_has_terms_as_mappings(tmp_path):
+    file = tmp_path / "config.yaml"
+    file.write_text("teaching:\n  terms:\n  - hidden\n  - {type: attention, weight: 0.5}\n  teacher_mode: ema\n")
+    *groups, _ = Parser("distill", "", GROUPS).parse([str(file)])
+    teaching = groups[-1]
+    assert named_terms(teaching.terms) == [{"type": "hidden"}, {"type": "attention", "weight": 0.5}]
+    file.write_text(dump(groups))  # which reads as the same
+    assert Parser("distill", "", GROUPS).parse([str(file)])[-2] == teaching
+    assert Parser("distill", "", GROUPS).parse([str(file), "--terms", "attention"])[-2].terms == ["attention"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ema_decay": 0.5}, "ema_decay is 0.5, but teacher_mode is 'frozen': it is for ema"),
+        ({"teacher_mode": "ema", "ema_decay": 1.0}, r"ema_decay is 1.0; it must be in \[0, 1\)"),
+        ({"teacher_mode": "mixture"}, "takes several teachers: name them with more_teachers"),
+        ({"teacher_mode": "mixture", "more_teachers": ["a"], "teacher_weights": [1.0]}, "1 numbers for 2 teachers"),
+        ({"teacher_mode": "mixture", "more_teachers": ["a"], "teacher_weights": [1.0, -1.0]}, "none may be below 0"),
+        ({"teacher_mode": "online", "teacher_learning_rate": 0.0}, "must be above 0"),
+        ({"terms": ["{type: hidden}"]}, "is no JSON"),
+        ({"terms": ['{"weight": 1}']}, "does not say its type"),
+        ({"terms": ['["hidden"]']}, "does not say its type"),
+    ],
+)
+def test_contradictions_are_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        TeachingOptions(**values)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher_mode": "cached"}, "there is no cache_dir"),
+        ({"teacher_mode": "ema", "cache_dir": "cache"}, "take cache_dir away"),
+        ({"terms": ["hidden"], "cache_dir": "cache"}, "which no cache has"),
+        ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
+        ({"terms": ["hiden"]}, "did you mean 'hidden'"),
+        ({"terms": ['{"type": "hidden", "weight": -1}']}, "weight -1"),
+        ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),
+        ({"terms": ['{"type": "hidden", "layers": [[0, 9]]}']}, "9"),
+        ({"teacher_mode": "routed", "more_teachers": ["a"]}, "2 teachers for 1 corpora"),
+    ],
+)
+def test_what_cannot_be_taught_is_refused_before_any_training(options, tmp_path, values, message):
+    with pytest.raises(InputError, match=message):
+        run(options, **values)
+    assert not (tmp_path / "out").exists()
+
+
+def test_teachers_of_another_tokenizer_are_refused(options, inputs, tmp_path):
+    other = transformers.AutoTokenizer.from_pretrained(inputs / "teacher")
+    other.add_tokens(["unheard"])
+    transformers.AutoModelForCausalLM.from_pretrained(inputs / "teacher").save_pretrained(tmp_path / "other")
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="the tokenizers differ in 1 tokens"):
+        run(options, teacher_mode="mixture", more_teachers=[str(tmp_path / "other")])
+
+
+def test_two_of_the_same_weights_are_refused(options, inputs):
+    student = str(inputs / "teacher")
+    with pytest.raises(InputError, match="name another peer"):
+        run(options, student=student, teacher_mode="mutual")
+
+
+def test_sets_of_a_sweep():
+    assert term_set("none") == []
+    assert term_set("hidden+attention") == ["hidden", "attention"]
+    assert term_set('["hidden", {"type": "attention"}]') == ["hidden", '{"type": "attention"}']
+    with pytest.raises(InputError, match="no JSON"):
+        term_set("[hidden")
+
+
+def test_an_ablation(options, inputs, tmp_path, capsys):
+    """One thing differs from the first of each; seeds have a spread; what is resumed goes on."""
+    settings = {"max_steps": "4", "eval_steps": "4", "batch_size": "16", "eval_windows": "4", "device": "cpu"}
+    flags = [f"--{name}={value}" for name, value in settings.items()]
+    places = {"teacher": "teacher", "student": "student.json", "data": "text.txt", "assistant": "student.json"}
+    flags += [f"--{name}={inputs / file}" for name, file in places.items()]
+    flags += ["--max-length=16", "--out-of-domain=none", f"--output={tmp_path / 'sweep'}", "--temperature", "1"]
+    flags += ["--alpha", "0", "0.5", "--terms", "none", "hidden", "--teacher-mode", "frozen", "ema"]
+    flags += ["--seeds", "0", "1"]
+    assert main(["sweep", *flags]) == 0
+    rows = (tmp_path / "sweep" / "results.csv").read_text().splitlines()
+    header = rows[0].split(",")
+    kinds = [tuple(row.split(",")[header.index(name)] for name in ("teacher", "terms")) for row in rows[1:]]
+    expected = [("frozen", "none"), ("frozen", "hidden"), ("ema", "none"), ("progressive", "none"), ("–", "none")]
+    assert sorted(kinds) == sorted(expected)
+    assert "kl_spread" in header
+    text = (tmp_path / "sweep" / "results.md").read_text()
+    assert text.count("±") > len(expected)
+    assert (tmp_path / "sweep" / "ablation.png").is_file()
+    assert "student 10 of 10" in capsys.readouterr().out
