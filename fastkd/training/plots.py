@@ -21,6 +21,7 @@ __all__ = [
     "logged",
     "losses",
     "next_tokens",
+    "progressive",
     "sweep",
     "tasks",
     "temperatures",
@@ -164,6 +165,17 @@ def sweep(rows: Sequence[Mapping[str, Any]]) -> Figure:
         axes.set(xlabel="weight of the soft loss", ylabel=title)
         _finished(figure, axes)
     return figure
+
+
+def progressive(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Validation loss of each stage's student, in order."""
+    figure, axes = _figure()
+    places = range(len(rows))
+    axes.plot(places, [row["val_loss"] for row in rows], "o-", color=_COLOURS[STUDENT], label="student of the stage")
+    axes.set_xticks(places, [figure_text(f"{row['stage']}\n{row['parameters'] / 1e6:,.3g} M") for row in rows])
+    axes.margins(x=0.15)
+    axes.set(xlabel="stage, parameters of its student", ylabel="validation cross-entropy, nats per token")
+    return _with_legend_above(figure, axes)
 
 
 def temperatures(curves: Mapping[float, Sequence[float]], tokens: Sequence[str], title: str) -> Figure:
