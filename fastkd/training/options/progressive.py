@@ -24,7 +24,7 @@ class ProgressiveOptions:
 
     stages: list[str] = option(
         [],
-        "in the file, a list of mappings: each has a name and what the stage has of its own, such as student and tokens",
+        "in the file, a list of mappings: each has a name and what it has of its own, such as student and tokens",
     )
     tokens: int | None = option(None, "tokens that a stage trains on, instead of epochs or max_steps; a stage may say")
 
