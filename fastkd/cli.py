@@ -22,6 +22,7 @@ _COMMANDS = {
     "cache": "run a teacher once and keep what it says",
     "eval": "judge a student beside its teacher",
     "sweep": "train students over a grid of weights and temperatures, and rank them",
+    "progressive": "train one student after the other, each on the one before it",
     "export": "write a student as Hugging Face model, in 4 bits or as GGUF",
     "inspect-teacher": "show what a teacher expects next",
 }

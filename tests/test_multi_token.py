@@ -8,6 +8,8 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import fastkd
 from fastkd.terms import Batch, Course, Outputs, outputs_of
@@ -224,6 +226,27 @@ def test_rows_without_targets_are_worth_nothing():
     nothing.backward()
     assert nothing == 0
     assert all(not weight.grad.any() for weight in student.parameters() if weight.grad is not None)
+
+
+def test_no_logits_are_formed():
+    """Nothing as large as the logits of one head, which are larger than the output head here, is made on the way."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            found = func(*args, **(kwargs or {}))
+            sizes.extend(one.numel() for one in tree_leaves(found) if isinstance(one, torch.Tensor))
+            return found
+
+    vocab = 997
+    student = causal_lm("llama", 0.3, vocab_size=vocab)
+    term, input_ids = fastkd.MultiTokenTerm(heads_of(student)), ids()
+    seen = outputs_of(student, {"input_ids": input_ids})
+    with Sizes():
+        term(seen, Outputs(None), Batch(input_ids, {"input_ids": input_ids}))["loss"].backward()
+        assert max(sizes) < ROWS * TOKENS * vocab
+        student(input_ids)
+        assert max(sizes) == ROWS * TOKENS * vocab
 
 
 def test_16_bit_students_have_heads_of_32():

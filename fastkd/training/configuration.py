@@ -20,6 +20,7 @@ from transformers.hf_argparser import HfArgumentParser
 
 from fastkd.training.options import GROUPS, InputError, at_home, did_you_mean
 from fastkd.training.options.data import weighted
+from fastkd.training.options.progressive import as_texts
 from fastkd.training.options.teaching import unfolded
 
 __all__ = ["Parser", "differences", "dump", "load"]
@@ -32,8 +33,11 @@ _RIVALS = (
     {"student", "student_width"},
 )
 
+#: The same of options that are resolved, among which there is no alpha any more.
+_EXCLUDED = {"epochs": ("max_steps",), "max_steps": ("epochs",), "alpha": ("soft_weight", "hard_weight")}
+
 #: Options that a file may give with mappings, which flags cannot: name → what makes of them values of options.
-_UNFOLDED = {"mix_data": weighted, "terms": unfolded}
+_UNFOLDED = {"mix_data": weighted, "stages": as_texts, "terms": unfolded}
 
 _LEVELS = 2  # of mappings around an option: its group, and one around the groups
 _SUFFIXES = (".yaml", ".yml")
@@ -89,18 +93,35 @@ class Parser:
         config = config or getattr(named, "config", None)
         config = None if config is None else at_home(config, "CONFIG.yaml")
         given = {name for name, value in vars(named).items() if value != self._parser.get_default(name)}
-        flags = [] if config is None else self._flags(config, overridden=given)
+        flags = [] if config is None else self._flags(load(config), config, overridden=given)
         first = list(itertools.takewhile(lambda argument: not argument.startswith("-"), arguments))
         # A list at the end of the file's flags would take what stands first on the command line for its values.
         merged = [*first, *flags, *arguments[len(first) :]]
         return self._parser.parse_args_into_dataclasses(merged, look_for_args_file=False)
 
-    def _flags(self, config: str, overridden: set[str]) -> list[str]:
+    def names(self, mapping: dict[Any, Any]) -> set[str]:
+        """The options that a mapping gives, by the names of their fields, whatever it calls them."""
+        given = (_plain(key) for key, _ in self._leaves(mapping, "the mapping"))
+        return {self._keys[key] for key in given if key in self._keys}
+
+    def parse_over(self, groups: Sequence[Any], mapping: dict[Any, Any], where: str) -> tuple[Any, ...]:
+        """The groups with the options of a mapping, as a file has them, in the place of theirs.
+
+        What an option excludes goes with it: `max_steps` takes the place of `epochs`. None stands for the default.
+        Raises InputError, which calls the mapping `where`, as `parse` does.
+        """
+        flags, named = self._flags(mapping, where, set()), self.names(mapping)
+        dropped = named.union(*(_EXCLUDED.get(name, ()) for name in named))
+        base = {name: value for group in groups for name, value in asdict(group).items() if name not in dropped}
+        merged = [*self._flags(base, where, set()), *flags]
+        return tuple(self._parser.parse_args_into_dataclasses(merged, look_for_args_file=False))[: len(self.groups)]
+
+    def _flags(self, mapping: dict[Any, Any], config: str, overridden: set[str]) -> list[str]:
         flags: list[str] = []
         rivals = {name for rivals in _RIVALS if rivals & overridden for name in rivals}
         overridden = rivals | overridden & _UNFOLDED.keys()  # with what such an option says of others
         seen: dict[str, str] = {}
-        for key, value in self._leaves(load(config), config):
+        for key, value in self._leaves(mapping, config):
             name = self._keys.get(_plain(key))
             if name is None and _plain(key) in self._elsewhere:
                 continue  # a run's configuration serves commands that need less of it

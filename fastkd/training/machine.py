@@ -12,7 +12,7 @@ import transformers
 
 import fastkd
 
-__all__ = ["made_on"]
+__all__ = ["made_on", "peak_memory", "resident"]
 
 
 def made_on(device: torch.device) -> dict[str, Any]:
@@ -23,6 +23,29 @@ def made_on(device: torch.device) -> dict[str, Any]:
         "machine": _machine(device),
         "versions": {"python": platform.python_version(), **packages},
     }
+
+
+def peak_memory(device: torch.device) -> dict[str, int | None]:
+    """Bytes that this process has held at most: `process` of the machine's memory, `device` of the accelerator's.
+
+    None where it cannot be known, and where there is no accelerator.
+    """
+    on_device = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    return {"process": _status("VmHWM"), "device": on_device}
+
+
+def resident() -> int | None:
+    """Bytes of the machine's memory that this process holds now; None where the system does not tell."""
+    return _status("VmRSS")
+
+
+def _status(name: str) -> int | None:
+    """What Linux says of this process, in bytes. Not `getrusage`, whose peak is inherited from the parent."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith(f"{name}:")), None)
 
 
 def _machine(device: torch.device) -> dict[str, Any]:

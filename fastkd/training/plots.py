@@ -22,6 +22,7 @@ __all__ = [
     "logged",
     "losses",
     "next_tokens",
+    "progressive",
     "sweep",
     "tasks",
     "temperatures",
@@ -200,6 +201,17 @@ def _kind(row: Mapping[str, Any]) -> str:
         return "labels alone"
     grid = f"soft {row['soft_weight']:g}, T {row['temperature']:g}"
     return figure_text(f"{row['teacher']}, {row['terms']}\n{grid}")
+
+
+def progressive(rows: Sequence[Mapping[str, Any]]) -> Figure:
+    """Validation loss of each stage's student, in order."""
+    figure, axes = _figure()
+    places = range(len(rows))
+    axes.plot(places, [row["val_loss"] for row in rows], "o-", color=_COLOURS[STUDENT], label="student of the stage")
+    axes.set_xticks(places, [figure_text(f"{row['stage']}\n{row['parameters'] / 1e6:,.3g} M") for row in rows])
+    axes.margins(x=0.15)
+    axes.set(xlabel="stage, parameters of its student", ylabel="validation cross-entropy, nats per token")
+    return _with_legend_above(figure, axes)
 
 
 def temperatures(curves: Mapping[float, Sequence[float]], tokens: Sequence[str], title: str) -> Figure:

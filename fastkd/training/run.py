@@ -30,7 +30,18 @@ from fastkd.training.lock import check_one_process, locked
 from fastkd.training.options import InputError, Options, TrainingOptions
 from fastkd.training.places import anchored
 
-__all__ = ["CHECKPOINTS", "CONFIG_FILE", "METRICS_FILE", "Run", "claimed", "note_files", "results", "write_whole"]
+__all__ = [
+    "CHECKPOINTS",
+    "CONFIG_FILE",
+    "METRICS_FILE",
+    "Run",
+    "claimed",
+    "is_begun",
+    "is_finished",
+    "note_files",
+    "results",
+    "write_whole",
+]
 
 CONFIG_FILE, METRICS_FILE, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
 _STATE_FILE, _STAGING = "run.json", ".results-"
@@ -278,6 +289,16 @@ def note_files(directory: Path, names: Iterable[str]) -> None:
     state = _state(directory)
     if state:
         _save_state(directory, files=sorted({*state["files"], *names}))
+
+
+def is_begun(directory: Path) -> bool:
+    """Whether there is a run in a directory."""
+    return bool(_state(directory)) and (directory / CONFIG_FILE).is_file()
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether there is a run in a directory that has all its results."""
+    return bool(_state(directory).get("finished"))
 
 
 def write_whole(path: Path, text: str) -> None:

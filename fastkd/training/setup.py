@@ -21,7 +21,7 @@ from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
 
-__all__ = ["Materials", "Setup", "gather", "with_teacher"]
+__all__ = ["Materials", "Setup", "check", "gather", "with_teacher"]
 
 
 class Materials(NamedTuple):
@@ -74,8 +74,11 @@ class Setup:
         return {"teacher": fingerprint(self.teacher), "student": _digest(made.encode())}
 
 
-def gather(options: Options) -> Materials:
-    """Check what can be checked without a model, then read the text. Raises InputError."""
+def check(options: Options) -> tuple[torch.device, Any, Any]:
+    """Check what can be checked without text and models: (device, tokenizer, the student's configuration).
+
+    Raises InputError.
+    """
     device = _training_device(options)
     distillation_loss(options.distillation)  # refuses what it cannot mean
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
@@ -88,6 +91,12 @@ def gather(options: Options) -> Materials:
     else:  # the teacher's configuration is ours
         student = _student_configuration(options.models, loading.trained_config(tokenizer), tokenizer)
     check_adapters(options.models, student)
+    return device, tokenizer, student
+
+
+def gather(options: Options) -> Materials:
+    """Check what can be checked without a model, then read the text. Raises InputError."""
+    device, tokenizer, _ = check(options)
     corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
     if len(corpus.train) < options.training.batch_size:
         raise InputError(

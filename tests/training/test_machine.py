@@ -21,6 +21,8 @@ def test_a_run_says_what_it_was_made_on_and_how_long_it_took(options):
     assert found["machine"]["processor"]
     for module in (fastkd, torch, transformers):
         assert found["versions"][module.__name__] == module.__version__
+    assert found["peak_memory"]["process"] > 100 << 20
+    assert found["peak_memory"]["device"] is None
     training = found["training"]["student"]
     assert training["tokens"] == 12 * 8 * 16
     assert training["tokens_per_second"] == pytest.approx(training["tokens"] / training["seconds"])

@@ -233,5 +233,6 @@ def _record(
             for name, one in fitted.items()
         },
         **training.machine.made_on(setup.materials.device),
+        "peak_memory": training.machine.peak_memory(setup.materials.device),
         "options": {name: asdict(group) for name, group in setup.options._asdict().items()},
     }

@@ -23,6 +23,7 @@ from fastkd.training.options.data import PACKAGED_DATA, PACKAGED_OUT_OF_DOMAIN, 
 from fastkd.training.options.distillation import DistillationOptions, check_kept
 from fastkd.training.options.evaluation import METRICS, EvaluationOptions
 from fastkd.training.options.models import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, ModelOptions
+from fastkd.training.options.progressive import ProgressiveOptions
 from fastkd.training.options.teaching import TAKES, ModeOptions, TeachingOptions, named_terms, term_set
 from fastkd.training.options.training import TrainingOptions
 
@@ -43,6 +44,7 @@ __all__ = [
     "ModeOptions",
     "ModelOptions",
     "Options",
+    "ProgressiveOptions",
     "Schedule",
     "TeachingOptions",
     "TrainingOptions",
