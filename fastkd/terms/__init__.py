@@ -4,10 +4,12 @@ from fastkd.terms.attention import AttentionTerm
 from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
 from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
+from fastkd.terms.named import TERMS, term_named, terms_named
 from fastkd.terms.routed import RoutedLogits
 from fastkd.terms.term import Batch, Course, Need, Needs, Outputs, Term, Terms, outputs_of
 
 __all__ = [
+    "TERMS",
     "AttentionTerm",
     "Batch",
     "Course",
@@ -24,4 +26,6 @@ __all__ = [
     "Terms",
     "asks_for_router_loss",
     "outputs_of",
+    "term_named",
+    "terms_named",
 ]
