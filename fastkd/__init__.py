@@ -12,6 +12,7 @@ from fastkd.projection.models import project
 from fastkd.projection.plan import Plan
 from fastkd.sources import Projection, SparseTargets
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
+from fastkd.terms.memory import feature_memory
 
 __version__ = "0.1.0"
 
@@ -31,6 +32,7 @@ __all__ = [
     "use_backend",
 ]
 __all__ += divergences.__all__
+__all__ += ["feature_memory"]
 
 
 def __getattr__(name: str) -> Any:

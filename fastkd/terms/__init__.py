@@ -3,12 +3,16 @@
 from fastkd.terms.attention import AttentionTerm
 from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
+from fastkd.terms.memory import FeatureMemory, feature_memory
+from fastkd.terms.named import TERMS, term_named, terms_named
 from fastkd.terms.term import Batch, Course, Need, Needs, Outputs, Term, Terms, outputs_of
 
 __all__ = [
+    "TERMS",
     "AttentionTerm",
     "Batch",
     "Course",
+    "FeatureMemory",
     "HiddenStateTerm",
     "KDTerm",
     "Need",
@@ -18,5 +22,8 @@ __all__ = [
     "Term",
     "Terms",
     "asks_for_router_loss",
+    "feature_memory",
     "outputs_of",
+    "term_named",
+    "terms_named",
 ]
