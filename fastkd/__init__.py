@@ -15,6 +15,7 @@ from fastkd.sources import Projection, SparseTargets
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 
 if TYPE_CHECKING:
+    from fastkd.terms.memory import feature_memory
     from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
 
 __version__ = "0.1.0"
@@ -36,12 +37,14 @@ __all__ = [
 ]
 __all__ += divergences.__all__
 __all__ += ["Mixture"]
+__all__ += ["feature_memory"]
 __all__ += ["MultiTokenHeads", "MultiTokenTerm"]
 
 #: Name → the module it is in, imported when it is first asked for.
 _LAZY = {
     "MultiTokenHeads": "fastkd.terms.multi_token",
     "MultiTokenTerm": "fastkd.terms.multi_token",
+    "feature_memory": "fastkd.terms.memory",
 }
 
 

@@ -17,7 +17,7 @@ from fastkd.backend import forced, running_on, select
 from fastkd.call import Call
 from fastkd.ops import library
 
-__all__ = ["InPlace"]
+__all__ = ["InPlace", "scale_saved"]
 
 _keeps_graph = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)
 
@@ -28,7 +28,7 @@ def _refuse_double_backward() -> None:
         raise RuntimeError("fastkd losses have no double backward: call backward without create_graph=True")
 
 
-def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
+def scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor | None = None) -> Tensor:
     """The gradient saved in the forward pass, divided by the factor that kept it in range, times the upstream scalar.
 
     While the graph is kept, the result is a new tensor: scaling the saved one would make a second backward silently
@@ -36,7 +36,7 @@ def _scale_saved(grad: Tensor, upstream: Tensor, factor: Tensor) -> Tensor:
     tensor itself is scaled, and no second tensor of its size is allocated.
     """
     traced = type(upstream) is not Tensor
-    if factor.numel() > 0:
+    if factor is not None and factor.numel() > 0:
         upstream = upstream / factor
     if traced or _keeps_graph():
         return grad * upstream.to(grad.dtype) if grad.dtype == torch.float64 else grad * upstream
@@ -77,7 +77,7 @@ class _KDLoss(torch.autograd.Function):
         _refuse_double_backward()
         *saved, factor = ctx.saved_tensors
         grads = [
-            _scale_saved(grad, upstream, factor) if wanted and upstream is not None else None
+            scale_saved(grad, upstream, factor) if wanted and upstream is not None else None
             for grad, wanted in zip(saved, ctx.wants, strict=True)
         ]
         return (*grads, None)
@@ -110,7 +110,7 @@ class _KDLossPerRow(torch.autograd.Function):
         wants = list(ctx.needs_input_grad[:3])
         one = upstream.new_ones(())
         *saved, factor = torch.ops.fastkd.kd_loss(*call, wants)[3:]
-        grads = [_scale_saved(grad, one, factor) if wanted else None for grad, wanted in zip(saved, wants, strict=True)]
+        grads = [scale_saved(grad, one, factor) if wanted else None for grad, wanted in zip(saved, wants, strict=True)]
         return (*grads, None)
 
 
@@ -134,7 +134,7 @@ class InPlace(torch.autograd.Function):
         _refuse_double_backward()
         student, factor = ctx.saved_tensors
         upstream = upstreams[0]
-        grad = None if upstream is None else _scale_saved(student.detach(), upstream, factor)
+        grad = None if upstream is None else scale_saved(student.detach(), upstream, factor)
         return grad, *[None] * (len(Call._fields) - 1)
 
 

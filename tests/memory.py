@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 
-__all__ = ["peak", "printed"]
+__all__ = ["held", "peak", "printed"]
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
 # What differs between machines and is nobody's memory. Some give huge pages unasked, which round everything up to
@@ -28,6 +28,19 @@ def peak(run: Callable[[], object]) -> int:
     highest = _status("VmHWM") - _status("RssFile") - before
     del kept
     return highest
+
+
+def held(run: Callable[[], object]) -> int:
+    """Bytes that what `run` returns holds once it has returned. Linux only."""
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
+        libc.malloc_trim(0)
+    before = _status("RssAnon")
+    kept = run()
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
+    after = _status("RssAnon")
+    del kept
+    return after - before
 
 
 def _status(field: str) -> int:

@@ -3,6 +3,7 @@
 from fastkd.terms.attention import AttentionTerm
 from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
+from fastkd.terms.memory import FeatureMemory, feature_memory
 from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
 from fastkd.terms.named import TERMS, term_named, terms_named
 from fastkd.terms.routed import RoutedLogits
@@ -13,6 +14,7 @@ __all__ = [
     "AttentionTerm",
     "Batch",
     "Course",
+    "FeatureMemory",
     "HiddenStateTerm",
     "KDTerm",
     "MultiTokenHeads",
@@ -25,6 +27,7 @@ __all__ = [
     "Term",
     "Terms",
     "asks_for_router_loss",
+    "feature_memory",
     "outputs_of",
     "term_named",
     "terms_named",

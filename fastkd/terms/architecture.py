@@ -7,9 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.terms.logits import text_config
-
-__all__ = ["Architecture", "architecture_of"]
+__all__ = ["Architecture", "architecture_of", "text_config"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +23,8 @@ class Architecture:
     #: Attention heads: of queries, and of keys and values.
     heads: int
     kv_heads: int
+    #: Width of a head.
+    head_size: int
     #: `eager`, `sdpa`, `flash_attention_2`, ...; None where the configuration does not say.
     implementation: str | None
     #: Probability with which attention probabilities are dropped in training.
@@ -49,6 +49,13 @@ def architecture_of(model: Any) -> Architecture:
         width=width,
         heads=heads,
         kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_size=getattr(config, "head_dim", None) or width // heads,
         implementation=getattr(config, "_attn_implementation", None),
         dropout=max((one for one in dropped if isinstance(one, int | float)), default=0.0),
     )
+
+
+def text_config(model: nn.Module) -> Any:
+    """The configuration of the language model within a model; None where there is none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config

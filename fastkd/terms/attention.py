@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastkd.rows import kept_dtype
 from fastkd.terms.architecture import Architecture, architecture_of
 from fastkd.terms.hidden import same_batch
 from fastkd.terms.layers import LayerMap, check_layers, is_learned, layer_pairs
@@ -78,11 +79,24 @@ class AttentionTerm(Term):
             raise ValueError(f"term {self.name!r} reads the teacher's attention, which no cache has: take a model")
         ours, theirs = architecture_of(student), architecture_of(teacher)
         self.pairs = layer_pairs(self.layers, ours.blocks, theirs.blocks)
-        self.teachers_blocks = frozenset(other for _, other in self.pairs)
+        self.teachers_blocks = self.blocks_read(ours, theirs)
         heads = [one.kv_heads if self.relation == "values" else one.heads for one in (ours, theirs)]
         self._check_heads(*heads)
         if self.relation == "attention":
             self._check_returned(ours, theirs)
+
+    def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int]:
+        """Those of the pairs."""
+        return frozenset(other for _, other in layer_pairs(self.layers, student.blocks, teacher.blocks))
+
+    def gradient_bytes(
+        self, student: Architecture, teacher: Architecture, batch: int, tokens: int, dtype: torch.dtype
+    ) -> int:
+        """Gradients of the student's probabilities, or of its projections, of each pair."""
+        heads = {"attention": student.heads, "qk": student.heads + student.kv_heads, "values": 2 * student.kv_heads}
+        size = tokens if self.relation == "attention" else student.head_size
+        numbers = batch * heads[self.relation] * tokens * size
+        return len(layer_pairs(self.layers, student.blocks, teacher.blocks)) * numbers * kept_dtype(dtype).itemsize
 
     def _check_heads(self, ours: int, theirs: int) -> None:
         if max(ours, theirs) % min(ours, theirs):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import arguments
+from fastkd.rows import kept_dtype
 from fastkd.terms.architecture import Architecture, architecture_of
 from fastkd.terms.layers import LayerMap, LearnedLayers, check_layers, is_learned, layer_pairs
 from fastkd.terms.rows_apart import DISTANCES, Comparison, distance
@@ -104,18 +105,31 @@ class HiddenStateTerm(Term):
                 f"term {self.name!r} has projector='none', but the student's hidden states are {ours.width} wide and "
                 f"the teacher's {theirs.width}: take projector='linear'"
             )
-        if is_learned(self.layers):
-            pairs = [(block, tuple(range(theirs.blocks))) for block in range(ours.blocks)]
-        else:
-            found = layer_pairs(self.layers, ours.blocks, theirs.blocks)
-            pairs = [(block, (other,)) for block, other in found]
+        pairs = self._pairs(ours, theirs)
         made = (ours.blocks, ours.width, theirs.blocks, theirs.width)
         if self._made and self._made != made:
             raise ValueError(f"term {self.name!r} was made for other models, of other numbers of blocks or widths")
         if not self._made:
             self._make(ours, theirs, len(pairs), next(student.parameters()).device)
         self.pairs, self._made = pairs, made
-        self.teachers_blocks = frozenset(other for _, others in pairs for other in others)
+        self.teachers_blocks = self.blocks_read(ours, theirs)
+
+    def _pairs(self, ours: Architecture, theirs: Architecture) -> list[tuple[int, tuple[int, ...]]]:
+        if is_learned(self.layers):
+            return [(block, tuple(range(theirs.blocks))) for block in range(ours.blocks)]
+        return [(block, (other,)) for block, other in layer_pairs(self.layers, ours.blocks, theirs.blocks)]
+
+    def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int]:
+        """Those of the pairs."""
+        return frozenset(other for _, others in self._pairs(student, teacher) for other in others)
+
+    def gradient_bytes(
+        self, student: Architecture, teacher: Architecture, batch: int, tokens: int, dtype: torch.dtype
+    ) -> int:
+        """Gradients of the student's hidden states and of the projectors, of each pair."""
+        projector = student.width * teacher.width * 4 if student.width != teacher.width else 0
+        states = batch * tokens * student.width * kept_dtype(dtype).itemsize
+        return len(self._pairs(student, teacher)) * (states + projector)
 
     def _make(self, ours: Architecture, theirs: Architecture, pairs: int, device: torch.device) -> None:
         if ours.width != theirs.width:

@@ -8,10 +8,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from fastkd.losses import KDLoss, KDParts
+from fastkd.terms.architecture import text_config
 from fastkd.terms.routed import RoutedLogits, rows_of
 from fastkd.terms.term import Batch, Course, Outputs, Term
 
-__all__ = ["KDTerm", "RouterTerm", "asks_for_router_loss", "text_config"]
+__all__ = ["KDTerm", "RouterTerm", "asks_for_router_loss"]
 
 
 class KDTerm(Term):
@@ -105,12 +106,6 @@ class RouterTerm(Term):
         if not isinstance(found, Tensor):
             raise ValueError(f"{type(student.model).__name__} returns no aux_loss: take output_router_logits away")
         return batch.part(found)
-
-
-def text_config(model: nn.Module) -> Any:
-    """The configuration of the language model within a model; None where there is none."""
-    config: Any = getattr(model, "config", None)
-    return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
 def asks_for_router_loss(model: nn.Module) -> bool:

@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 from fastkd import arguments
 from fastkd.losses import KDLoss, KDParts
 from fastkd.sources import Projection
-from fastkd.terms.logits import text_config
+from fastkd.terms.architecture import text_config
 from fastkd.terms.term import Batch, Course, Outputs, Term
 
 __all__ = ["HEADS_FILE", "MultiTokenHeads", "MultiTokenTerm"]

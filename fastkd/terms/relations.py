@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from fastkd.autograd import scale_saved
 from fastkd.losses import KDLoss
 from fastkd.rows import kept_dtype, row_dtype
 
@@ -158,7 +159,7 @@ class _Divergence(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(one * upstream.to(row_dtype(one.dtype)) for one in ctx.saved_tensors)
+        return None, *(scale_saved(one, upstream) for one in ctx.saved_tensors)
 
 
 def _value_and_gradients(

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastkd.autograd import scale_saved
 from fastkd.projection.sides import autocast_dtype, operand_dtype, product
 from fastkd.rows import kept_dtype, row_dtype
 from fastkd.sources import Projection
@@ -91,8 +92,7 @@ class _Distance(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = [None if one is None else one * upstream.to(row_dtype(one.dtype)) for one in ctx.saved_tensors]
-        return (*gradients, None)
+        return (*(None if one is None else scale_saved(one, upstream) for one in ctx.saved_tensors), None)
 
 
 def _value_and_gradients(

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from fastkd.projection.models import project
 from fastkd.sources import Projection, Teacher
+from fastkd.terms.architecture import Architecture
 from fastkd.terms.recording import Heads, recorded
 from fastkd.terms.routed import RoutedLogits
 
@@ -237,6 +238,16 @@ class Term(nn.Module):
 
         Called once, before the optimizer is made. `teacher` is None for a cache.
         """
+
+    def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int] | None:
+        """The blocks of the teacher whose `needs` are read, of such models; None: all."""
+        return self.teachers_blocks
+
+    def gradient_bytes(
+        self, student: Architecture, teacher: Architecture, batch: int, tokens: int, dtype: torch.dtype
+    ) -> int:
+        """What a term keeps from its forward to the backward, beside the models' outputs, which are of `dtype`."""
+        return 0
 
 
 class Terms(nn.ModuleList):
