@@ -287,6 +287,27 @@ def test_a_wider_average_than_the_student():
     assert mode.kept()["average"] == {}
 
 
+def test_an_average_on_a_device_of_its_own():
+    """The same, with what is sent there and back."""
+    student, mode, plain = gpt2(0), EMA(0.9, device="cpu"), EMA(0.9)
+    found = mode.outputs(student, inputs(0), {}, ("hidden_states",))
+    expected = plain.outputs(student, inputs(0), {}, ("hidden_states",))
+    assert torch.equal(found.projection.logits(), expected.projection.logits())
+    assert all(torch.equal(*pair) for pair in zip(found.hidden_states, expected.hidden_states, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_an_average_on_the_cpu_teaches_on_a_gpu():
+    student = gpt2(0).cuda()
+    found = {name: one.cuda() for name, one in inputs(0).items()}
+    for mode in (EMA(0.9, device="cpu"), EMA(0.9)):
+        logits = mode.outputs(student, found).projection
+        assert logits.device.type == logits.weight.device.type == "cuda"
+        mode.stepped(student, 1)
+        assert next(mode.model.parameters()).device.type == ("cpu" if mode.device else "cuda")
+
+
 @pytest.mark.parametrize(("every", "due"), [(2, {2, 4}), ("epoch", {3})])
 def test_snapshots_are_taken_when_they_are_due(every, due):
     student, mode = gpt2(0), Snapshot(every)

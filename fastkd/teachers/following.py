@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import arguments
-from fastkd.teachers.mode import NOTHING, TeacherMode, unwrapped
+from fastkd.teachers.mode import NOTHING, TeacherMode, mapped, unwrapped
 from fastkd.terms import Need, Outputs, outputs_of
 
 __all__ = ["EMA", "Snapshot"]
@@ -133,11 +133,10 @@ class EMA(_Copy):
         """One forward of the average."""
         if self.device is None:
             return super().outputs(student, inputs, taken, needs)
-        here = next(student.parameters()).device
-        found = super().outputs(student, _moved(inputs, self.device), taken, needs)
-        logits = found.projection
-        parts = {name: _moved(getattr(logits, name), here) for name in ("hidden", "weight", "bias")}
-        return replace(found, logits=replace(logits, **parts), fields=_moved(found.fields, here))
+        here, there = next(student.parameters()).device, self.device
+        found = super().outputs(student, mapped(inputs, lambda one: one.to(there)), taken, needs)
+        logits, fields = (mapped(part, lambda one: one.to(here)) for part in (found.logits, found.fields))
+        return replace(found, logits=logits, fields=fields)
 
     def _made(self, student: nn.Module) -> nn.Module:
         copied = super()._made(student)
@@ -232,12 +231,3 @@ def _check_whole(student: nn.Module) -> None:
 def _copy_buffers(mine: nn.Module, student: nn.Module) -> None:
     for copied, buffer in zip(mine.buffers(), student.buffers(), strict=True):
         copied.copy_(buffer)
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    """Tensors of a value on another device, whatever holds them."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    if isinstance(value, Mapping):
-        return {name: _moved(one, device) for name, one in value.items()}
-    return tuple(_moved(one, device) for one in value) if isinstance(value, (tuple, list)) else value

@@ -15,7 +15,8 @@ In a loop of one's own, whatever the mode is:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,7 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from fastkd.terms import Batch, Need, Outputs
 
-__all__ = ["NOTHING", "TeacherMode", "check_models", "detached", "unwrapped"]
+__all__ = ["NOTHING", "TeacherMode", "check_models", "detached", "mapped", "unwrapped"]
 
 #: What a batch brings for the teacher where it brings nothing.
 NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -98,14 +99,20 @@ class TeacherMode(nn.Module):
 
 def detached(outputs: Outputs) -> Outputs:
     """The same without graph: a teacher's, whose forward is differentiated for its own loss."""
-    fields = {name: _detached(value) for name, value in outputs.fields.items()}
-    return Outputs(outputs.projection.detach(), fields, outputs.model)
+    return Outputs(outputs.projection.detach(), mapped(outputs.fields, Tensor.detach), outputs.model)
 
 
-def _detached(value: Any) -> Any:
+def mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A function of every tensor of a value, in whatever mappings, tuples, lists and dataclasses they are."""
     if isinstance(value, Tensor):
-        return value.detach()
-    return tuple(_detached(one) for one in value) if isinstance(value, (tuple, list)) else value
+        return function(value)
+    if isinstance(value, Mapping):
+        return {name: mapped(one, function) for name, one in value.items()}
+    if isinstance(value, (tuple, list)):
+        return tuple(mapped(one, function) for one in value)
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{one.name: mapped(getattr(value, one.name), function) for one in fields(value)})
+    return value
 
 
 def check_models(student: nn.Module, models: Mapping[str, nn.Module], vocab_size: int | None = None) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import runpy
 from pathlib import Path
 
@@ -38,8 +39,9 @@ def test_it_says_how_to_run_it(name):
     assert f"python examples/{name}.py" in source
 
 
-def test_there_are_examples():
-    assert {"logits", "hidden_states", "mixture"} <= set(SCRIPTS)
+def test_the_page_shows_every_one():
+    page = (EXAMPLES.parent / "docs/examples.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r'"examples/(\w+)\.py"', page)) == SCRIPTS
 
 
 def test_trl_has_the_same_loss(tmp_path):

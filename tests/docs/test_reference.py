@@ -10,13 +10,16 @@ import pytest
 
 import fastkd
 import fastkd.cache
+import fastkd.teachers
 
 REFERENCE = Path(__file__).parents[2] / "docs/reference"
 PUBLIC = {
     *(f"fastkd.{name}" for name in fastkd.__all__),
     *(f"fastkd.cache.{name}" for name in fastkd.cache.__all__),
     *(f"fastkd.students.{name}" for name in fastkd.students.__all__),
+    *(f"fastkd.teachers.{name}" for name in {*fastkd.teachers.__all__} - {"MODES", "VIEWS"}),
     "fastkd.terms.Batch",
+    "fastkd.terms.RoutedLogits",
     "fastkd.terms.Term",
     "fastkd.training.trainer.Course",
     "fastkd.training.trainer.KDTrainer",
