@@ -38,8 +38,8 @@ def test_it_says_how_to_run_it(name):
     assert f"python examples/{name}.py" in source
 
 
-def test_six_of_them():
-    assert len(SCRIPTS) == 6
+def test_seven_of_them():
+    assert len(SCRIPTS) == 7
 
 
 def test_trl_has_the_same_loss(tmp_path):
