@@ -1,14 +1,21 @@
-# `make demo` distils a real teacher on real text; `make test` runs everything CI runs. Both start from nothing but
-# Python 3.10+, a C++17 compiler with OpenMP and a package index. TORCH chooses the build of PyTorch to install.
+# `make demo` distils a real teacher on real text, `make demo-layers` into some of the teacher's own layers; `make test`
+# runs everything CI runs. All start from nothing but Python 3.10+, a C++17 compiler with OpenMP and a package index.
+# TORCH chooses the build of PyTorch to install.
 PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs sanitize triton-versions gpu bench bench-quick bench-check bench-accept clean
+.PHONY: demo demo-layers test lint docs sanitize triton-versions gpu bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
 	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
+
+# A student of 20 of the teacher's 30 layers. In bfloat16 where the processor has units for it.
+BF16 := $(if $(shell grep -m1 -owE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--bf16)
+
+demo-layers: $(VENV)/demo
+	$(BIN)/fastkd distill examples/layers.yaml --output runs/demo-layers --overwrite $(BF16)
 
 test: $(VENV)/test lint docs sanitize triton-versions
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal

@@ -175,6 +175,13 @@ def test_what_is_no_causal_lm():
         keep_layers(model, [0])
 
 
+def test_adapters_are_to_be_merged_first():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(llama(), peft.LoraConfig(task_type="CAUSAL_LM", r=2))
+    with pytest.raises(TypeError, match="with adapters: pass model"):
+        keep_layers(model, [0])
+
+
 def test_it_is_offered():
     assert fastkd.students.keep_layers is keep_layers
 
@@ -229,6 +236,7 @@ def choice(count, size):
     return (torch.randperm(count)[: count // 2, None] * size + torch.arange(size)).flatten()
 
 
+@torch.no_grad()
 def silence(projection, rows, axis):
     projection.weight.index_fill_(axis, rows, 0.0)
     if projection.bias is not None:
@@ -262,8 +270,8 @@ def test_padding_does_not_count():
     short = {name: values[:, :4] for name, values in whole.items()}
     padded = {**whole, "attention_mask": whole["attention_mask"].clone()}
     padded["attention_mask"][:, 4:] = 0
-    projections = {"model.layers.0.mlp.down_proj": (model.model.layers[0].mlp.down_proj, "neurons")}
-    ours, expected, other = (observed(model, [one], projections) for one in (padded, short, whole))
+    norms, projections = {"norm": model.model.norm}, {"down": model.model.layers[0].mlp.down_proj}
+    ours, expected, other = (observed(model, [one], norms, projections) for one in (padded, short, whole))
     torch.testing.assert_close(ours.channels, expected.channels)
     torch.testing.assert_close(ours.inputs, expected.inputs)
     assert (other.channels - expected.channels).abs().max() > 1e-3
@@ -289,10 +297,26 @@ def test_without_text_nothing_is_ranked():
         narrow(build("llama", **DEEP), NARROW, [])
 
 
-def test_unknown_projections_are_named():
-    model = build("gpt_neox", **{**DEEP, "rotary_pct": 0.5})
-    with pytest.raises(ValueError, match=r"attention.query_key_value.* does not know how"):
-        narrow(model, NARROW, [batch()])
+@pytest.mark.parametrize(
+    ("kind", "config", "name"),
+    [
+        ("gpt_neox", DEEP, "attention.query_key_value"),
+        ("gptj", {**GPT2, "rotary_dim": 4}, "attn.k_proj"),  # its heads leave by `out_proj`
+    ],
+)
+def test_unknown_projections_are_named(kind, config, name):
+    with pytest.raises(ValueError, match=f"{name}.* does not know how"):
+        narrow(build(kind, **config), NARROW, [batch()])
+
+
+def test_norms_over_heads_are_of_the_heads_kept():
+    model = build("olmo2", **DEEP)
+    for layer in model.model.layers:
+        silence(layer.self_attn.v_proj, torch.arange(8, 16), axis=0)  # so of two groups the first stays
+    student = narrow(model, NARROW, [batch()])
+    for ours, theirs in zip(student.model.layers, model.model.layers, strict=False):
+        assert torch.equal(ours.self_attn.q_norm.weight, theirs.self_attn.q_norm.weight[:16])
+        assert torch.equal(ours.self_attn.k_norm.weight, theirs.self_attn.k_norm.weight[:8])
 
 
 def test_the_teacher_is_left_as_it_was():

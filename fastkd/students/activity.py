@@ -22,21 +22,19 @@ class Activity:
 
 @torch.no_grad()
 def observed(
-    model: Any, batches: Iterable[Mapping[str, Any]], projections: Mapping[str, tuple[nn.Module, str]]
+    model: Any,
+    batches: Iterable[Mapping[str, Any]],
+    norms: Mapping[str, nn.Module],
+    projections: Mapping[str, nn.Module],
 ) -> Activity:
     """Run `model` over the batches, in eval mode; it is left in the mode it had.
 
-    Raises ValueError for no batches or tokens, for NaN or infinite activations, and for a model without norms.
+    Raises ValueError for no batches or tokens, and for NaN or infinite activations.
     """
-    norms = {name: module for name, module in model.named_modules() if _is_norm(module, model.config)}
-    if not norms:
-        raise ValueError(f"{type(model).__name__} has no norms over its hidden_size, whose outputs rank the channels")
     sums: dict[str, Tensor] = {}
     counted: list[Tensor | None] = [None]  # the tokens of the batch that count
     hooks = [module.register_forward_hook(_output(sums, name, counted)) for name, module in norms.items()]
-    hooks += [
-        module.register_forward_pre_hook(_input(sums, name, counted)) for name, (module, _) in projections.items()
-    ]
+    hooks += [module.register_forward_pre_hook(_input(sums, name, counted)) for name, module in projections.items()]
     tokens, training = 0, model.training
     model.eval()
     try:
@@ -57,11 +55,6 @@ def observed(
             raise ValueError(f"activations of {name} are not finite on these batches")
     channels = torch.stack([means[name] for name in norms if name in means]).sum(0)
     return Activity(channels, {name: means[name] for name in projections if name in means})
-
-
-def _is_norm(module: nn.Module, config: Any) -> bool:
-    shapes = [list(weight.shape) for weight in module.parameters(recurse=False)]
-    return bool(shapes) and all(shape == [config.get_text_config().hidden_size] for shape in shapes)
 
 
 def _output(sums: dict[str, Tensor], name: str, counted: list[Tensor | None]) -> Callable[..., None]:

@@ -14,7 +14,7 @@ from fastkd.students.blocks import blocks_of, check_model, made_of, model_config
 
 __all__ = ["narrow", "narrowed_configuration"]
 
-#: A projection's own name → what its outputs and its inputs are. Of all others only residual channels are cut.
+#: A module's own name → what its outputs and its inputs are. Others read and write the residual stream.
 _PROJECTIONS = {
     **dict.fromkeys(("q_proj",), ("heads", "residual")),
     **dict.fromkeys(("k_proj", "v_proj"), ("groups", "residual")),
@@ -22,6 +22,8 @@ _PROJECTIONS = {
     **dict.fromkeys(("gate_proj", "up_proj", "mlp.c_fc"), ("neurons", "residual")),
     **dict.fromkeys(("down_proj", "mlp.c_proj"), ("residual", "neurons")),
     "attn.c_attn": ("queries, keys and values", "residual"),
+    "q_norm": ("heads", "heads"),  # where they are over all heads, as OLMo's
+    "k_norm": ("groups", "groups"),
 }
 
 
@@ -53,7 +55,7 @@ def narrow(model: Any, width: int, batches: Iterable[Mapping[str, Any]]) -> Any:
     """
     check_model(model)
     config = narrowed_configuration(model, width)
-    found = observed(model, batches, _inputs_of(model))
+    found = observed(model, batches, _norms(model), _inputs_of(model))
     keep = _Kept(model, model.config.get_text_config(), config.get_text_config(), found)
     return made_of(model, config, cut=keep.cut)
 
@@ -94,18 +96,26 @@ def _heads(width: int, hidden: int, heads: int, groups: int) -> tuple[int, ...]:
 
 def _has_neurons(model: Any, size: int) -> bool:
     """Whether an MLP has its neurons in a projection, not in a tensor of all experts."""
-    return any(ends == "neurons" and size in _matrix(module).shape for module, ends in _inputs_of(model).values())
+    return any(_inputs(name) == "neurons" and size in _matrix(one).shape for name, one in _inputs_of(model).items())
 
 
-def _inputs_of(model: Any) -> dict[str, tuple[nn.Module, str]]:
-    """The projections whose inputs are heads or neurons: name → (module, what its inputs are)."""
-    _, blocks = blocks_of(model)
-    inside = {id(module) for module in blocks.modules()}
+def _inputs_of(model: Any) -> dict[str, nn.Module]:
+    """The projections whose inputs are heads or neurons, by their names."""
+    inside = f"{blocks_of(model)[0]}."
+    ends = {name: _ends(name) for name, _ in model.named_modules() if name.startswith(inside)}
+    return {name: model.get_submodule(name) for name, both in ends.items() if both and both[0] == "residual"}
+
+
+def _norms(model: Any) -> dict[str, nn.Module]:
+    """The norms of the residual stream, by their names. ValueError where there are none."""
+    hidden = [model.config.get_text_config().hidden_size]
     found = {}
     for name, module in model.named_modules():
-        ends = _ends(name)
-        if id(module) in inside and ends is not None and ends[1] != "residual":
-            found[name] = (module, ends[1])
+        shapes = [list(weight.shape) for weight in module.parameters(recurse=False)]
+        if shapes and _ends(name) is None and all(shape == hidden for shape in shapes):
+            found[name] = module
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no norms over its hidden_size, whose outputs rank the channels")
     return found
 
 
@@ -113,6 +123,11 @@ def _ends(name: str) -> tuple[str, str] | None:
     """What the outputs and inputs of a module are, by its name."""
     parts = name.split(".")
     return _PROJECTIONS.get(parts[-1]) or _PROJECTIONS.get(".".join(parts[-2:]))
+
+
+def _inputs(name: str) -> str | None:
+    ends = _ends(name)
+    return ends and ends[1]
 
 
 def _matrix(module: nn.Module) -> Tensor:
@@ -132,6 +147,7 @@ class _Kept:
         self._fewer = cut.num_attention_heads
         self._fewer_groups = getattr(cut, "num_key_value_heads", None) or self._fewer
         self._channels = _largest(found.channels, cut.hidden_size)
+        self._inside = f"{blocks_of(model)[0]}."
 
     def cut(self, module: str, parameter: str, tensor: Tensor, shape: torch.Size) -> Tensor:
         """What the student keeps of a parameter, as `made_of` asks for it."""
@@ -141,14 +157,16 @@ class _Kept:
         return tensor
 
     def _index(self, module: str, parameter: str, tensor: Tensor, axis: int, size: int) -> Tensor:
-        role = self._role(module, parameter, axis)
+        role = self._role(module, parameter, tensor, axis)
         length, index = tensor.shape[axis], None
         if role == "residual" and length == self._hidden:
             index = self._channels
         elif role == "neurons":
-            index = _largest(self._found.inputs[self._beside(module, "neurons")], size)
+            norms = self._beside(module, "neurons")
+            index = None if norms is None else _largest(norms, size)
         elif role in ("heads", "groups", "queries, keys and values"):
-            index = self._attention(module, role)
+            norms = self._beside(module, "heads")
+            index = None if norms is None else self._attention(norms, role)
         if index is None or len(index) != size:
             raise ValueError(
                 f"{module}.{parameter} {list(tensor.shape)} has {length} along axis {axis}, which the student's "
@@ -156,25 +174,26 @@ class _Kept:
             )
         return index.to(tensor.device)
 
-    def _role(self, module: str, parameter: str, axis: int) -> str:
+    def _role(self, module: str, parameter: str, tensor: Tensor, axis: int) -> str | None:
+        """What an axis is; None where that is not known."""
         ends = _ends(module)
         if ends is None:
-            return "residual"
+            # In a block, what is as long as the residual stream may be heads, but for what a matrix reads.
+            reads = axis == tensor.dim() - 1 or module.endswith("experts")
+            return "residual" if reads or not module.startswith(self._inside) else None
         transposed = type(self._model.get_submodule(module)).__name__ == "Conv1D"  # GPT-2's: [inputs, outputs]
         return ends[axis != transposed] if parameter == "weight" else ends[0]
 
-    def _beside(self, module: str, role: str) -> str:
-        """The projection whose inputs these are: in the same part of the same block."""
+    def _beside(self, module: str, role: str) -> Tensor | None:
+        """The norms of the heads or neurons that enter the projection in the same part of the same block."""
         part = module.rpartition(".")[0]
-        return next(
-            name
-            for name in self._found.inputs
-            if name.rpartition(".")[0] == part and (_ends(name) or ("", ""))[1] == role
-        )
+        for name, norms in self._found.inputs.items():
+            if name.rpartition(".")[0] == part and _inputs(name) == role:
+                return norms
+        return None
 
-    def _attention(self, module: str, role: str) -> Tensor:
+    def _attention(self, norms: Tensor, role: str) -> Tensor:
         """Rows of a projection: of the heads kept in its block, of their groups, or of all three parts of GPT-2's."""
-        norms = self._found.inputs[self._beside(module, "heads")]
         each = norms.square().view(self._groups, -1, self._size).sum(2).sqrt()  # [groups, heads of a group]
         groups = _largest(each.sum(1), self._fewer_groups)
         inside = self._fewer // self._fewer_groups

@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from fastkd.cli import main
-from fastkd.training import cut
+from fastkd.training import cut, loading
 from fastkd.training.configuration import Parser
 from fastkd.training.options import GROUPS, InputError, ModelOptions
 from tests.training.conftest import changed, run
@@ -82,6 +82,13 @@ def test_resumed(options, tmp_path, monkeypatch):
             run(options, student_width=12)
     assert main(["distill", str(tmp_path / "out/config.yaml"), "--resume"]) == 0
     assert outcome(tmp_path / "out") == outcome(tmp_path / "whole")
+
+
+def test_of_a_teacher_that_is_trained_first(inputs):
+    """Its configuration is known before it is there."""
+    teacher = loading.trained_config(transformers.AutoTokenizer.from_pretrained(inputs / "teacher"))
+    config = cut.cut_configuration(ModelOptions(teacher="train", student_layers="every:2", student_width=256), teacher)
+    assert (config.n_layer, config.n_embd, config.n_head) == (3, 256, 4)
 
 
 def test_adapters(options, tmp_path):
