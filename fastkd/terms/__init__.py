@@ -5,6 +5,7 @@ from fastkd.terms.hidden import HiddenStateTerm
 from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
 from fastkd.terms.memory import FeatureMemory, feature_memory
 from fastkd.terms.named import TERMS, term_named, terms_named
+from fastkd.terms.recording import Heads
 from fastkd.terms.term import Batch, Course, Need, Needs, Outputs, Term, Terms, outputs_of
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Batch",
     "Course",
     "FeatureMemory",
+    "Heads",
     "HiddenStateTerm",
     "KDTerm",
     "Need",
