@@ -6,6 +6,7 @@ from fastkd.terms.logits import KDTerm, RouterTerm, asks_for_router_loss
 from fastkd.terms.memory import FeatureMemory, feature_memory
 from fastkd.terms.multi_token import MultiTokenHeads, MultiTokenTerm
 from fastkd.terms.named import TERMS, term_named, terms_named
+from fastkd.terms.recording import Heads
 from fastkd.terms.routed import RoutedLogits
 from fastkd.terms.term import Batch, Course, Need, Needs, Outputs, Term, Terms, outputs_of
 
@@ -15,6 +16,7 @@ __all__ = [
     "Batch",
     "Course",
     "FeatureMemory",
+    "Heads",
     "HiddenStateTerm",
     "KDTerm",
     "MultiTokenHeads",

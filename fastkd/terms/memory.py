@@ -52,8 +52,8 @@ def feature_memory(
 
     That is of a teacher of width 8192: 10 · 16 · 2048 · 8192 · 2 bytes. Of hidden states and projections the blocks
     that some term reads are kept, each once; of attentions all. The hidden states after the teacher's last block and
-    all of the student's are part of the training in any case. A transformers whose
-    `output_hidden_states` takes no numbers keeps the hidden states of all blocks.
+    all of the student's are part of the training in any case. A transformers whose `output_hidden_states` takes no
+    numbers keeps the hidden states of all blocks.
 
     Args:
         terms: one or several. Terms of your own count as reading all blocks, and without gradients.
