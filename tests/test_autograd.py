@@ -19,12 +19,14 @@ N, V, H = 6, 30, 4
 STUDENT, TEACHER = cases.logits("far", N, V)
 LABELS = cases.labels(N, V, ignored=(1,))
 WEIGHT = torch.randn(V, H, generator=torch.Generator().manual_seed(0))
+MIXTURE = fastkd.Mixture([TEACHER, fastkd.Projection(TEACHER[:, :H], WEIGHT)], [0.3, 0.7])
 
 LOSSES: dict[str, Callable[[Tensor], Tensor]] = {
     "mean": lambda x: fastkd.kd_loss(x * 1, TEACHER, LABELS),
     "none": lambda x: fastkd.kd_loss(x * 1, TEACHER, LABELS, reduction="none").sum(),  # type: ignore[union-attr]
     "in place": lambda x: fastkd.kd_loss(x * 1, TEACHER, LABELS, inplace=True),
     "hidden": lambda x: fastkd.kd_loss(fastkd.Projection(x[:, :H] * 1, WEIGHT), TEACHER, LABELS),
+    "mixture": lambda x: fastkd.kd_loss(x * 1, MIXTURE, LABELS, reduction="none").sum(),  # type: ignore[union-attr]
     "log-softmax": lambda x: (fastkd.log_softmax(x * 1, 2.0) * TEACHER).sum(),
 }  # type: ignore[dict-item]
 
@@ -103,7 +105,7 @@ def test_the_operators_refuse_transforms_of_gradients(loss: Callable[[Tensor], T
             transform(loss)(STUDENT.clone())
 
 
-@pytest.mark.parametrize("name", ["mean", "none"])
+@pytest.mark.parametrize("name", ["mean", "none", "mixture"])
 def test_vmap_of_a_value(name: str) -> None:
     found = torch.func.vmap(LOSSES[name])(torch.stack([STUDENT, STUDENT / 2]))
     torch.testing.assert_close(found, torch.stack([LOSSES[name](STUDENT), LOSSES[name](STUDENT / 2)]))

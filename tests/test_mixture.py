@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import reference
+from fastkd.call import call_for
 from fastkd.divergences import TABLE, Divergence
 from fastkd.projection.sides import Head
 from fastkd.sources import LogProbabilities
@@ -195,6 +197,24 @@ def test_compiled() -> None:
     torch.testing.assert_close(found[0], found[1])
 
 
+@pytest.mark.parametrize("name", ["kd_loss", "kd_loss_per_row"])
+def test_the_operators_own_checks(name: str) -> None:
+    """`opcheck`, from logits and a projection; and teachers that autograd could not keep, made in inference mode."""
+    operands = heads(rows=4, vocab=70)
+    with torch.inference_mode():
+        teachers = teachers_of("lp", operands)
+    student, scale = cases.logits("far", 4, 70)[0].requires_grad_(), torch.rand(4)
+    spec = cases.spec(fastkd.ForwardKL(), 70)
+    call = call_for(student, fastkd.Mixture(teachers_of("lp", operands)), cases.labels(4, 70), scale, scale, spec)
+    more = ([True, False, False],) if name == "kd_loss" else ()
+    torch.library.opcheck(getattr(torch.ops.fastkd, name).default, (*call, *more))
+    reduction: Any = "mean" if more else "none"
+    loss: Any = fastkd.kd_loss(student, fastkd.Mixture(teachers), cases.labels(4, 70), reduction=reduction)
+    loss.sum().backward()
+    assert student.grad is not None
+    assert student.grad.abs().max() > 0
+
+
 def test_float64_on_the_reference() -> None:
     student = torch.randn(3, 7, dtype=torch.float64, requires_grad=True)
     mixture = fastkd.Mixture([torch.randn(3, 7).double(), torch.randn(3, 7).double()])
@@ -268,33 +288,30 @@ import torch
 import fastkd
 from tests.memory import peak
 torch.set_num_threads(1)
-rows, vocab, budget, kind = 512, 16384, 8 << 20, {kind!r}
-student = fastkd.Projection(torch.randn(rows, 32, requires_grad=True), torch.randn(vocab, 32, requires_grad=True))
-teachers = [fastkd.Projection(torch.randn(rows, width), torch.randn(vocab, width)) for width in (64, 96)]
-if kind == "logits":
-    student = student.logits().detach().requires_grad_()
-    teachers = [teacher.logits() for teacher in teachers]
+vocab, budget, kind = 16384, 8 << 20, {kind!r}
+def inputs(rows):
+    student = [torch.randn(rows, 32, requires_grad=True), torch.randn(vocab, 32, requires_grad=True)]
+    teachers = [fastkd.Projection(torch.randn(rows, width), torch.randn(vocab, width)) for width in (64, 96)]
+    if kind == "logits":
+        return [torch.randn(rows, vocab, requires_grad=True)], [teacher.logits() for teacher in teachers]
+    return student, teachers
 kd = fastkd.KDLoss(memory_budget=budget, hard_weight=0)
-def run(count):
-    part = lambda x: x[:count] if kind == "logits" else fastkd.Projection(x.hidden[:count], x.weight)
-    kd(part(student), fastkd.Mixture([part(teacher) for teacher in teachers])).backward()
-    leaves = [student] if kind == "logits" else [student.hidden, student.weight]
-    gradients = [leaf.grad for leaf in leaves]
-    for leaf in leaves:
-        leaf.grad = None
-    return gradients
-run(64)
-print(peak(lambda: run(rows)), fastkd.plan(rows, vocab, 32, [64, 96], memory_budget=budget).peak_bytes)
+def run(student, teachers):
+    kd(student[0] if kind == "logits" else fastkd.Projection(*student), fastkd.Mixture(teachers)).backward()
+run(*inputs(64))
+student, teachers = inputs(512)
+print(peak(lambda: run(student, teachers)), fastkd.plan(512, vocab, 32, [64, 96], memory_budget=budget).peak_bytes)
 """
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_a_chunk_and_the_gradients() -> None:
-    """Of hidden states what the plan says: the logits of one teacher alone are 32 MiB here."""
+    """From hidden states what the plan says, from logits little beside the gradient: a teacher's logits are 32 MiB."""
     highest, planned = printed(MEMORY.format(kind="projections"))
+    assert planned <= (8 << 20) + 4 * 32 * (16384 + 512)
     assert highest <= 1.1 * planned + (1 << 20)
-    assert planned < (8 << 20) + 4 * 32 * (16384 + 512)
-    logits, _ = printed(MEMORY.format(kind="logits"))
-    assert logits < 2 * (32 << 20) + (8 << 20) + (2 << 20)  # two gradients: autograd pads the slice's
+    highest, _ = printed(MEMORY.format(kind="logits"))
+    assert highest <= (32 << 20) + (6 << 20)
 
 
 def test_each_teachers_logits_are_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
