@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.terms import Batch, Course, HiddenStateTerm, KDTerm, Terms, outputs_of, rows_apart
+from fastkd.terms import Batch, Course, HiddenStateTerm, KDTerm, Terms, hidden, outputs_of, rows_apart, term_named
 from tests import compare
 from tests.features import batch, both, counted, everywhere, frozen, gpt2, gradients, llama, twins, value_of
 
@@ -238,3 +238,40 @@ def test_unequal_batches_are_refused():
         term(ours, outputs_of(teacher, given.inputs, term.needs), shorter)
     with pytest.raises(ValueError, match="has no hidden_states"):
         term(outputs_of(student, given.inputs), outputs_of(teacher, given.inputs), given)
+
+
+@pytest.mark.parametrize("live", [False, True], ids=["unknown", "told"])
+def test_where_the_host_cannot_look(live, monkeypatch):
+    """As on a GPU: all rows are computed and the others weigh 0, or as many as were told, those that count first."""
+    student, teacher, given = gpt2(), frozen(llama()), batch()
+    given = Batch(given.labels, given.inputs, live=int(counted(given).sum()) if live else None)
+    term = HiddenStateTerm(loss="smooth_l1")
+    term.check(student, teacher)
+    found = []
+    for kind in ("cpu", "cuda"):
+        monkeypatch.setattr(hidden, "_HOSTS", {kind if kind == "cpu" else "none"})
+        student.zero_grad()
+        value = value_of(term, student, teacher, given)
+        value.backward()
+        found.append((value, gradients(student)))
+    compare.assert_value(found[1][0], found[0][0])
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+@pytest.mark.parametrize("kind", ["hidden", {"type": "attention", "relation": "qk"}], ids=["hidden", "qk"])
+def test_gradient_checkpointing_changes_nothing(kind):
+    """What a term reads of a block that is run again in the backward."""
+    student, teacher, given = gpt2(attention="sdpa"), frozen(llama()), batch()
+    term = term_named(kind)
+    term.check(student, teacher)
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            student.train()
+            student.gradient_checkpointing_enable({"use_reentrant": False})
+        student.zero_grad()
+        value_of(term, student, teacher, given).backward()
+        found.append(gradients(student))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
+    assert found[0].norm() > 0.01

@@ -17,6 +17,7 @@ from fastkd.terms.term import Batch, Course, Need, Outputs, Term
 __all__ = ["HiddenStateTerm", "Projector", "rows_of", "same_batch"]
 
 Projector = Literal["linear", "none"]
+_HOSTS = {"cpu"}  # devices whose values can be looked at without waiting
 _COOLING = Course(1.0, 0.1, "linear")
 
 
@@ -183,7 +184,7 @@ def rows_of(batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor]:
     On a GPU looking which rows count would make the host wait; `batch.live` says how many. None: all are computed.
     """
     counted = nn.functional.pad(batch.counted, (0, 1)).flatten().to(device)
-    if device.type == "cpu":
+    if device.type in _HOSTS:
         found = counted.nonzero()[:, 0]
         return (None if len(found) == len(counted) else found), counted
     if batch.live is None:

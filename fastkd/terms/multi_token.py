@@ -167,7 +167,7 @@ class MultiTokenTerm(Term):
     predicted tokens (`Batch.num_items`), for all heads alike, so accumulated batches add up to a large one.
 
     Args:
-        heads: made of the student's configuration.
+        heads: made of the student's configuration; or how many, which `check` makes then, before the first step.
         weight: factor of the value, or a `Course`.
         hard_weight, soft_weight: of cross-entropy and KL.
         temperature: T of the KL.
@@ -178,7 +178,7 @@ class MultiTokenTerm(Term):
 
     def __init__(
         self,
-        heads: MultiTokenHeads,
+        heads: MultiTokenHeads | int = 1,
         weight: float | Course = 1.0,
         *,
         hard_weight: float = 0.3,
@@ -188,12 +188,18 @@ class MultiTokenTerm(Term):
     ) -> None:
         super().__init__(name, weight)
         if not isinstance(heads, MultiTokenHeads):
-            raise TypeError(f"heads must be fastkd.MultiTokenHeads, got {type(heads).__name__}")
-        self.heads = heads
+            if not isinstance(heads, int):
+                raise TypeError(f"heads must be fastkd.MultiTokenHeads or a number, got {type(heads).__name__}")
+            arguments.integer("heads", heads, least=1)
+        self.wanted = heads if isinstance(heads, int) else len(heads)
+        self.heads = None if isinstance(heads, int) else heads
         self.kd = KDLoss(temperature, soft_weight=soft_weight, hard_weight=hard_weight, shift=True, return_parts=True)
 
     def check(self, student: nn.Module, teacher: nn.Module | None) -> None:
-        """Raise ValueError for heads of another width."""
+        """Make the heads, where only their number was given. Raise ValueError for heads of another width."""
+        if self.heads is None:
+            config: Any = student.config
+            self.heads = MultiTokenHeads(config, self.wanted).to(next(student.parameters()).device)
         width = getattr(text_config(student), "hidden_size", self.heads.hidden_size)
         if width != self.heads.hidden_size:
             raise ValueError(
@@ -203,6 +209,8 @@ class MultiTokenTerm(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """`loss`, the value, its parts, and the value again to be logged."""
+        if self.heads is None:
+            raise ValueError(f"term {self.name!r} has no heads yet: call check(student, teacher) first")
         main, inputs = student.projection, batch.inputs
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         items = batch.counted.sum().clamp(min=1) if batch.num_items is None else batch.num_items
@@ -222,6 +230,11 @@ class MultiTokenTerm(Term):
             f"{self.name}_soft": soft.detach(),
             f"{self.name}_hard": hard.detach(),
         }
+
+    def save(self, directory: Path) -> None:
+        """The heads, as `MultiTokenHeads.from_pretrained` reads them."""
+        if self.heads is not None:
+            self.heads.save_pretrained(directory)
 
 
 def _labels_ahead(labels: Tensor, ahead: int, mask: Any, positions: Any) -> Tensor:

@@ -10,12 +10,17 @@ from typing import Any, get_args
 from fastkd import arguments
 from fastkd.terms.attention import AttentionTerm
 from fastkd.terms.hidden import HiddenStateTerm
+from fastkd.terms.multi_token import MultiTokenTerm
 from fastkd.terms.term import Course, Shape, Term
 
 __all__ = ["TERMS", "term_named", "terms_named"]
 
 #: type → class; its arguments are the other keys.
-TERMS: dict[str, type[Term]] = {"hidden": HiddenStateTerm, "attention": AttentionTerm}
+TERMS: dict[str, type[Term]] = {
+    "hidden": HiddenStateTerm,
+    "attention": AttentionTerm,
+    "multi_token": MultiTokenTerm,
+}
 #: Arguments that may change over the training.
 _COURSES = ("weight", "temperature")
 

@@ -20,6 +20,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -239,6 +240,9 @@ class Term(nn.Module):
         Called once, before the optimizer is made. `teacher` is None for a cache.
         """
 
+    def save(self, directory: Path) -> None:
+        """Write what a run leaves of it beside the student, such as heads of its own. By default nothing."""
+
     def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int] | None:
         """The blocks of the teacher whose `needs` are read, of such models; None: all."""
         return self.teachers_blocks
@@ -314,6 +318,11 @@ class Terms(nn.ModuleList):
         """Let each term look at the models, before the optimizer is made. ValueError where one cannot serve them."""
         for term in self._terms:
             term.check(student, teacher)
+
+    def save(self, directory: Path) -> None:
+        """Let each term write what a run leaves of it."""
+        for term in self._terms:
+            term.save(directory)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """Scalar. Raises TypeError or ValueError, by the term's name, for a value that is none or changes nothing."""

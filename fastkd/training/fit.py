@@ -117,6 +117,7 @@ def fit(
     size = student.num_parameters()
     fitted = Fitted(state.log_history, size, state.global_step, windows * corpus.train.shape[1], samples.drawn)
     trainer.teacher.save(directory)
+    trainer.terms.save(directory)
     partial = finished.with_suffix(".partial")
     torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)
     partial.replace(finished)

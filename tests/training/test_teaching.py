@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 
+import fastkd
 from fastkd.cli import main
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
@@ -84,6 +85,15 @@ def test_terms_are_trained_logged_and_resumed(options, tmp_path, monkeypatch, ca
     page = (tmp_path / "whole" / "report.html").read_text()
     assert "hidden: of a term" in page
     assert "attention=" in capsys.readouterr().err
+
+
+def test_heads_that_predict_further_ahead_are_saved_beside_the_student(options, tmp_path):
+    """A term that needs no teacher."""
+    terms = ['{"type": "multi_token", "heads": 2}']
+    found = run(options, soft_weight=0.0, hard_weight=1.0, terms=terms)
+    assert all(line["multi_token"] > 0 for line in found["training"]["student"]["history"] if "loss" in line)
+    heads = fastkd.MultiTokenHeads.from_pretrained(tmp_path / "out")
+    assert len(heads) == 2
 
 
 def test_a_term_teaches_without_the_divergence(options):

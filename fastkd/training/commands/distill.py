@@ -108,6 +108,8 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
                 folder = staging if name == judge.STUDENT else staging / "ce-only"
                 model.save_pretrained(folder)
                 materials.tokenizer.save_pretrained(folder)
+            for of_terms in (work / "student").glob("*.safetensors"):  # such as heads that predict further ahead
+                shutil.copy2(of_terms, staging)
             for source, place in beside.values():
                 shutil.copytree(source, staging / place)
                 materials.tokenizer.save_pretrained(staging / place)

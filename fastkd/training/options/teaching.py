@@ -81,8 +81,8 @@ class TeachingOptions(ModeOptions):
     )
     terms: list[str] = option(
         [],
-        "what the loss has beside the teacher's predictions and the labels: hidden, attention, ..., or a mapping "
-        """such as '{"type": "hidden", "weight": 0.5, "layers": "uniform"}'""",
+        "what the loss has beside the teacher's predictions and the labels: hidden, attention, multi_token, or a "
+        """mapping such as '{"type": "hidden", "weight": 0.5, "layers": "uniform"}'""",
     )
 
     def __post_init__(self) -> None:
