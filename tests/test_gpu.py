@@ -311,6 +311,37 @@ def test_sparse_targets_of_projections_do_not_synchronise() -> None:
         assert a.abs().max() > 0
 
 
+@pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
+@pytest.mark.parametrize("projected", [False, True])
+def test_mixtures(projected: bool, dtype: torch.dtype) -> None:
+    """Value and gradients, the same at every call, without a synchronisation."""
+    student, first, labels = projections(dtype)
+    teachers = [first, fastkd.Projection(first.hidden.flip(0), first.weight.flip(0))]
+    sources = teachers if projected else [teacher.logits() for teacher in teachers]
+    mixture = fastkd.Mixture(sources, [0.3, 0.7])
+    found = []
+    for warm in (False, True):
+        torch.cuda.set_sync_debug_mode("error" if warm else "default")
+        try:
+            loss = fastkd.kd_loss(fastkd.Projection(*student), mixture, labels, live=510)
+            found.append((loss.detach(), *torch.autograd.grad(loss, student)))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    outcomes = []
+    for cast in (torch.float32, torch.float64):
+        leaves = [x.detach().to(cast).requires_grad_() for x in student]
+        wide = [x if isinstance(x, torch.Tensor) else (x.hidden, x.weight) for x in sources]
+        rows = [x.to(cast) if isinstance(x, torch.Tensor) else x[0].to(cast) @ x[1].to(cast).T for x in wide]
+        with fastkd.use_backend("reference"):
+            loss = fastkd.kd_loss(leaves[0] @ leaves[1].T, fastkd.Mixture(rows, [0.3, 0.7]), labels)
+        outcomes.append((loss.detach(), *torch.autograd.grad(loss, leaves)))
+    eager, truth = outcomes
+    compare.assert_value(found[0][0], truth[0], eager[0])
+    for ours, theirs, exact in zip(found[0][1:], eager[1:], truth[1:], strict=True):
+        compare.assert_gradient(ours, theirs.to(ours.dtype), exact)
+
+
 def test_statistics() -> None:
     logits = cases.logits("peaked", 16, 50257)[0]
     labels = cases.labels(16, 50257)

@@ -12,6 +12,7 @@ from torch import Tensor
 import fastkd
 from bench.gpu.check_hidden import Sizes, budgets
 from bench.gpu.visit import Visit
+from fastkd.backend import select
 from fastkd.divergences import TABLE, ForwardKL
 from tests import cases, compare
 
@@ -60,6 +61,20 @@ class _Inputs:
         def step() -> tuple[Tensor, ...]:
             loss = fastkd.kd_loss(fastkd.Projection(*leaves), teacher, labels, memory_budget=budget)
             return loss.detach(), *torch.autograd.grad(loss, leaves)
+
+        return step
+
+    def from_mixture(self) -> Step:
+        """Teachers as logits of two dtypes and as a projection, so that rows lie at different strides."""
+        device, (rows, vocab) = self.device, self.student.shape
+        hidden, weight = (device.normal(count, 32, dtype=torch.bfloat16) for count in (rows, vocab))
+        other = device.normal(rows, vocab, dtype=torch.float32, scale=3)
+        mixture = fastkd.Mixture([self.teacher, other, fastkd.Projection(hidden, weight)], [0.2, 0.3, 0.5])
+
+        def step() -> tuple[Tensor, ...]:
+            leaf = self.student.clone().requires_grad_()
+            loss = fastkd.kd_loss(leaf, mixture, self.labels)
+            return loss.detach(), *torch.autograd.grad(loss, leaf)
 
         return step
 
@@ -202,6 +217,18 @@ def _functions(inputs: _Inputs) -> None:
     assert compare.relative_error(leaf.grad, wide.grad) < 1e-5
 
 
+def _mixed(inputs: _Inputs) -> None:
+    """Three teachers, two of them in 16 bits, against the formula in float64."""
+    rows, vocab = inputs.student.shape
+    teachers = [inputs.teacher, inputs.student, inputs.device.normal(rows, vocab, dtype=torch.float32, scale=3)]
+    weights, out = [0.2, 0.3, 0.5], torch.empty(rows, vocab, dtype=torch.float32, device=inputs.device.kind)
+    select(out).mix_rows(teachers, weights, 2.0, None, out)
+    truth = sum(w * torch.softmax(z.double() / 2, -1) for w, z in zip(weights, teachers, strict=True))
+    assert isinstance(truth, Tensor)
+    assert compare.relative_error(torch.softmax(out.double() / 2, -1), truth) < 1e-6
+    assert (torch.log_softmax(out.double() / 2, -1) - truth.log()).abs().max() < 1e-5
+
+
 def _beyond_two_to_the_31(inputs: _Inputs) -> None:
     """The last of so many elements, in place: 4.3 GB. All rows before are masked by their weight."""
     rows, vocab = (5, 1024) if inputs.device.dry else ((1 << 14) + 2, 1 << 17)
@@ -224,6 +251,7 @@ def _checks(inputs: _Inputs) -> dict[str, Callable[[], None]]:
     steps: dict[str, Callable[[], Step]] = {
         **{f"logits {settings}": partial(inputs.from_logits, **settings) for settings in _SETTINGS},
         **{f"hidden, {way}": partial(inputs.from_hidden, way) for way in ("default", "several chunks", "tiles")},
+        "a mixture": inputs.from_mixture,
     }
     ways = {"no synchronisation": _quiet, "a CUDA graph": _graph, "another stream": _stream}
     compiled: dict[str, dict[str, Any]] = {"torch.compile": {"backend": backend}}
@@ -245,6 +273,7 @@ def _checks(inputs: _Inputs) -> dict[str, Callable[[], None]]:
         "autocast": partial(_autocast, inputs),
         "a stray label": partial(_stray_label, inputs),
         "statistics and log-softmax": partial(_functions, inputs),
+        "mixed rows": partial(_mixed, inputs),
         "beyond 2^31 elements": partial(_beyond_two_to_the_31, inputs),
     }
 
