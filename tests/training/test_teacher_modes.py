@@ -10,6 +10,7 @@ import transformers
 
 import fastkd
 from fastkd.teachers import EMA, MODES, Cached, Frozen, Mixed, MultiView, Mutual, Online, Routed, Snapshot
+from fastkd.terms import AttentionTerm, HiddenStateTerm
 from fastkd.training.data import collate
 from fastkd.training.trainer import KDTrainer
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, logged, teacher, trainer, weights, windows
@@ -170,6 +171,36 @@ def test_bf16_autocast(name, tmp_path):
         mean, own = (fastkd.project(model.eval(), **ids) for model in (found.teacher.model, found.model))
         assert mean.weight is not own.weight
         assert not torch.equal(mean.hidden, own.hidden)
+
+
+@pytest.mark.parametrize("name", ["online", "mutual", "ema", "snapshot", "multi_view"])
+def test_features_teach_too(name, tmp_path):
+    """Hidden states and relations of attention; what they give the student changes nothing of what learns beside it."""
+    makers = {"online": lambda: Online(gpt2(1, 24, 0.0)), "mutual": lambda: Mutual(gpt2(1, 24, 0.0), KD)}
+    make, results = makers.get(name, MAKERS[name][0]), []
+    for terms in ([], [HiddenStateTerm("last"), AttentionTerm("last", relation="values")]):
+        found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), terms=terms, max_steps=2)
+        found.train()
+        results.append((weights(found.model), weights(found.teacher.model)))
+    assert logged(found, "hidden")[1] > 0
+    assert logged(found, "attention")[1] > 0
+    assert not torch.equal(results[0][0], results[1][0])
+    if name == "online":
+        assert torch.equal(results[0][1], results[1][1])
+
+
+def test_a_padded_vocabulary(tmp_path):
+    """Only the columns that are in both count: the loss is as without the padding."""
+    losses = []
+    for more in (0, 4):
+        above = gpt2(1, 24, 0.0)
+        above.resize_token_embeddings(VOCAB + more, mean_resizing=False)
+        mode = Mutual(above, fastkd.KDLoss(1.0, vocab_size=VOCAB))
+        kd = fastkd.KDLoss(1.0, vocab_size=VOCAB)
+        found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=kd, teacher=mode, max_steps=2)
+        found.train()
+        losses.append(logged(found, "loss") + logged(found, "peer_loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
 def test_wrong_teachers_are_refused_before_the_first_step(tmp_path):
