@@ -329,7 +329,7 @@ def test_bad_input_is_refused():
     opt = transformers.OPTConfig(hidden_size=16, ffn_dim=8, num_attention_heads=2, word_embed_proj_dim=16)
     with pytest.raises(ValueError, match="OPTLearnedPositionalEmbedding, which cannot be left out"):
         fastkd.MultiTokenHeads(opt, 1)
-    with pytest.raises(TypeError, match=r"heads must be fastkd\.MultiTokenHeads, got LlamaForCausalLM"):
+    with pytest.raises(TypeError, match=r"heads must be fastkd\.MultiTokenHeads or a number, got LlamaForCausalLM"):
         fastkd.MultiTokenTerm(student)
     for wrong in ({"hard_weight": -0.3}, {"soft_weight": -0.1}, {"temperature": 0.0}):
         with pytest.raises(ValueError, match=next(iter(wrong))):

@@ -34,7 +34,14 @@ _RIVALS = (
 )
 
 #: The same of options that are resolved, among which there is no alpha any more.
-_EXCLUDED = {"epochs": ("max_steps",), "max_steps": ("epochs",), "alpha": ("soft_weight", "hard_weight")}
+_EXCLUDED = {
+    "epochs": ("max_steps",),
+    "max_steps": ("epochs",),
+    "alpha": ("soft_weight", "hard_weight"),
+    "student": ("student_layers", "student_width"),
+    "student_layers": ("student",),
+    "student_width": ("student",),
+}
 
 #: Options that a file may give with mappings, which flags cannot: name → what makes of them values of options.
 _UNFOLDED = {"mix_data": weighted, "stages": as_texts, "terms": unfolded}

@@ -115,6 +115,31 @@ def test_each_student_teaches_the_next(asked, inputs, tmp_path, capfd):
     assert "is finished: there is nothing to resume" in capfd.readouterr().err
 
 
+def test_students_made_of_their_teachers(asked, in_process, tmp_path):
+    """Every second layer of the teacher, and every second of those."""
+    output = tmp_path / "stages"
+    stages = [{"name": "half", "student_layers": "every:2"}, {"name": "one", "student-layers": "last:1"}]
+    assert main(["progressive", asked(*stages)]) == 0
+    layers = [transformers.AutoConfig.from_pretrained(output / name).num_hidden_layers for name in ("half", "one")]
+    assert layers == [2, 1]
+    assert [row["student"] for row in rows_of(output)] == [
+        f"layers {kept} of the teacher" for kept in ("every:2", "last:1")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ({"name": "none", "student_layers": "0,9"}, "stage 'none'"),
+        ({"name": "both", "student_layers": "every:2", "student": "x.json"}, "both"),
+    ],
+)
+def test_layers_that_cannot_be_kept_are_refused_before_the_first_stage(asked, in_process, stage, message, capsys):
+    assert main(["progressive", asked(asked.stage("first", 32), stage)]) != 0
+    assert message in capsys.readouterr().err
+    assert not in_process
+
+
 def test_a_stage_that_fails_is_resumed_and_the_finished_ones_are_not_run_again(
     asked, in_process, tmp_path, monkeypatch, capsys
 ):

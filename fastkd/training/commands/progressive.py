@@ -212,7 +212,10 @@ def _row(whole: Run, stage: Stage, count: str, teacher: str) -> dict[str, Any]:
         row: dict[str, Any] = rows[stage.name]
         return row
     if not training.run.is_finished(directory):
-        print(visible(f"stage {count}, {stage.name}: {stage.options.models.student}, taught by {teacher}"), flush=True)
+        print(
+            visible(f"stage {count}, {stage.name}: {stage.options.models.student_name}, taught by {teacher}"),
+            flush=True,
+        )
         _distill(_at(stage, teacher, output), stage.name, output)
     record = json.loads((directory / training.run.METRICS_FILE).read_text(encoding="utf-8"))
     student, trained = record["models"]["student"], record["training"]["student"]
@@ -221,7 +224,7 @@ def _row(whole: Run, stage: Stage, count: str, teacher: str) -> dict[str, Any]:
         "stage": stage.name,
         # Training ends with the weights that were best in validation.
         "val_loss": min(line["eval_hard"] for line in trained["history"] if "eval_hard" in line),
-        "student": stage.options.models.student,
+        "student": stage.options.models.student_name,
         "teacher": teacher,
         "parameters": student["parameters"],
         "teacher_parameters": record["models"]["teacher"]["parameters"],
