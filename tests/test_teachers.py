@@ -26,6 +26,7 @@ from tests.teachers import (
     labelled,
     loss_of,
     rows_of,
+    transformers,
     weights,
 )
 
@@ -117,6 +118,30 @@ def test_no_gradient_of_the_student_reaches_the_other(make):
     sum(mode.loss(outputs_of(student, found), batch).values()).backward()
     assert all(weight.grad is None for weight in student.parameters())
     assert gradients(other).abs().max() > 1e-3
+
+
+def test_a_router_is_trained_too():
+    """Of a mixture of experts: its own loss, as transformers has it."""
+    torch.manual_seed(1)
+    config = transformers.MixtralConfig(
+        vocab_size=VOCAB,
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        initializer_range=0.3,
+        output_router_logits=True,
+        router_aux_loss_coef=0.7,
+    )
+    teacher, (found, batch) = transformers.MixtralForCausalLM(config), labelled(0)
+    mode, student = Online(teacher), gpt2(0)
+    mode.outputs(student, found)
+    loss = mode.loss(outputs_of(student, found), batch)["teacher_loss"]
+    logits, labels = predictions(teacher)
+    expected = functional.cross_entropy(logits, labels) + 0.7 * teacher(**found).aux_loss
+    torch.testing.assert_close(loss, expected)
 
 
 def test_parts_of_accumulated_batches_add_up():

@@ -159,6 +159,18 @@ def test_random_numbers_are_drawn_aside():
     assert not torch.allclose(said(MultiView(list(VIEWS), seed=1), student), first)
 
 
+def test_processes_draw_different_numbers(monkeypatch):
+    student = gpt2(0)
+    alone = said(MultiView("token_dropout"), student)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    found = []
+    for rank in range(2):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        found.append(said(MultiView("token_dropout"), student))
+    assert torch.equal(found[0], alone)
+    assert not torch.allclose(found[1], alone)
+
+
 def test_a_callable_is_seeded_too():
     def shuffled(found):
         return {**found, "input_ids": found["input_ids"][:, torch.randperm(LENGTH)]}

@@ -16,13 +16,16 @@ from torch import Tensor, nn
 from fastkd import arguments
 from fastkd.losses import KDLoss
 from fastkd.teachers.mode import NOTHING, TeacherMode, check_models, detached
-from fastkd.terms import Batch, KDTerm, Need, Outputs, outputs_of
+from fastkd.terms import Batch, KDTerm, Need, Outputs, RouterTerm, asks_for_router_loss, outputs_of
 
 __all__ = ["Mutual", "Online"]
 
 
 class _Learner(TeacherMode):
-    """A model that runs once a batch, with its graph, and learns from a loss of its own."""
+    """A model that runs once a batch, with its graph, and learns from a loss of its own.
+
+    A mixture of experts that asks for its router's loss gets that too, with the weight of its configuration.
+    """
 
     #: How messages, logs and files call it.
     name: str
@@ -37,6 +40,7 @@ class _Learner(TeacherMode):
         self.__dict__["model"] = model
         self.learning_rate = learning_rate
         self._term = KDTerm(kd)
+        self._router = RouterTerm(model) if asks_for_router_loss(model) else None
         self._seen: Outputs | None = None
 
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
@@ -66,7 +70,10 @@ class _Learner(TeacherMode):
         seen, self._seen = self._seen, None
         if seen is None:
             raise RuntimeError("loss() is of the batch that outputs() got: call that first, once a batch")
-        return {f"{self.name}_loss": self._term(seen, self._taught(student), batch)["loss"]}
+        loss = self._term(seen, self._taught(student), batch)["loss"]
+        if self._router is not None:
+            loss = loss + self._router.weight * self._router(seen, Outputs(None), batch)
+        return {f"{self.name}_loss": loss}
 
     def _taught(self, student: Outputs) -> Outputs:
         """What the model learns from, beside the labels."""
