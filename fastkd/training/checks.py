@@ -91,6 +91,10 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
         raise InputError("teacher_mode is 'cached', but there is no cache_dir: name a directory for the predictions")
     if cache and mode not in ("frozen", "cached"):
         raise InputError(f"teacher_mode is {mode!r}, whose predictions change or are of several: take cache_dir away")
+    if mode == "online" and options.models.teacher_quantization != "none":
+        raise InputError(
+            "teacher_mode is 'online', but a quantised teacher cannot be trained: --teacher-quantization none"
+        )
     if mode != "frozen" and not options.learns:
         raise InputError(f"teacher_mode is {mode!r}, but soft_weight is 0 and there are no terms: nothing is taught")
     for term in asked_terms(options):

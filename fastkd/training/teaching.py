@@ -13,6 +13,7 @@ from fastkd import teachers
 from fastkd.teachers import TeacherMode
 from fastkd.terms import Term, Terms
 from fastkd.training import loading
+from fastkd.training.arguments import distillation_loss
 from fastkd.training.checks import asked_terms, more_teachers
 from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
@@ -41,7 +42,7 @@ def terms_of(setup: Setup, student: Any, teacher: TeacherMode) -> list[Term]:
 
 
 def _online(setup: Setup, student: Any) -> TeacherMode:
-    teacher = setup.teacher.requires_grad_(True).train()
+    teacher = setup.teacher.float().requires_grad_(True)
     return teachers.Online(teacher, learning_rate=setup.options.teaching.teacher_learning_rate)
 
 
@@ -51,7 +52,8 @@ def _mutual(setup: Setup, student: Any) -> TeacherMode:
     config = loading.student_config(models, loading.vocabulary_size(student.config), setup.materials.tokenizer)
     transformers.set_seed(setup.options.training.seed + 1)  # or both would be the same, and stay it
     peer = loading.load_student(models, config, setup.materials.device)
-    return teachers.Mutual(peer, learning_rate=wanted.teacher_learning_rate)
+    kd = distillation_loss(setup.options.distillation, setup.counted)  # as the student's
+    return teachers.Mutual(peer, kd, learning_rate=wanted.teacher_learning_rate)
 
 
 def _ema(setup: Setup, student: Any) -> TeacherMode:

@@ -139,6 +139,7 @@ def test_contradictions_are_refused(values, message):
         ({"teacher_mode": "ema", "cache_dir": "cache"}, "take cache_dir away"),
         ({"terms": ["hidden"], "cache_dir": "cache"}, "which no cache has"),
         ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
+        ({"teacher_mode": "online", "teacher_quantization": "8bit"}, "cannot be trained"),
         ({"terms": ["hiden"]}, "did you mean 'hidden'"),
         ({"terms": ['{"type": "hidden", "weight": -1}']}, "weight -1"),
         ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),

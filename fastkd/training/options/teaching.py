@@ -39,7 +39,9 @@ class ModeOptions:
     ema_device: str = option("", "ema: where the average is kept [the student's device]")
     ema_dtype: Literal["student", "float32", "bfloat16"] = option("student", "ema: the average's precision")
     snapshot_every: int = option(0, "snapshot: steps from one to the next; 0: the student of the last epoch's end")
-    views: list[str] = option([], "multi_view: what is done to the student's inputs, such as token_dropout [all]")
+    views: list[str] = option(
+        [], "multi_view: what is done to the inputs it teaches on: token_dropout, ... [two of them]"
+    )
     more_teachers: list[str] = option([], "mixture, routed: the teachers after --teacher, named as it is")
     teacher_weights: list[float] = option([], "mixture: weights of all teachers, --teacher's first [equal]")
 
@@ -75,7 +77,7 @@ class TeachingOptions(ModeOptions):
         "frozen",
         "frozen: the teacher as it is, or its cache; online: the teacher is trained on the labels too; mutual: the "
         "student and a second one teach each other; ema: the moving average of the student; snapshot: the student of "
-        "some steps before; multi_view: the student, on inputs it sees whole; mixture: several teachers, their "
+        "some steps before; multi_view: the student itself, on inputs made harder; mixture: several teachers, their "
         "probabilities averaged; routed: each corpus of a mixture (mix_data) has its teacher. Whatever teaches, the "
         "student is judged beside the model that --teacher names",
     )
