@@ -19,10 +19,10 @@ from bench.rivals.recipes import EAGER_STEP
 from fastkd import Projection
 from fastkd.divergences import ForwardKL
 
-__all__ = ["CACHED_STEP", "LIVE_STEP", "STEP", "step", "steps"]
+__all__ = ["CACHED_STEP", "LENGTH", "LIVE_STEP", "STEP", "optimizer_of", "small_student", "step", "steps"]
 
 STEP, LIVE_STEP, CACHED_STEP = "fastkd step", "fastkd step, live teacher", "fastkd step, cached teacher"
-_LENGTH, _TEACHER_HIDDEN = 128, 576
+LENGTH, _TEACHER_HIDDEN = 128, 576
 _TOLERANCE = 1e-4  # of the losses, relative: both in fp32
 
 
@@ -38,11 +38,11 @@ class _Lesson:
     @classmethod
     def of(cls, rows: int, vocab: int) -> _Lesson:
         generator = machine.generator()
-        ids = torch.randint(vocab, (rows // _LENGTH, _LENGTH), generator=generator)
+        ids = torch.randint(vocab, (rows // LENGTH, LENGTH), generator=generator)
         hidden = torch.randn(*ids.shape, _TEACHER_HIDDEN, generator=generator)
         head = torch.randn(vocab, _TEACHER_HIDDEN, generator=generator).mul_(3 / _TEACHER_HIDDEN**0.5)
-        student = _student(vocab)
-        return cls(ids, student, _optimizer(student), Projection(hidden, head))
+        student = small_student(vocab)
+        return cls(ids, student, optimizer_of(list(student.parameters())), Projection(hidden, head))
 
     def step(self, loss: Tensor) -> Tensor:
         loss.backward()
@@ -55,11 +55,12 @@ class _Lesson:
         return {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
 
 
-def _student(vocab: int) -> Any:
+def small_student(vocab: int, *, width: int = 256, layers: int = 4, heads: int = 4, seed: int = 0) -> Any:
+    """The demo's, or a GPT-2 of another size."""
     import transformers
 
-    torch.manual_seed(0)
-    size = {"n_positions": _LENGTH, "n_embd": 256, "n_layer": 4, "n_head": 4, "vocab_size": vocab}
+    torch.manual_seed(seed)
+    size = {"n_positions": LENGTH, "n_embd": width, "n_layer": layers, "n_head": heads, "vocab_size": vocab}
     fixed = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 0, "eos_token_id": 0}
     return (
         transformers.AutoModelForCausalLM.from_config(transformers.GPT2Config(**size, **fixed))
@@ -68,10 +69,10 @@ def _student(vocab: int) -> Any:
     )
 
 
-def _optimizer(student: Any) -> torch.optim.Optimizer:
+def optimizer_of(weights: list[Any]) -> torch.optim.Optimizer:
     """AdamW that changes nothing, so that every step is the same, with its state there already."""
-    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0, weight_decay=0.0)
-    for weight in student.parameters():
+    optimizer = torch.optim.AdamW(weights, lr=0.0, weight_decay=0.0)
+    for weight in weights:
         weight.grad = torch.zeros_like(weight)
     optimizer.step()
     optimizer.zero_grad()
