@@ -27,8 +27,8 @@ def parse_layers(text: str, layers: int) -> list[int]:
     """Indices of blocks of a model that has `layers` of them, ascending.
 
     Args:
-        text: `"0,2,4"`, with ranges `"0-8,10,29"` whose ends are included; `"uniform:N"`, N spread evenly from the
-            first to the last; `"last:N"`; or `"every:N"`, the blocks 0, N, 2N, ...
+        text: `"0,2,4"`, with ranges `"0-8,10,29"` whose ends are included; `"uniform:N"`, N spread evenly, the
+            i-th of them round(i · layers / N), as terms pair blocks; `"last:N"`; or `"every:N"`, the blocks 0, N, ...
 
     Raises ValueError for another form, for blocks that do not exist, and for repeated or descending ones.
     """
@@ -51,8 +51,7 @@ def parse_layers(text: str, layers: int) -> list[int]:
         return list(range(0, layers, count))
     if kind == "last":
         return list(range(layers - count, layers))
-    # Halves are rounded up, in integers.
-    return [(2 * place * (layers - 1) + count - 1) // (2 * max(count - 1, 1)) for place in range(count)]
+    return [round(place * layers / count) for place in range(count)]
 
 
 def checked(layers: Sequence[int], count: int) -> list[int]:

@@ -41,8 +41,8 @@ class ModelOptions:
     )
     student_layers: str = option(
         "",
-        "train a copy of the teacher with these of its layers: 0,2,4 or 0-8,10,29, uniform:N (spread from the first to "
-        "the last), last:N, or every:N (0, N, 2N, ...)",
+        "train a copy of the teacher with these of its layers: 0,2,4 or 0-8,10,29, uniform:N (spread evenly), "
+        "last:N, or every:N (0, N, 2N, ...)",
     )
     student_width: int = option(
         0,
