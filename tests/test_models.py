@@ -89,6 +89,39 @@ def test_tied_weight_is_the_embedding() -> None:
     assert not torch.allclose(through_head, both)
 
 
+@pytest.mark.parametrize("architecture", ["gpt2", "llama", "gemma2"])
+def test_what_else_a_forward_returns(architecture: str) -> None:
+    """Hidden states and attentions are those of a plain forward, and gradients flow through them."""
+    model_type, config, _, _ = ARCHITECTURES[architecture]
+    model = build(model_type, **config, attn_implementation="eager")
+    inputs = {**batch(), "output_hidden_states": True, "output_attentions": True}
+    plain = model(**inputs)
+    projection, outputs = project(model, return_outputs=True, **inputs)
+    assert type(outputs) is type(plain)
+    assert outputs.logits is None
+    for name in ("hidden_states", "attentions"):
+        for ours, theirs in zip(getattr(outputs, name), getattr(plain, name), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    one = torch.ones((), dtype=torch.float64)
+    truth = gradients(model, plain.hidden_states[1].square().sum() + plain.logits.square().sum(), one)
+    found = gradients(model, outputs.hidden_states[1].square().sum() + projection.logits().square().sum(), one)
+    same_gradients(found, truth)
+
+
+def test_a_routers_loss_is_among_the_outputs() -> None:
+    sizes = {"num_local_experts": 4, "output_router_logits": True}
+    model = build("mixtral", **DECODER, **sizes).float()
+    inputs = batch()
+    _, outputs = project(model, return_outputs=True, **inputs)
+    torch.testing.assert_close(outputs.aux_loss, model(**inputs).aux_loss)
+    assert outputs.aux_loss.requires_grad
+
+
+def test_a_tuple_has_no_names() -> None:
+    with pytest.raises(ValueError, match="returns a tuple"):
+        project(llama(), return_outputs=True, return_dict=False, **batch())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_lower_precision(dtype: torch.dtype) -> None:
     model = build("granite", **DECODER, logits_scaling=3.0).to(dtype)

@@ -298,7 +298,8 @@ def _run(teacher: Teacher, batch: Mapping[str, Any]) -> Projection | Tensor:
         moved: dict[str, Any] = {
             name: value.to(device) if isinstance(value, Tensor) else value for name, value in batch.items()
         }
-        return project(teacher, **moved)
+        found: Projection = project(teacher, **moved)
+        return found
 
 
 def _chunks(source: Projection | Tensor, wanted: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:

@@ -29,19 +29,14 @@ class Frozen(TeacherMode):
         if model.training or any(weight.requires_grad for weight in model.parameters()):
             raise ValueError("the teacher must be frozen and in eval mode: teacher.eval().requires_grad_(False)")
         # Not a submodule: checkpoints, `.to()` and `.train()` of what holds this mode are not for it.
-        self._models = (model,)
-
-    @property
-    def model(self) -> nn.Module:
-        """As given."""
-        return self._models[0]
+        self.__dict__["model"] = model
 
     @torch.no_grad()
     def outputs(
         self, student: nn.Module, inputs: Mapping[str, Any], taken: Mapping[str, Any], needs: Sequence[Need] = ()
     ) -> Outputs:
         """One forward."""
-        return outputs_of(self.model, inputs, needs)
+        return outputs_of(self.__dict__["model"], inputs, needs)
 
 
 class Cached(TeacherMode):

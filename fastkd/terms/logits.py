@@ -67,14 +67,20 @@ class RouterTerm(Term):
         weight: the student's `router_aux_loss_coef` where it is None.
         student: its configuration.
 
-    Raises ValueError for a student that does not ask for it with `output_router_logits`.
+    Raises ValueError for a student that does not ask for it with `output_router_logits`, or has no weight for it.
     """
 
     def __init__(self, student: nn.Module, weight: float | Course | None = None) -> None:
         config = text_config(student)
         if not asks_for_router_loss(student):
             raise ValueError("the student has no output_router_logits=True, so it computes no loss of its router")
-        super().__init__("router", config.router_aux_loss_coef if weight is None else weight)
+        weight = getattr(config, "router_aux_loss_coef", None) if weight is None else weight
+        if weight is None:
+            raise ValueError(
+                f"{type(student).__name__} has output_router_logits=True, but no router_aux_loss_coef to weigh the "
+                "router's loss with: give RouterTerm a weight, or set output_router_logits=False"
+            )
+        super().__init__("router", weight)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean over the step's batches, by their tokens."""

@@ -102,10 +102,11 @@ class KDTrainer(TrainsBeside):
         self.kd, self.eval_collator = first.kd, eval_collator or self.data_collator
         assert isinstance(self.model, nn.Module)
         routed = asks_for_router_loss(self.model) and not any(isinstance(term, RouterTerm) for term in terms)
-        given_terms = [first, *terms, *([RouterTerm(self.model)] if routed else [])]
-        self._stand_beside(Terms(given_terms, self.model), _mode(teacher))
-        self.teacher.check(self.model, self.terms.needs)
-        self.terms.check(self.model, self.teacher)
+        all_terms = Terms([first, *terms, *([RouterTerm(self.model)] if routed else [])], self.model)
+        mode = _mode(teacher)
+        mode.check(self.model, all_terms.needs)
+        all_terms.check(self.model, mode.model)
+        self._stand_beside(all_terms, mode)
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
         self.model_accepts_loss_kwargs = True
         self._live: int | None = None
@@ -127,7 +128,7 @@ class KDTrainer(TrainsBeside):
         counted, live = self._counted
         # An override of this method may mask others.
         batch = Batch(labels, inputs, num_items, live if labels is counted else None)
-        loss = self.terms(student, teacher, batch)
+        loss: Tensor = self.terms(student, teacher, batch)
         for name, value in self.teacher.loss(student, batch).items():
             loss = loss + value
             self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
@@ -257,7 +258,7 @@ class KDTrainer(TrainsBeside):
         return self._unclocked(super().evaluate, *args, **kwargs)  # type: ignore[no-any-return]
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-        """As Trainer's. The number of tokens that count is for the loss, and leaves the batch before a model gets it."""
+        """As Trainer's. The number of tokens that count is for the loss: no model gets it."""
         inputs = dict(inputs)
         self._live = inputs.pop(COUNT, None)
         try:

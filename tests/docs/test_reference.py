@@ -15,8 +15,8 @@ REFERENCE = Path(__file__).parents[2] / "docs/reference"
 PUBLIC = {
     *(f"fastkd.{name}" for name in fastkd.__all__),
     *(f"fastkd.cache.{name}" for name in fastkd.cache.__all__),
-    "fastkd.training.terms.Batch",
-    "fastkd.training.terms.Term",
+    "fastkd.terms.Batch",
+    "fastkd.terms.Term",
     "fastkd.training.trainer.Course",
     "fastkd.training.trainer.KDTrainer",
 }

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 import fastkd
-from fastkd.training.terms import Term
+from fastkd.terms import Term
 from fastkd.training.trainer import KDTrainer
 from tests import compare
 from tests.training.test_trainer import VOCAB, logged, model, teacher, trainer, weights
@@ -22,8 +22,8 @@ WIDE, WIDE_TEACHER = 16, 24
 class ZLoss(Term):
     """Mean of log²(Σ exp z) over the tokens: keeps the normalisers near 1."""
 
-    def forward(self, batch):
-        logits = batch.student.hidden @ batch.student.weight.T
+    def forward(self, student, teacher, batch):
+        logits = student.projection.hidden @ student.projection.weight.T
         log_sum_exp = (logits - fastkd.log_softmax(logits))[..., 0]
         return batch.mean(log_sum_exp.square())
 
@@ -36,8 +36,8 @@ class LastHidden(Term):
         torch.manual_seed(7)
         self.projector = nn.Linear(WIDE, WIDE_TEACHER, bias=False)
 
-    def forward(self, batch):
-        apart = self.projector(batch.student.hidden) - batch.teacher.hidden
+    def forward(self, student, teacher, batch):
+        apart = self.projector(student.projection.hidden) - teacher.projection.hidden
         return batch.mean(apart.square().mean(-1))
 
 
@@ -148,19 +148,19 @@ def test_resumed_is_uninterrupted(tmp_path):
 
 
 class NoGradient(Term):
-    def forward(self, batch):
-        return batch.mean(fastkd.row_statistics(batch.student).log_sum_exp)
+    def forward(self, student, teacher, batch):
+        return batch.mean(fastkd.row_statistics(student.projection).log_sum_exp)
 
 
 class NoScalar(Term):
-    def forward(self, batch):
-        return batch.student.hidden
+    def forward(self, student, teacher, batch):
+        return student.projection.hidden
 
 
 def test_terms_that_could_take_no_part_are_refused(tmp_path):
     class Alone(KDTrainer):
         def distillation_loss(self, model, inputs, teacher, labels, num_items):
-            return self.kd(fastkd.project(model, **inputs), teacher, labels, num_items=num_items)
+            return self.kd(fastkd.project(model, **inputs), teacher.logits, labels, num_items=num_items).loss
 
     with pytest.raises(ValueError, match=r"Alone\.distillation_loss does not call KDTrainer's"):
         trainer(tmp_path, model(0), teacher=teacher(), kind=Alone, terms=[ZLoss("z")]).train()
@@ -226,6 +226,6 @@ def test_two_processes_are_one(tmp_path):
 
 
 def test_a_sharded_student_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("fastkd.training.trainer.FSDPModule", transformers.LlamaForCausalLM)
+    monkeypatch.setattr("fastkd.training.beside.FSDPModule", transformers.LlamaForCausalLM)
     with pytest.raises(ValueError, match="cannot be trained beside a sharded student"):
         trainer(tmp_path, model(0), teacher=teacher(), terms=[LastHidden("hidden")])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 
 import pytest
@@ -224,8 +225,8 @@ def test_a_recipe_adds_a_term(tmp_path):
 
     class WithDecay(KDTrainer):
         def distillation_loss(self, model, inputs, teacher, labels, num_items):
-            parts = super().distillation_loss(model, inputs, teacher, labels, num_items)
-            return parts._replace(loss=parts.loss + sum(weight.square().sum() for weight in model.parameters()))
+            loss = super().distillation_loss(model, inputs, teacher, labels, num_items)
+            return loss + sum(weight.square().sum() for weight in model.parameters())
 
     plain, decayed = model(0), model(0)
     trainer(tmp_path, plain, teacher=teacher(), max_steps=1).train()
@@ -260,17 +261,36 @@ def test_arguments_that_take_no_part_are_refused(tmp_path, settings):
         trainer(tmp_path, model(0), teacher=teacher(), **settings)
 
 
-def test_a_router_loss_is_not_dropped(tmp_path):
+def test_a_router_loss_is_a_term(tmp_path):
+    """The mean of the batches' own, by their tokens, with the weight of the configuration; two batches make a step."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.MixtralConfig(vocab_size=VOCAB, num_key_value_heads=1, num_local_experts=4, **sizes)
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.25
+    student = transformers.MixtralForCausalLM(config)
+    twin = copy.deepcopy(student)
+    found = trainer(tmp_path, student, teacher=teacher(), max_steps=1, gradient_accumulation_steps=2)
+    batches = list(itertools.islice(found.get_train_dataloader(), 2))
+    found.train()
+    counts = [int((batch["labels"][:, 1:] != -100).sum()) for batch in batches]
+    values = [twin(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).aux_loss for batch in batches]
+    router = sum(value.item() * count for value, count in zip(values, counts, strict=True)) / sum(counts)
+    (logged_router,), (loss,), (soft,), (hard,) = (logged(found, name) for name in ("router", "loss", "soft", "hard"))
+    assert logged_router == pytest.approx(router, rel=1e-5)
+    assert loss == pytest.approx(0.5 * soft + 0.5 * hard + 0.25 * router, rel=1e-5)
+
+
+def test_a_router_loss_needs_a_router(tmp_path):
     student = model(0)
     student.config.output_router_logits = True
-    with pytest.raises(ValueError, match="output_router_logits"):
+    with pytest.raises(ValueError, match="no router_aux_loss_coef"):
         trainer(tmp_path, student, teacher=teacher())
 
 
 def test_a_batch_cannot_ask_for_a_router_loss(tmp_path):
     batch = {**collate([Ragged(windows())[0]]), "output_router_logits": True}
     student = model(0)
-    with pytest.raises(ValueError, match="auxiliary loss"):
+    with pytest.raises(ValueError, match="a batch has output_router_logits=True"):
         trainer(tmp_path, student, teacher=teacher()).compute_loss(student, batch)
 
 
