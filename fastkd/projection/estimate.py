@@ -76,7 +76,10 @@ def plan(
     teachers = [head(width) for width in taught]
     wants, found = Wants(hidden=True, weight=student is not None, bias=False), resolve(divergence)
     memory = None if gpu is None else GPUS[gpu].memory
-    planned = plan_for(tokens, vocab_size, student, teachers, wants, found, device, memory_budget, free=memory)
+    whole = len(teachers) < 2  # teachers are mixed in whole rows
+    planned = plan_for(
+        tokens, vocab_size, student, teachers, wants, found, device, memory_budget, tiles_allowed=whole, free=memory
+    )
     card = gpu_of(device) if gpu is None else GPUS[gpu]
     if card is None or size == 8:
         return planned
