@@ -33,7 +33,7 @@ docs: $(VENV)/docs
 # torch know nothing of it: the sanitizer's runtime must be there before both, and with it the C++ library it watches.
 # Output of the process itself is not captured, since what the sanitizer says comes last.
 SANITIZED := build/sanitized/fastkd/_lib/libfastkd.so
-SANITIZED_TESTS := cpu_kernels numerics_edges sparse_numerics select statistics projection
+SANITIZED_TESTS := cpu_kernels numerics_edges sparse_numerics select statistics projection mix_rows
 runtime = $(shell $(CXX) -print-file-name=$(1))
 
 sanitize: $(VENV)/test $(SANITIZED)
@@ -50,7 +50,7 @@ $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 # All other tests run with the one that PyTorch 2.13 brings.
 OLDEST_TRITON := 3.5.1
 NEWEST_TRITON := 3.9.0
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks row_scalars host_time))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks triton_mixture row_scalars host_time))
 with_triton = PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/triton/$(NEWEST_TRITON)/installed

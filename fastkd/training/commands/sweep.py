@@ -190,7 +190,9 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
             asked = options._replace(distillation=cell.distillation, teaching=cell.teaching)
             training.checks.check_teaching(asked, materials.tokenizer)
             if cell.assistant:
-                training.loading.student_config(_assisted(options.models, cell), 1, materials.tokenizer)
+                training.loading.student_config(
+                    _assisted(options.models, cell), len(materials.tokenizer), materials.tokenizer
+                )
         output = run.begin(**materials.fingerprints())
         setup = training.setup.with_teacher(options, materials, on_validation=True)
         student = setup.student()
