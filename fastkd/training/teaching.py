@@ -31,10 +31,11 @@ def terms_of(setup: Setup, student: Any, teacher: TeacherMode) -> list[Term]:
     try:
         terms = asked_terms(setup.options)
         checked = Terms(terms, student)
+        teacher.check(student, checked.needs, setup.counted)
         if "attentions" in checked.needs:  # fused ones return none
-            for model in (student, setup.teacher):
+            models: list[Any] = [student, teacher.model]
+            for model in filter(None, models):
                 model.set_attn_implementation("eager")
-        teacher.check(student, checked.needs)
         checked.check(student, teacher.model)
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error

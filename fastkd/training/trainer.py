@@ -141,7 +141,8 @@ class KDTrainer(TrainsBeside):
             return Outputs(None)
         if taken.get("teacher") is not None and isinstance(self.teacher, Frozen):
             return Cached().outputs(model, inputs, taken)  # batches win over a live teacher
-        return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.teachers_needs)
+        with self.accelerator.autocast():  # of the student alone Trainer sees to it
+            return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.teachers_needs)
 
     def compute_loss(
         self,

@@ -162,8 +162,12 @@ def test_accumulated_batches_are_one(tmp_path):
 def test_bf16_autocast(name, tmp_path):
     """Accelerate replaces the forward of a student, of which a copy must not be the student's."""
     found = running(tmp_path, name, bf16=True)
+    seen = set()
+    if name == "online":
+        found.teacher.model.transformer.h[0].attn.c_attn.register_forward_hook(lambda *given: seen.add(given[-1].dtype))
     found.train()
     assert all(torch.isfinite(torch.tensor(logged(found, "loss"))))
+    assert name != "online" or seen == {torch.bfloat16}
     if name == "ema":
         batch = next(iter(found.get_train_dataloader()))
         batch.pop("tokens", None)

@@ -96,6 +96,12 @@ def test_heads_that_predict_further_ahead_are_saved_beside_the_student(options, 
     assert len(heads) == 2
 
 
+def test_attention_of_a_second_student(options):
+    """Whose implementation is not the teacher's."""
+    found = run(options, teacher_mode="mutual", terms=["attention"], max_steps=3)
+    assert all(line["attention"] > 0 for line in found["training"]["student"]["history"] if "loss" in line)
+
+
 def test_a_term_teaches_without_the_divergence(options):
     found = run(options, soft_weight=0.0, hard_weight=1.0, terms=["hidden"])
     lines = [line for line in found["training"]["student"]["history"] if "loss" in line]
