@@ -47,6 +47,10 @@ class _Copy(TeacherMode):
         """One forward of the copy."""
         return outputs_of(self._of(student), inputs, needs)
 
+    def ready(self, student: nn.Module) -> None:
+        """Make the copy."""
+        self._of(student)
+
     def _of(self, student: nn.Module) -> nn.Module:
         """The copy."""
         found = self._copy

@@ -80,6 +80,9 @@ class TeacherMode(nn.Module):
         `vocab_size`: how many columns of the vocabulary count, where it is padded to different widths.
         """
 
+    def ready(self, student: nn.Module) -> None:
+        """Make what is made of the student, where no batch will come. By default nothing."""
+
     def stepped(self, student: nn.Module, step: int, *, epoch_ended: bool = False) -> None:
         """Follow the student. `step`: how many optimizer steps have been taken, this one included."""
 

@@ -80,6 +80,10 @@ class TrainsBeside(Trainer):
                 for name, weight in module.named_parameters()
                 if id(weight) in wanted and id(weight) not in held
             ]
+            if wanted and not new and settings:
+                raise ValueError(
+                    f"the teacher has learning_rate={settings['lr']}, but an optimizer was given: set the rate there"
+                )
             if missing and not new:
                 raise ValueError(f"the optimizer lacks {len(missing)} parameters of {what}: add them to it")
             decayed = self.get_decay_parameter_names(module) if missing else []

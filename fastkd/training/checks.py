@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
-from fastkd.terms import Term, terms_named
 from fastkd.training import loading
-from fastkd.training.options import InputError, ModelOptions, Options, named_terms
+from fastkd.training.options import InputError
 
 __all__ = [
-    "asked_terms",
     "check_better",
     "check_context",
     "check_frozen",
-    "check_teaching",
     "check_tokenizers",
     "common_vocabulary",
-    "more_teachers",
 ]
 
 SHOWN = 10  # rows of the table of differences
@@ -82,51 +77,3 @@ def check_better(teacher_loss: float, student_loss: float) -> None:
             f"training {math.exp(student_loss):,.1f}: such a teacher has nothing to teach. "
             "Check that it fits the text and that its weights were loaded, or choose another"
         )
-
-
-def check_teaching(options: Options, tokenizer: Any) -> None:
-    """What can be seen of a run's teachers before any work. Raises InputError."""
-    wanted, mode, cache = options.teaching, options.teaching.teacher_mode, options.distillation.cache_dir
-    if mode == "cached" and not cache:
-        raise InputError("teacher_mode is 'cached', but there is no cache_dir: name a directory for the predictions")
-    if cache and mode not in ("frozen", "cached"):
-        raise InputError(f"teacher_mode is {mode!r}, whose predictions change or are of several: take cache_dir away")
-    if mode == "online" and options.models.teacher_quantization != "none":
-        raise InputError(
-            "teacher_mode is 'online', but a quantised teacher cannot be trained: --teacher-quantization none"
-        )
-    if mode != "frozen" and not options.learns:
-        raise InputError(f"teacher_mode is {mode!r}, but soft_weight is 0 and there are no terms: nothing is taught")
-    for term in asked_terms(options):
-        if cache and term.needs:
-            raise InputError(
-                f"the term {term.name!r} needs the teacher's {' and '.join(term.needs)}, which no cache has: take "
-                "cache_dir away"
-            )
-    corpora = 1 + len(options.data.mix_data)
-    if mode == "routed" and corpora != 1 + len(wanted.more_teachers):
-        raise InputError(
-            f"teacher_mode is 'routed', but there are {1 + len(wanted.more_teachers)} teachers for {corpora} corpora: "
-            "name one for each, in the order of data and mix_data"
-        )
-    if mode == "mutual" and not wanted.peer and not loading.from_scratch(options.models):
-        raise InputError(
-            "teacher_mode is 'mutual', but the student starts from weights, and two of the same would stay the same: "
-            "name another peer"
-        )
-    for models in more_teachers(options):
-        check_tokenizers(loading.load_tokenizer(models.teacher), tokenizer)
-        check_context(options.data.max_length, teacher=loading.teacher_config(models.teacher))
-
-
-def asked_terms(options: Options) -> list[Term]:
-    """The terms that are asked for, not yet checked against models. Raises InputError."""
-    try:
-        return terms_named(named_terms(options.teaching.terms))
-    except (ValueError, TypeError) as error:
-        raise InputError(f"terms: {error}") from error
-
-
-def more_teachers(options: Options) -> list[ModelOptions]:
-    """What loads each of the teachers after the first."""
-    return [replace(options.models, teacher=name) for name in options.teaching.more_teachers]

@@ -101,10 +101,14 @@ def fit(
     trainer.add_callback(ShowProgress())
     if options.training.gradient_checkpointing:
         student.gradient_checkpointing_enable()
+        beside: Any = trainer.teacher.model
+        if trainer.teacher.trained:
+            beside.gradient_checkpointing_enable()
     if checkpoint is not None and _is_last(checkpoint, options):  # Trainer would take a step more
         trainer.state = state_of(checkpoint)
         best = trainer.state.best_global_step or trainer.state.global_step
         trainer.state.best_model_checkpoint = str(checkpoint_of(directory, best))
+        trainer.teacher.ready(student)
         trainer._load_from_checkpoint(str(checkpoint))
         samples.recall(trainer.state, student, ended=True)
         trainer._load_best_model()

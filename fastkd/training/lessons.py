@@ -31,6 +31,7 @@ class Lessons:
     collator: Any
     teacher: TeacherMode | None = None
     terms: Sequence[Term] = ()
+    listens: bool = False  # whether the teacher's predictions or features are read
 
 
 def labels_alone(corpus: Corpus) -> Lessons:
@@ -56,7 +57,8 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
         if "corpus" in mode.columns:
             assert corpus.origins is not None  # as many corpora as teachers are asked for
             columns["corpus"] = corpus.origins
-        return Lessons(Windows(corpus.train, **columns), collate, mode, terms)
+        listens = options.needs_teacher or any(term.needs_teacher for term in terms)
+        return Lessons(Windows(corpus.train, **columns), collate, mode, terms, listens)
     terms = terms_of(setup, student, Cached())
     if not options.needs_teacher:
         return Lessons(Windows(corpus.train), collate, terms=terms)
@@ -81,7 +83,7 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
         raise InputError(str(error)) from error
     print(f"cache: {cache.sequences:,} windows in {cache.directory}, {cache.bytes / 2**20:,.1f} MiB")
     _free(setup)
-    return Lessons(Windows(corpus.train), Collator(cache), terms=terms)
+    return Lessons(Windows(corpus.train), Collator(cache), terms=terms, listens=True)
 
 
 def _free(setup: Setup) -> None:

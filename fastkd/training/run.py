@@ -248,10 +248,15 @@ class Run:
 
     def _inputs(self, config: str | None) -> dict[str, str]:
         """What the run reads, by name, where it is there."""
-        models, data = self.options.models, self.options.data
+        models, data, teaching = self.options.models, self.options.data, self.options.teaching
         named = {"teacher": models.teacher, "student": models.student, "data": data.data}
         named |= {f"mix_data {number}": name for number, name in enumerate(data.mix_data, 1)}
-        named |= {"out_of_domain": data.out_of_domain, "the configuration": os.path.expanduser(config or "")}
+        named |= {f"more_teachers {number}": name for number, name in enumerate(teaching.more_teachers, 1)}
+        named |= {
+            "peer": teaching.peer,
+            "out_of_domain": data.out_of_domain,
+            "the configuration": os.path.expanduser(config or ""),
+        }
         return {name: path for name, path in named.items() if path and os.path.exists(path)}
 
     def _make_directory(self) -> None:

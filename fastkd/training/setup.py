@@ -20,6 +20,7 @@ from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
+from fastkd.training.teaching_checks import check_teaching, check_terms
 
 __all__ = ["Materials", "Setup", "check", "gather", "with_teacher"]
 
@@ -85,11 +86,14 @@ def check(options: Options) -> tuple[torch.device, Any, Any]:
     tokenizer = loading.load_tokenizer(options.models.teacher)
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
     caching.check_cache(options, tokenizer)
-    checks.check_teaching(options, tokenizer)
+    check_teaching(options, tokenizer)
     if options.models.teacher != TRAINED_TEACHER:
+        teacher = loading.teacher_config(options.models.teacher)
         _, student = _configurations(options, tokenizer)
-    else:  # the teacher's configuration is ours
-        student = _student_configuration(options.models, loading.trained_config(tokenizer), tokenizer)
+    else:
+        teacher = loading.trained_config(tokenizer)
+        student = _student_configuration(options.models, teacher, tokenizer)
+    check_terms(options, student, teacher, tokenizer)
     check_adapters(options.models, student)
     return device, tokenizer, student
 

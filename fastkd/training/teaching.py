@@ -3,42 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 import transformers
 
 from fastkd import teachers
+from fastkd.cache.fingerprints import fingerprint
 from fastkd.teachers import TeacherMode
 from fastkd.terms import Term, Terms
 from fastkd.training import loading
 from fastkd.training.arguments import distillation_loss
-from fastkd.training.checks import asked_terms, more_teachers
-from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
+from fastkd.training.teaching_checks import asked_terms, input_error, more_teachers, peer_of
 
-__all__ = ["teacher_of", "terms_of"]
+__all__ = ["fingerprints", "teacher_of", "terms_of"]
 
 
 def teacher_of(setup: Setup, student: Any) -> TeacherMode:
-    """The teacher that a run asks for. Models that it needs beside `setup.teacher` are loaded."""
-    return _MODES[setup.options.teaching.teacher_mode](setup, student)
+    """The teacher that a run asks for. Models that it needs beside `setup.teacher` are loaded. Raises InputError."""
+    mode = setup.options.teaching.teacher_mode
+    return input_error(lambda: _MODES[mode](setup, student), f"teacher_mode {mode!r}")
+
+
+def fingerprints(teacher: TeacherMode | None) -> dict[str, str]:
+    """Of the models that a mode was given beside the one that judges, by names."""
+    models: dict[Any, Any] = {} if teacher is None else teacher.__dict__.get("models", {})
+    return {f"teacher_{place}": fingerprint(model) for place, model in enumerate(models.values(), 1)}
 
 
 def terms_of(setup: Setup, student: Any, teacher: TeacherMode) -> list[Term]:
     """The terms that a run asks for, checked against the student and its teacher. Raises InputError."""
-    try:
-        terms = asked_terms(setup.options)
-        checked = Terms(terms, student)
-        teacher.check(student, checked.needs, setup.counted)
-        if "attentions" in checked.needs:  # fused ones return none
-            models: list[Any] = [student, teacher.model]
-            for model in filter(None, models):
-                model.set_attn_implementation("eager")
-        checked.check(student, teacher.model)
-    except (ValueError, TypeError) as error:
-        raise InputError(str(error)) from error
+    terms = asked_terms(setup.options)
+    checked = Terms(terms, student)
+    mode = setup.options.teaching.teacher_mode
+    input_error(lambda: teacher.check(student, checked.needs, setup.counted), f"teacher_mode {mode!r}")
+    if "attentions" in checked.needs:  # fused ones return none
+        models: list[Any] = [student, teacher.model]
+        for model in filter(None, models):
+            model.set_attn_implementation("eager")
+    input_error(lambda: checked.check(student, teacher.model), "terms")
     return terms
 
 
@@ -49,7 +53,7 @@ def _online(setup: Setup, student: Any) -> TeacherMode:
 
 def _mutual(setup: Setup, student: Any) -> TeacherMode:
     wanted, models = setup.options.teaching, setup.options.models
-    models = replace(models, student=wanted.peer) if wanted.peer else models
+    models = peer_of(models, wanted.peer) if wanted.peer else models
     config = loading.student_config(models, loading.vocabulary_size(student.config), setup.materials.tokenizer)
     transformers.set_seed(setup.options.training.seed + 1)  # or both would be the same, and stay it
     peer = loading.load_student(models, config, setup.materials.device)

@@ -86,18 +86,21 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         _introduce(setup, before)
 
         clock = time.perf_counter()
+        # What is cut from the teacher is cut before the teacher learns, or is loaded in another precision.
+        early = setup.student() if options.models.cut and options.evaluation.ce_baseline else None
         given = training.lessons.lessons_of(setup, student)
+        run.pin(**training.teaching.fingerprints(given.teacher))
         seconds = {"cache": time.perf_counter() - clock}
         work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
         fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
         students = {judge.STUDENT: training.adapters.merged(student, some, work / "student")}
         if options.evaluation.ce_baseline:
-            alone = setup.student()
+            alone = early or setup.student()
             without = options._replace(
                 distillation=LABELS_ALONE, teaching=TeachingOptions(), training=_as_long(options, fitted[judge.STUDENT])
             )
-            given = training.lessons.labels_alone(materials.corpus)
-            fitted[judge.CE_ONLY] = _fit(setup, alone, given, without, work / "ce-only")
+            plain = training.lessons.labels_alone(materials.corpus)
+            fitted[judge.CE_ONLY] = _fit(setup, alone, plain, without, work / "ce-only")
             students[judge.CE_ONLY] = training.adapters.merged(alone, some, work / "ce-only")
 
         beside = {
@@ -117,8 +120,8 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         for name, (kept, _) in beside.items():
             models = replace(options.models, teacher=str(kept), teacher_dtype="float32", teacher_quantization="none")
             contenders.append(setup.judge.judge(name, training.loading.load_teacher(models, materials.device)))
-        cost = _flops(setup, fitted[judge.STUDENT])
-        lines = [*judge.verdict(contenders, before), _cost_line(cost)]
+        cost = _flops(setup, fitted[judge.STUDENT], given)
+        lines = [*judge.verdict(contenders, before), *_cost_lines(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
         record["differences"] = judge.differences(contenders, options.training.seed)
@@ -188,23 +191,30 @@ def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory
     return training.fit.fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
 
 
-def _flops(setup: Setup, student: Fitted) -> dict[str, float]:
-    """Of the teacher's forwards, once per window where there is a cache, and of the student's training."""
+def _flops(setup: Setup, student: Fitted, given: Lessons) -> dict[str, float]:
+    """Of the teacher's forwards, once per window where there is a cache, and of the student's training.
+
+    Nothing where others than the teacher teach, or where it learns.
+    """
+    if setup.options.teaching.teacher_mode not in ("frozen", "cached"):
+        return {}
     options, teacher = setup.options.distillation, setup.judge.teacher.parameters
     read = setup.materials.corpus.train.numel() if options.cache_dir else student.tokens
     trained = training.evaluation.flops(student.tokens, 0, student.parameters)
     return {
-        "teacher": training.evaluation.flops(0, teacher, 0, read) if options.needs_teacher else 0.0,
+        "teacher": training.evaluation.flops(0, teacher, 0, read) if given.listens else 0.0,
         "student": trained,
     }
 
 
-def _cost_line(cost: dict[str, float]) -> str:
+def _cost_lines(cost: dict[str, float]) -> list[str]:
+    if not cost:
+        return []
     share = cost["teacher"] / cost["student"]
-    return (
+    return [
         f"training took {sum(cost.values()):.2e} floating-point operations, {cost['teacher']:.2e} of them by the "
         f"teacher: {1 + share:.1f} times as many as the labels alone"
-    )
+    ]
 
 
 def _as_long(options: Options, fitted: Fitted) -> Any:

@@ -188,7 +188,7 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
         materials = training.setup.gather(options)
         for cell in cells:
             asked = options._replace(distillation=cell.distillation, teaching=cell.teaching)
-            training.checks.check_teaching(asked, materials.tokenizer)
+            training.setup.check(asked)
             if cell.assistant:
                 training.loading.student_config(
                     _assisted(options.models, cell), len(materials.tokenizer), materials.tokenizer
