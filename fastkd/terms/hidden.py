@@ -33,7 +33,7 @@ class HiddenStateTerm(Term):
         cosine: mean over H_t of (p̂ − ŷ)² / 2, which is 1 − cos(p, y)
 
     The value is the mean over pairs, and over the positions whose next label counts, as in the distillation loss. The
-    other rows meet no product, on the CPU and where the number of tokens that count is known (`Batch.live`). Normalised
+    other rows are not computed, on the CPU and where the number of tokens that count is known (`Batch.live`). Normalised
     mse is the loss of PKD (Sun et al. 2019), the squared distance of rows of length 1.
 
         terms = Terms([KDTerm(), HiddenStateTerm("uniform", weight=0.5)])

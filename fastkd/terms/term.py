@@ -122,7 +122,7 @@ _NO_ATTENTIONS = (
 
 
 class Needs(tuple[Need, ...]):
-    """What terms need of a model, and of which blocks alone, where not of all."""
+    """What terms need of a model and, if not all blocks are read, which."""
 
     blocks: Mapping[Need, frozenset[int]]
 
