@@ -48,7 +48,7 @@ def test_a_window_that_is_shorter_than_the_rows_is_refused():
     term = AttentionTerm("last:2", relation="qk")
     for models in ((short, long), (long, short)):
         term.check(*models)
-        with pytest.raises(ValueError, match="window of 10 tokens is shorter than rows of 11: .*'attention'"):
+        with pytest.raises(ValueError, match=r"window of 10 tokens is shorter than rows of 11: .*'attention'"):
             value_of(term, *models, batch())
     AttentionTerm("last:1", relation="qk").check(short, long)
 
@@ -113,7 +113,7 @@ def test_reentrant_checkpointing_is_refused(relation):
         lambda: early.check(student, teacher),
         lambda: value_of(late, student, teacher, given),  # where it was enabled later, as Trainer does
     ):
-        with pytest.raises(ValueError, match="reentrant gradient checkpointing .*'use_reentrant': False"):
+        with pytest.raises(ValueError, match=r"reentrant gradient checkpointing .*'use_reentrant': False"):
             refused()
     student.gradient_checkpointing_enable({"use_reentrant": False})
     early.check(student, teacher)

@@ -49,7 +49,7 @@ def test_every_type_is_a_term_named_after_it():
         ({"layers": "uniform"}, "a term needs a type, hidden, attention"),
         ({"type": "hidden", "layer": "last"}, "type 'hidden' has no 'layer'; did you mean 'layers'"),
         ({"type": "attention", "loss": "mse"}, "type 'attention' has no 'loss'"),
-        ({"type": "hidden", "weight": -1}, "has weight -1"),
+        ({"type": "hidden", "weight": -1}, "weight of term 'hidden' must be a finite number >= 0, got -1"),
         ({"type": "hidden", "weight": {"start": 1}}, "weight of the term 'hidden' is a number, or has start, end"),
         ({"type": "hidden", "weight": {"start": 1, "end": 0, "form": 1}}, "is a number, or has start, end and shape"),
         (
@@ -73,8 +73,8 @@ def test_wrong_kinds_are_refused():
             term_named(given)
     with pytest.raises(TypeError, match="terms are a list, got 'hidden'"):
         terms_named("hidden")
-    with pytest.raises(ValueError, match="two terms are named 'hidden'"):
-        terms_named(["hidden", {"type": "hidden", "loss": "cosine"}])
+    with pytest.raises(ValueError, match="two terms are named hidden: give one another `name`"):
+        Terms(terms_named(["hidden", {"type": "hidden", "loss": "cosine"}]))
 
 
 def config(width, blocks, heads, **more):

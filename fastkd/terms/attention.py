@@ -54,8 +54,8 @@ class AttentionTerm(Term):
     sum to 1; for `"attention"` fused implementations, and attention dropout of the student or of a teacher that is
     trained, whose rows are no probabilities; for `"qk"` and `"values"` models that do not look their attention up in
     transformers' table, and a student with reentrant gradient checkpointing. `forward` raises it for unequal batches or
-    sequences, for probabilities in fp16, whose gradients would overflow, and for `"qk"` and `"values"` for masks, packed
-    rows and windows that they do not follow.
+    sequences, for probabilities in fp16, whose gradients would overflow, and for `"qk"` and `"values"` for masks,
+    packed rows and windows that they do not follow.
     """
 
     def __init__(
@@ -96,8 +96,8 @@ class AttentionTerm(Term):
         for whose, model in (("student", student), ("teacher", teacher)):
             if self.relation != "values" and _has_sinks(model):
                 raise ValueError(
-                    f"term {self.name!r}: the {whose}, {type(model).__name__}, has attention sinks, so its rows over the "
-                    "keys do not sum to 1: take relation='values'"
+                    f"term {self.name!r}: the {whose}, {type(model).__name__}, has attention sinks, so its rows over "
+                    "the keys do not sum to 1: take relation='values'"
                 )
 
     def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int]:
@@ -132,8 +132,8 @@ class AttentionTerm(Term):
         for whose, one in (("student", ours), ("teacher, which is trained,", theirs)):
             if one.dropout and (trained or one is ours):
                 raise ValueError(
-                    f"term {self.name!r}: the {whose} returns its attentions after a dropout of {one.dropout}, so their "
-                    "rows are not probabilities: set it to 0 in its configuration, or take relation='qk'"
+                    f"term {self.name!r}: the {whose} returns its attentions after a dropout of {one.dropout}, so "
+                    "their rows are not probabilities: set it to 0 in its configuration, or take relation='qk'"
                 )
 
     def _check_checkpointing(self, student: nn.Module) -> None:
@@ -143,8 +143,9 @@ class AttentionTerm(Term):
             reentrant = isinstance(options, dict) and options.get("use_reentrant", True)
             if reentrant and getattr(module, "gradient_checkpointing", False):
                 raise ValueError(
-                    f"term {self.name!r} with relation={self.relation!r} needs gradients within blocks, which reentrant "
-                    "gradient checkpointing does not have: set gradient_checkpointing_kwargs={'use_reentrant': False}"
+                    f"term {self.name!r} with relation={self.relation!r} needs gradients within blocks, which "
+                    "reentrant gradient checkpointing does not have: set gradient_checkpointing_kwargs="
+                    "{'use_reentrant': False}"
                 )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:

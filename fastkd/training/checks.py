@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from fastkd.terms import Term, terms_named
+from fastkd.terms import Term, Terms, terms_named
 from fastkd.training import loading
 from fastkd.training.options import InputError, ModelOptions, Options, named_terms
 
@@ -122,9 +122,11 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
 def asked_terms(options: Options) -> list[Term]:
     """The terms that are asked for, not yet checked against models. Raises InputError."""
     try:
-        return terms_named(named_terms(options.teaching.terms))
+        found = terms_named(named_terms(options.teaching.terms))
+        Terms(found)  # refuses two of one name
     except (ValueError, TypeError) as error:
         raise InputError(f"terms: {error}") from error
+    return found
 
 
 def more_teachers(options: Options) -> list[ModelOptions]:

@@ -174,11 +174,11 @@ def test_terms_that_could_take_no_part_are_refused(tmp_path):
 
 
 def test_wrong_terms_are_refused(tmp_path):
-    for name in ("loss", "grad_norm", "eval_z", ""):
+    for name in ("loss", "grad_norm", "eval_z", "hard", "soft", "peer_loss", "teacher_loss", ""):
         with pytest.raises(ValueError, match=f"cannot be named {name!r}"):
             ZLoss(name)
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="'z' has weight"):
+        with pytest.raises(ValueError, match="weight of term 'z' must be a finite number"):
             ZLoss("z", weight)
     with pytest.raises(ValueError, match="two terms are named z"):
         trainer(tmp_path, model(0), teacher=teacher(), terms=[ZLoss("z"), ZLoss("z")])
