@@ -11,7 +11,7 @@ from torch import nn
 
 import fastkd
 from fastkd.terms import Term
-from fastkd.training.trainer import KDTrainer
+from fastkd.training.trainer import KDTrainer, logged_beside
 from tests import compare
 from tests.training.test_trainer import VOCAB, logged, model, teacher, trainer, weights
 from tests.training.two_processes import on_two
@@ -229,3 +229,8 @@ def test_a_sharded_student_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fastkd.training.beside.FSDPModule", transformers.LlamaForCausalLM)
     with pytest.raises(ValueError, match="cannot be trained beside a sharded student"):
         trainer(tmp_path, model(0), teacher=teacher(), terms=[LastHidden("hidden")])
+
+
+def test_a_line_of_logs_tells_terms_and_teachers_from_the_rest():
+    line = ("loss", "soft", "hard", "ratio", "z", "peer_loss", "teacher_loss", "grad_norm", "eval_hard")
+    assert logged_beside(dict.fromkeys(line, 1.0)) == ["z", "peer_loss", "teacher_loss"]
