@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fastkd.students import parse_layers
 from fastkd.terms.layers import LearnedLayers, check_layers, layer_pairs
 
 
@@ -12,6 +13,8 @@ def test_uniform_spreads_over_the_teacher():
     pairs = dict(layer_pairs("uniform", 32, 80))
     assert (pairs[0], pairs[15], pairs[31]) == (0, 38, 78)
     assert layer_pairs("uniform", 2, 2) == [(0, 0), (1, 1)]
+    assert layer_pairs("uniform", 4, 1) == [(0, 0), (1, 0), (2, 0), (3, 0)]
+    assert [block for _, block in layer_pairs("uniform", 5, 13)] == parse_layers("uniform:5", 13)
 
 
 @pytest.mark.parametrize("students", range(1, 14))

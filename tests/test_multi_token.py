@@ -84,7 +84,8 @@ def formula(student, heads, input_ids, labels, ahead, dtype, mask=None):
             p, q = (main[row, t + ahead] / 2).log_softmax(-1), (logits[row, t] / 2).log_softmax(-1)
             hard = hard - logits[row, t].log_softmax(-1)[target]
             soft = soft + 4 * (p.exp() * (p - q)).sum()
-    divisor = (labels[:, 1:] != -100).sum()
+    learnt = labels[:, 1:] != -100
+    divisor = (learnt if mask is None else learnt & mask[:, :-1].bool()).sum()
     return 0.3 * hard / divisor + 0.1 * soft / divisor, hard / divisor, soft / divisor
 
 

@@ -213,6 +213,10 @@ def test_wrong_views_are_refused():
         MultiView(seed=0.5)
     with pytest.raises(ValueError, match=r"attention_dropout finds no module .* in Linear"):
         MultiView("attention_dropout").check(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="attentions, which the view attention_dropout drops a part of"):
+        MultiView().check(gpt2(0), ("hidden_states", "attentions"))
+    MultiView().check(gpt2(0), ("hidden_states", "projections"))
+    MultiView("token_dropout").check(gpt2(0), ("attentions",))
     with pytest.raises(ValueError, match="which Linear lacks"):
         MultiView("token_dropout").check(torch.nn.Linear(2, 2))
     embedded = {"inputs_embeds": torch.zeros(1, 3, 16)}

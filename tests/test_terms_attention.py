@@ -196,7 +196,7 @@ def test_what_cannot_be_served_is_refused_before_the_first_step():
     [
         ({"layers": "learned"}, "learned' mixes hidden states"),
         ({"relation": "keys"}, "relation must be one of attention, qk, values, got 'keys'"),
-        ({"weight": -1.0}, r"has weight -1\.0"),
+        ({"weight": -1.0}, r"weight of term 'attention' must be a finite number >= 0, got -1\.0"),
         ({"layers": "all"}, "'all' is no layer map"),
     ],
 )

@@ -6,7 +6,19 @@ import pytest
 import torch
 
 import fastkd
-from fastkd.terms import Batch, Course, HiddenStateTerm, KDTerm, Terms, hidden, outputs_of, rows_apart, term_named
+from fastkd.terms import (
+    Batch,
+    Course,
+    HiddenStateTerm,
+    KDTerm,
+    MultiTokenTerm,
+    Outputs,
+    Terms,
+    hidden,
+    outputs_of,
+    rows_apart,
+    term_named,
+)
 from tests import compare
 from tests.features import batch, both, counted, everywhere, frozen, gpt2, gradients, llama, twins, value_of
 
@@ -210,11 +222,15 @@ def test_what_cannot_be_served_is_refused_before_the_first_step():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"temperature": 3.0}, "temperature=3.0 is of layers='learned' alone, but layers='uniform'"),
+        ({"weight": "0.5"}, "weight of term 'hidden' must be a finite number >= 0, got '0.5'"),
+        ({"weight": True}, "weight of term 'hidden' must be a finite number >= 0, got True"),
+        ({"weight": Course(1.0, -1.0, "linear")}, "the end of the weight of term 'hidden' must be a finite number"),
         ({"projector": "mlp"}, "projector must be 'linear' or 'none', got 'mlp'"),
         ({"loss": "kl"}, "loss must be one of mse, cosine, smooth_l1, got 'kl'"),
         ({"loss": "cosine", "normalise": False}, "cosine' normalises"),
-        ({"weight": -0.5}, "has weight -0.5"),
-        ({"temperature": 0.0}, "temperature must be"),
+        ({"weight": -0.5}, "weight of term 'hidden' must be a finite number >= 0, got -0.5"),
+        ({"layers": "learned", "temperature": 0.0}, "temperature must be"),
         ({"layers": "first"}, "'first' is no layer map"),
     ],
 )
@@ -275,3 +291,70 @@ def test_gradient_checkpointing_changes_nothing(kind):
         found.append(gradients(student))
     torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-7)
     assert found[0].norm() > 0.01
+
+
+@pytest.mark.parametrize("layers", ["uniform", "learned"])
+def test_a_float64_student(layers):
+    """Projectors and shares are float64 too, whatever torch's default is."""
+    student, teacher, given = gpt2().double(), frozen(llama()).double(), batch()
+    term = HiddenStateTerm(layers)
+    term.check(student, teacher)
+    assert {one.dtype for one in term.parameters()} == {torch.float64}
+    if term.learned is not None:
+        torch.nn.init.normal_(term.learned.scores)
+    found, truth = value_of(term, student, teacher, given), formula(term, student, teacher, given)
+    found.backward()
+    assert found.item() == pytest.approx(truth.item(), rel=1e-12)
+    exact = torch.autograd.grad(truth, list(term.parameters()))
+    for one, expected in zip(term.parameters(), exact, strict=True):
+        torch.testing.assert_close(one.grad, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_a_half_precision_student_has_fp32_projectors():
+    term = HiddenStateTerm("learned")
+    term.check(gpt2().bfloat16(), frozen(llama()))
+    assert {one.dtype for one in term.parameters()} == {torch.float32}
+
+
+def test_a_weight_that_is_set_later_is_checked():
+    term = HiddenStateTerm()
+    term.weight = 2
+    assert term.weight == 2.0
+    for wrong in (-1, float("nan"), "1", True):
+        with pytest.raises(ValueError, match="the weight of term 'hidden' must be a finite number >= 0"):
+            term.weight = wrong
+    assert term.weight == 2.0
+
+
+def test_a_step_without_tokens_is_no_nan():
+    student, teacher, given = gpt2(), frozen(llama()), batch()
+    term = HiddenStateTerm()
+    term.check(student, teacher)
+    labels = torch.full_like(given.labels, -100)
+    for items in (None, 0, 0.0, torch.tensor(0)):
+        assert value_of(term, student, teacher, Batch(labels, given.inputs, num_items=items)).item() == 0.0
+    multi = MultiTokenTerm(2)
+    multi.check(student, None)
+    assert multi(outputs_of(student, given.inputs), Outputs(None), Batch(labels, given.inputs, 0))["loss"].item() == 0.0
+
+
+@pytest.mark.parametrize("kind", ["hidden", "attention", {"type": "attention", "relation": "values"}, "multi_token"])
+def test_padding_on_the_left_counts_nothing(kind):
+    """Rows that are padded on the left give what they give on the right, though each first token has its label."""
+    student, teacher = gpt2(), frozen(llama())
+    term = term_named(kind)
+    term.check(student, teacher)
+    ids, count = torch.randint(61, (2, 11)), torch.tensor([[8], [11]])
+    found = []
+    for left in (False, True):
+        places = torch.arange(11) - ((11 - count) * left)
+        mask = ((places >= 0) & (places < count)).long()
+        positions = places.clamp(0, 10)
+        moved = ids.gather(1, positions)
+        inputs = {"input_ids": moved, "attention_mask": mask, "position_ids": positions}
+        given = Batch(moved.masked_fill(mask == 0, -100), inputs)
+        assert int(given.counted.sum()) == 7 + 10
+        ours = outputs_of(student, inputs, term.needs)
+        value = term(ours, outputs_of(teacher, inputs, term.needs), given)
+        found.append(value["loss"] if isinstance(value, dict) else value)
+    compare.assert_value(found[1], found[0])

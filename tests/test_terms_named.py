@@ -49,7 +49,7 @@ def test_every_type_is_a_term_named_after_it():
         ({"layers": "uniform"}, "a term needs a type, hidden, attention"),
         ({"type": "hidden", "layer": "last"}, "type 'hidden' has no 'layer'; did you mean 'layers'"),
         ({"type": "attention", "loss": "mse"}, "type 'attention' has no 'loss'"),
-        ({"type": "hidden", "weight": -1}, "has weight -1"),
+        ({"type": "hidden", "weight": -1}, "weight of term 'hidden' must be a finite number >= 0, got -1"),
         ({"type": "hidden", "weight": {"start": 1}}, "weight of the term 'hidden' is a number, or has start, end"),
         ({"type": "hidden", "weight": {"start": 1, "end": 0, "form": 1}}, "is a number, or has start, end and shape"),
         (
@@ -73,8 +73,8 @@ def test_wrong_kinds_are_refused():
             term_named(given)
     with pytest.raises(TypeError, match="terms are a list, got 'hidden'"):
         terms_named("hidden")
-    with pytest.raises(ValueError, match="two terms are named 'hidden'"):
-        terms_named(["hidden", {"type": "hidden", "loss": "cosine"}])
+    with pytest.raises(ValueError, match="two terms are named hidden: give one another `name`"):
+        Terms(terms_named(["hidden", {"type": "hidden", "loss": "cosine"}]))
 
 
 def config(width, blocks, heads, **more):
@@ -97,7 +97,10 @@ def test_the_bytes_of_ten_layers():
     assert more.teacher - found.teacher == 2 * 16 * 2048 * (64 + 2 * 16) * 128 * 2
     assert more.gradients - gradients == 2 * 4 * 16 * 2048 * 128 * (2 * 8 + 32 + 8)
     plain = fastkd.feature_memory(AttentionTerm("last:1"), student, teacher, batch=1, tokens=128)
-    assert plain == (80 * 64 * 128 * 128 * 4, 32 * 128 * 128 * 4)
+    assert plain == (80 * 64 * 128 * 128 * 4, 32 * 128 * 128 * 4, 32 * 32 * 128 * 128 * 4)
+    half = fastkd.feature_memory(AttentionTerm("last:1"), student, teacher, batch=1, tokens=128, dtype=torch.bfloat16)
+    assert half.student == 32 * 32 * 128 * 128 * (2 + 4)
+    assert found.student == more.student == 0
     with pytest.raises(ValueError, match="names block 80 of the teacher"):
         fastkd.feature_memory(HiddenStateTerm([[0, 80]]), student, teacher, batch=1, tokens=1)
     with pytest.raises(ValueError, match="tokens must be >= 1, got 0"):
@@ -135,3 +138,39 @@ def test_a_step_keeps_what_was_predicted():
     assert none == 0
     for more, expected in zip(peaks, predicted, strict=True):
         assert more - alone == pytest.approx(expected, rel=0.1)
+
+
+ATTENTIONS = """
+import sys
+import torch, transformers, fastkd
+from fastkd.terms import AttentionTerm, Batch, KDTerm, Terms, outputs_of
+from tests.memory import held
+torch.manual_seed(0)
+torch.set_num_threads(1)
+dtype = getattr(torch, sys.argv[1])
+def model(attention, blocks):
+    config = transformers.LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=32, num_attention_heads=4,
+        num_hidden_layers=blocks, max_position_embeddings=512)
+    return transformers.AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+inputs = {"input_ids": torch.randint(64, (2, 512))}
+def step(terms, student, teacher):
+    with torch.no_grad():
+        theirs = outputs_of(teacher, inputs, terms.teachers_needs)
+    ours = outputs_of(student, inputs, terms.needs)
+    return theirs, ours, terms(ours, theirs, Batch(inputs["input_ids"], inputs))
+for attention, more in (("sdpa", []), ("sdpa", []), ("eager", [AttentionTerm("last:1")])):
+    student, teacher = model(attention, 4).train(), model(attention, 2).eval().requires_grad_(False)
+    terms = Terms([KDTerm(), *more])
+    terms.check(student, teacher)
+    print(held(lambda: step(terms, student, teacher)))
+    print(fastkd.feature_memory(terms, student, teacher, batch=2, tokens=512, dtype=dtype).total)
+"""
+
+
+@pytest.mark.skipif(not memory.pathlib.Path("/proc/self/clear_refs").exists(), reason="peaks are read from Linux")
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_attentions_cost_what_was_predicted(dtype):
+    """Eager attention of the student included, against fused attention and the logits alone."""
+    _, _, alone, none, more, expected = memory.printed(ATTENTIONS, dtype)
+    assert none == 0
+    assert more - alone == pytest.approx(expected, rel=0.1)

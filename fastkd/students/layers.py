@@ -12,7 +12,7 @@ from torch import nn
 from fastkd.arguments import integer
 from fastkd.students.blocks import blocks_of, check_model, made_of, model_configuration
 
-__all__ = ["keep_layers", "parse_layers"]
+__all__ = ["keep_layers", "parse_layers", "spread"]
 
 _FORMS = "indices from 0 such as 0,2,4 or 0-8,10,29, or uniform:N, last:N or every:N"
 
@@ -51,7 +51,15 @@ def parse_layers(text: str, layers: int) -> list[int]:
         return list(range(0, layers, count))
     if kind == "last":
         return list(range(layers - count, layers))
-    return [round(place * layers / count) for place in range(count)]
+    return spread(count, layers)
+
+
+def spread(count: int, layers: int) -> list[int]:
+    """`count` of `layers` blocks, spread evenly: the i-th is round(i · layers / count), and exists.
+
+    A block is there several times where there are fewer than `count`.
+    """
+    return [min(round(place * layers / count), layers - 1) for place in range(count)]
 
 
 def checked(layers: Sequence[int], count: int) -> list[int]:

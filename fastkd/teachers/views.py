@@ -40,7 +40,7 @@ class MultiView(TeacherMode):
             the training depends on them. Processes draw different ones.
 
     Raises TypeError or ValueError for views that are neither, and for rates out of range; `check` for a model that a
-    view cannot serve.
+    view cannot serve, and for `attention_dropout` where terms need attentions.
     """
 
     def __init__(
@@ -55,9 +55,14 @@ class MultiView(TeacherMode):
         self.calls = 0
 
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
-        """The model has what the views change."""
+        """The model has what the views change, and what is needed of it are no attentions after a dropout."""
         self.__dict__["model"] = student
         for view, _ in self._views:
+            if view is VIEWS["attention_dropout"] and "attentions" in needs:
+                raise ValueError(
+                    "a term needs the teacher's attentions, which the view attention_dropout drops a part of, so their "
+                    "rows are no probabilities: give MultiView other views, or the term relation='qk'"
+                )
             view.check(unwrapped(student))
 
     @torch.no_grad()

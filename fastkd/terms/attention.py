@@ -11,6 +11,7 @@ from fastkd.rows import kept_dtype
 from fastkd.terms.architecture import Architecture, architecture_of
 from fastkd.terms.hidden import same_batch
 from fastkd.terms.layers import LayerMap, check_layers, is_learned, layer_pairs
+from fastkd.terms.recording import Heads, check_recordable
 from fastkd.terms.relations import Probabilities, Products, divergence_of_rows
 from fastkd.terms.term import Batch, Course, Need, Outputs, Term
 
@@ -29,7 +30,7 @@ class AttentionTerm(Term):
 
     If one model has more heads, P̄ or Q̄ are means over groups of its heads that stand side by side, as many as the
     other has. The value is the mean over pairs, and over the positions whose next label counts. Rows go through the
-    library's kernel, a chunk at a time; other positions meet no kernel on the CPU.
+    library's kernel, a chunk at a time; on the CPU, those of other positions are not computed.
 
         terms = Terms([KDTerm(), AttentionTerm("last:1", relation="values")])
         terms.check(student, teacher)
@@ -39,19 +40,22 @@ class AttentionTerm(Term):
         relation: what the rows are.
             `"attention"`: the probabilities that the models return, which fused implementations do not: load both with
             `attn_implementation="eager"`.
-            `"qk"`: the same, computed here from queries and keys after the rotary embedding (MiniLM, Wang et al. 2020).
-            Any implementation does, and no `[tokens, tokens]` is kept.
+            `"qk"`: the same, computed here from queries and keys after the rotary embedding (MiniLM, Wang et al. 2020),
+            softcap included. Any implementation does, and no `[tokens, tokens]` is kept.
             `"values"`: softmax(v vᵀ / √head size), of heads of values (MiniLM, MiniLMv2, Wang et al. 2021).
-            Both see the keys up to the query that `attention_mask` does not mask; of windows or packed documents they
-            know nothing.
+            Both see the keys up to the query that `attention_mask` does not mask. So `attention_mask` is
+            `[batch, tokens]`, rows are not packed, and for `"qk"` no sliding window is shorter than the rows.
         weight, name: as of `Term`.
 
     Probabilities smaller than the smallest normal fp32 number count as that.
 
     Raises TypeError or ValueError for other values. `check` raises ValueError for blocks that do not exist, numbers of
-    heads of which none divides the other, and for `"attention"` a fused implementation or a student with attention
-    dropout, whose rows are not probabilities; `forward` for unequal batches or sequences, and probabilities in fp16,
-    whose gradients would overflow.
+    heads of which none divides the other; for `"attention"` and `"qk"` models with attention sinks, whose rows do not
+    sum to 1; for `"attention"` fused implementations, and attention dropout of the student or of a teacher that is
+    trained, whose rows are no probabilities; for `"qk"` and `"values"` models that do not look their attention up in
+    transformers' table, and a student with reentrant gradient checkpointing. `forward` raises it for unequal batches or
+    sequences, for probabilities in fp16, whose gradients would overflow, and for `"qk"` and `"values"` for masks,
+    packed rows and windows that they do not follow.
     """
 
     def __init__(
@@ -84,6 +88,17 @@ class AttentionTerm(Term):
         self._check_heads(*heads)
         if self.relation == "attention":
             self._check_returned(ours, theirs)
+            self._check_dropout(ours, theirs, any(weight.requires_grad for weight in teacher.parameters()))
+        else:
+            check_recordable(student)
+            check_recordable(teacher)
+            self._check_checkpointing(student)
+        for whose, model in (("student", student), ("teacher", teacher)):
+            if self.relation != "values" and _has_sinks(model):
+                raise ValueError(
+                    f"term {self.name!r}: the {whose}, {type(model).__name__}, has attention sinks, so its rows over "
+                    "the keys do not sum to 1: take relation='values'"
+                )
 
     def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int]:
         """Those of the pairs."""
@@ -112,11 +127,26 @@ class AttentionTerm(Term):
                     f"term {self.name!r} reads attentions, which the {whose}'s implementation {one.implementation!r} "
                     "does not return: load it with attn_implementation='eager', or take relation='qk'"
                 )
-        if ours.dropout:
-            raise ValueError(
-                f"term {self.name!r}: the student returns its attentions after a dropout of {ours.dropout}, so their "
-                "rows are not probabilities: set it to 0 in its configuration, or take relation='qk'"
-            )
+
+    def _check_dropout(self, ours: Architecture, theirs: Architecture, trained: bool) -> None:
+        for whose, one in (("student", ours), ("teacher, which is trained,", theirs)):
+            if one.dropout and (trained or one is ours):
+                raise ValueError(
+                    f"term {self.name!r}: the {whose} returns its attentions after a dropout of {one.dropout}, so "
+                    "their rows are not probabilities: set it to 0 in its configuration, or take relation='qk'"
+                )
+
+    def _check_checkpointing(self, student: nn.Module) -> None:
+        """Reentrant checkpointing runs blocks without a graph, so what is recorded within has no gradient."""
+        for module in student.modules():
+            options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None)
+            reentrant = isinstance(options, dict) and options.get("use_reentrant", True)
+            if reentrant and getattr(module, "gradient_checkpointing", False):
+                raise ValueError(
+                    f"term {self.name!r} with relation={self.relation!r} needs gradients within blocks, which "
+                    "reentrant gradient checkpointing does not have: set gradient_checkpointing_kwargs="
+                    "{'use_reentrant': False}"
+                )
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean over pairs, heads and tokens."""
@@ -126,6 +156,8 @@ class AttentionTerm(Term):
         for block, other in self.pairs:
             ours, theirs = self._rows(student, block, batch), self._rows(teacher, other, batch)
             x, y = ours.tensors[0], theirs.tensors[0]
+            if isinstance(ours, Products) and not x.requires_grad and student.model is not None:
+                self._check_checkpointing(student.model)  # it may be enabled after `check`, as Trainer does
             same_batch(self.name, "attentions", _batch_of(x), _batch_of(y), batch)
             self._check_heads(ours.heads, theirs.heads)
             counted = nn.functional.pad(batch.counted, (0, 1)).to(x.device)
@@ -146,11 +178,42 @@ class AttentionTerm(Term):
         heads = outputs.projections.get(block)
         if heads is None:
             raise ValueError(f"term {self.name!r}: block {block} has no attention with queries, keys and values")
-        mask = batch.inputs.get("attention_mask")
-        real = mask.to(device=heads.values.device, dtype=torch.bool) if mask is not None and mask.dim() == 2 else None
+        real = self._real(batch, heads)
         if self.relation == "values":
             return Products(heads.values, heads.values, heads.values.shape[-1] ** -0.5, real)
-        return Products(heads.queries, heads.keys, heads.scaling, real)
+        return Products(heads.queries, heads.keys, heads.scaling, real, heads.softcap)
+
+    def _real(self, batch: Batch, heads: Heads) -> Tensor | None:
+        """The keys that are no padding. ValueError where queries see others than those up to their own place."""
+        mask, positions = batch.inputs.get("attention_mask"), batch.inputs.get("position_ids")
+        device, shape = heads.values.device, _batch_of(heads.values)
+        instead = "the models must return it: take relation='attention'"
+        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
+            form = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+            raise ValueError(
+                f"term {self.name!r} needs an attention_mask [batch, tokens], got {form}: for others {instead}"
+            )
+        real = None if mask is None else mask.to(device=device, dtype=torch.bool)
+        if isinstance(positions, Tensor) and positions.dim() == 2:
+            again = positions[:, 1:] <= positions[:, :-1]
+            if mask is not None and mask.shape == positions.shape:
+                again = again & mask[:, 1:].bool() & mask[:, :-1].bool()  # those of padding are arbitrary
+            if again.any():
+                raise ValueError(
+                    f"term {self.name!r}: position_ids begin again within a row, so documents are packed: give each a "
+                    f"row of its own, or {instead}"
+                )
+        if self.relation == "qk" and heads.window is not None and shape[1] > heads.window:
+            raise ValueError(
+                f"term {self.name!r}: a sliding window of {heads.window} tokens is shorter than rows of {shape[1]}: "
+                f"shorten the rows, or {instead}"
+            )
+        return real
+
+
+def _has_sinks(model: nn.Module) -> bool:
+    """Whether softmaxes of attention have a column that is no key, as in GPT-OSS."""
+    return any(isinstance(getattr(module, "sinks", None), Tensor) for module in model.modules())
 
 
 def _batch_of(rows: Tensor) -> torch.Size:

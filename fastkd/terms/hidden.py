@@ -14,7 +14,7 @@ from fastkd.terms.layers import LayerMap, LearnedLayers, check_layers, is_learne
 from fastkd.terms.rows_apart import DISTANCES, Comparison, distance
 from fastkd.terms.term import Batch, Course, Need, Outputs, Term
 
-__all__ = ["HiddenStateTerm", "Projector", "rows_of", "same_batch"]
+__all__ = ["HiddenStateTerm", "Projector", "computed_rows", "same_batch"]
 
 Projector = Literal["linear", "none"]
 _HOSTS = {"cpu"}  # devices whose values can be looked at without waiting
@@ -33,8 +33,8 @@ class HiddenStateTerm(Term):
         cosine: mean over H_t of (p̂ − ŷ)² / 2, which is 1 − cos(p, y)
 
     The value is the mean over pairs, and over the positions whose next label counts, as in the distillation loss. The
-    other rows meet no product, on the CPU and where the number of tokens that count is known (`Batch.live`). Normalised
-    mse is the loss of PKD (Sun et al. 2019), the squared distance of rows of length 1.
+    other rows are not computed, on the CPU and where the number of tokens that count is known (`Batch.live`).
+    Normalised mse is the loss of PKD (Sun et al. 2019), the squared distance of rows of length 1.
 
         terms = Terms([KDTerm(), HiddenStateTerm("uniform", weight=0.5)])
         terms.check(student, teacher)  # makes the projectors, so before the optimizer
@@ -49,10 +49,12 @@ class HiddenStateTerm(Term):
         normalise: divide each row by its root mean square. Cosine does in any case.
         loss: `"mse"`, `"cosine"` or `"smooth_l1"`.
         weight, name: as of `Term`.
-        temperature: of the learned map's softmax; a `Course` changes it over the training.
+        temperature: of the learned map's softmax; a `Course` changes it over the training. None: from 1 to 0.1,
+            linearly. ValueError beside another map.
 
-    Products accumulate in fp32 and rows are computed a chunk at a time: nothing of `[tokens, H_t]` is kept beside the
-    models' own outputs. Between forward and backward there is the gradient of the student's hidden states.
+    Projectors and shares are float64 for a float64 student, else fp32. Products accumulate in fp32 and rows are
+    computed a chunk at a time: nothing of `[tokens, H_t]` is kept beside the models' own outputs. Between forward and
+    backward there is the gradient of the student's hidden states.
 
     Raises TypeError or ValueError for other values. `check` raises ValueError for blocks that do not exist, unequal
     widths without a projector and a teacher that has no hidden states; `forward` for unequal batches or sequences.
@@ -68,7 +70,7 @@ class HiddenStateTerm(Term):
         loss: Literal["mse", "cosine", "smooth_l1"] = "mse",
         *,
         weight: float | Course = 1.0,
-        temperature: float | Course = _COOLING,
+        temperature: float | Course | None = None,
         name: str = "hidden",
     ) -> None:
         super().__init__(name, weight)
@@ -81,6 +83,10 @@ class HiddenStateTerm(Term):
             raise ValueError("loss='cosine' normalises: it has no form with normalise=False")
         self.layers, self.projector = layers, projector
         self.how = Comparison(loss, arguments.switch("normalise", normalise))
+        if temperature is None:
+            temperature = _COOLING
+        elif not is_learned(layers):
+            raise ValueError(f"temperature={temperature} is of layers='learned' alone, but layers={layers!r}")
         self._cooling = temperature if isinstance(temperature, Course) else Course(temperature, temperature, "constant")
         for value in (self._cooling.start, self._cooling.end):
             arguments.temperature("temperature", value)
@@ -111,7 +117,7 @@ class HiddenStateTerm(Term):
         if self._made and self._made != made:
             raise ValueError(f"term {self.name!r} was made for other models, of other numbers of blocks or widths")
         if not self._made:
-            self._make(ours, theirs, len(pairs), next(student.parameters()).device)
+            self._make(ours, theirs, len(pairs), next(student.parameters()))
         self.pairs, self._made = pairs, made
         self.teachers_blocks = self.blocks_read(ours, theirs)
 
@@ -132,12 +138,12 @@ class HiddenStateTerm(Term):
         states = batch * tokens * student.width * kept_dtype(dtype).itemsize
         return len(self._pairs(student, teacher)) * (states + projector)
 
-    def _make(self, ours: Architecture, theirs: Architecture, pairs: int, device: torch.device) -> None:
+    def _make(self, ours: Architecture, theirs: Architecture, pairs: int, like: Tensor) -> None:
         if ours.width != theirs.width:
             self.projectors.extend(nn.Linear(ours.width, theirs.width, bias=False) for _ in range(pairs))
         if is_learned(self.layers):
             self.learned = LearnedLayers(ours.blocks, theirs.blocks)
-        self.to(device)
+        self.to(like.device, torch.float64 if like.dtype == torch.float64 else torch.float32)
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> Tensor:
         """The mean over pairs and tokens."""
@@ -149,7 +155,7 @@ class HiddenStateTerm(Term):
         first, (other, *_) = self.pairs[0]
         x, y = ours[first + 1], theirs[other + 1]
         same_batch(self.name, "hidden states", x.shape[:2], y.shape[:2], batch)
-        rows, counted = rows_of(batch, x.device)
+        rows, counted = computed_rows(batch, x.device)
         shares = self.learned.shares(self.temperature) if self.learned is not None else None
         total: Any = 0.0
         for number, (block, others) in enumerate(self.pairs):
@@ -178,7 +184,7 @@ def same_batch(name: str, what: str, ours: torch.Size, theirs: torch.Size, batch
         )
 
 
-def rows_of(batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor]:
+def computed_rows(batch: Batch, device: torch.device) -> tuple[Tensor | None, Tensor]:
     """The numbers of the rows to compute, of batch · tokens, and bool `[batch · tokens]`: those that count.
 
     On a GPU looking which rows count would make the host wait; `batch.live` says how many. None: all are computed.

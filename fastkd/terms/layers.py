@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from fastkd import arguments
+from fastkd.rows import row_dtype
+from fastkd.students.layers import spread
 
 __all__ = ["LayerMap", "LearnedLayers", "check_layers", "is_learned", "layer_pairs"]
 
@@ -23,7 +25,7 @@ Pairs = list[tuple[int, int]]
 
 def _uniform(students: int, teachers: int) -> Pairs:
     """Block i of s learns from block round(i · t / s): 32 of 80 are 0 → 0, 15 → 38, 31 → 78."""
-    return [(i, min(round(i * teachers / students), teachers - 1)) for i in range(students)]
+    return list(enumerate(spread(students, teachers)))
 
 
 def _last(students: int, teachers: int) -> Pairs:
@@ -110,5 +112,5 @@ class LearnedLayers(nn.Module):
         self.scores = nn.Parameter(torch.zeros(students, teachers))
 
     def shares(self, temperature: float) -> Tensor:
-        """`[students, teachers]`, fp32; each row sums to 1."""
-        return (self.scores.float() / temperature).softmax(-1)
+        """`[students, teachers]`, fp32 or float64; each row sums to 1."""
+        return (self.scores.to(row_dtype(self.scores.dtype)) / temperature).softmax(-1)

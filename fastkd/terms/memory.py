@@ -28,11 +28,14 @@ class FeatureMemory(NamedTuple):
     teacher: int
     #: Gradients that terms keep between their forward and the backward.
     gradients: int
+    #: What the student's forward keeps more for the terms: the probabilities of eager attention, of all blocks, which
+    #: fused implementations do not keep.
+    student: int
 
     @property
     def total(self) -> int:
-        """Both together."""
-        return self.teacher + self.gradients
+        """All together."""
+        return self.teacher + self.gradients + self.student
 
 
 def feature_memory(
@@ -52,8 +55,10 @@ def feature_memory(
 
     That is of a teacher of width 8192: 10 · 16 · 2048 · 8192 · 2 bytes. Of hidden states and projections the blocks
     that some term reads are kept, each once; of attentions all. The hidden states after the teacher's last block and
-    all of the student's are part of the training in any case. A transformers whose `output_hidden_states` takes no
-    numbers keeps the hidden states of all blocks.
+    all of the student's are part of the training in any case. So are its queries, keys and values, but not its
+    attentions: blocks · batch · heads · tokens² of them, in 16-bit dtypes once more in fp32, as most models compute the
+    softmax, and each kept for the backward. With gradient checkpointing the student keeps less. A transformers whose
+    `output_hidden_states` takes no numbers keeps the hidden states of all blocks.
 
     Args:
         terms: one or several. Terms of your own count as reading all blocks, and without gradients.
@@ -75,4 +80,11 @@ def feature_memory(
             read.setdefault(need, set()).update(range(theirs.blocks) if whole else blocks or ())
     read.get("hidden_states", set()).discard(theirs.blocks - 1)  # what the output head gets, and the logits need too
     kept = sum(len(blocks) * _NUMBERS[need](theirs, batch, tokens) for need, blocks in read.items()) * dtype.itemsize
-    return FeatureMemory(kept, sum(term.gradient_bytes(ours, theirs, batch, tokens, dtype) for term in every))
+    gradients = sum(term.gradient_bytes(ours, theirs, batch, tokens, dtype) for term in every)
+    return FeatureMemory(kept, gradients, _eager(ours, batch, tokens, dtype) if "attentions" in read else 0)
+
+
+def _eager(model: Architecture, batch: int, tokens: int, dtype: torch.dtype) -> int:
+    """Bytes of the probabilities of all blocks, and of softmaxes in fp32 that they are rounded from."""
+    each = dtype.itemsize + (4 if dtype.itemsize < 4 else 0)
+    return model.blocks * _NUMBERS["attentions"](model, batch, tokens) * each

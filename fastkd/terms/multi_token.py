@@ -25,13 +25,12 @@ from fastkd import arguments
 from fastkd.losses import KDLoss, KDParts
 from fastkd.sources import Projection
 from fastkd.terms.architecture import text_config
-from fastkd.terms.term import Batch, Course, Outputs, Term
+from fastkd.terms.term import IGNORED, Batch, Course, Outputs, Term
 
 __all__ = ["HEADS_FILE", "MultiTokenHeads", "MultiTokenTerm"]
 
 #: In the student's directory, beside its own files.
 HEADS_FILE = "multi_token_heads.safetensors"
-_IGNORED = -100
 
 
 class MultiTokenHeads(nn.Module):
@@ -164,7 +163,7 @@ class MultiTokenTerm(Term):
 
     A position counts if its target does: label t + 1 + k is not −100 and lies in the row. Position t must be attended
     to, and belong to the target's document where `position_ids` begin again with each. Sums are divided by the step's
-    predicted tokens (`Batch.num_items`), for all heads alike, so accumulated batches add up to a large one.
+    predicted tokens (`Batch.items`), for all heads alike, so accumulated batches add up to a large one.
 
     Args:
         heads: made of the student's configuration; or how many, which `check` makes then, before the first step.
@@ -213,14 +212,13 @@ class MultiTokenTerm(Term):
             raise ValueError(f"term {self.name!r} has no heads yet: call check(student, teacher) first")
         main, inputs = student.projection, batch.inputs
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
-        items = batch.counted.sum().clamp(min=1) if batch.num_items is None else batch.num_items
         found = []
         for ahead, head in enumerate(self.heads.project(main, mask, positions), start=1):
             labels = _labels_ahead(batch.labels, ahead, mask, positions)
             known = main.detach()
             # Row t of the teacher's side is the main head at t + ahead. Those that wrap around have no target.
             further = replace(known, hidden=known.hidden.roll(-ahead, dims=1))
-            parts = self.kd(head, further, labels, num_items=items)
+            parts = self.kd(head, further, labels, num_items=batch.items)
             assert isinstance(parts, KDParts)
             found.append(torch.stack(parts))
         loss, soft, hard = torch.stack(found).mean(0)
@@ -239,14 +237,14 @@ class MultiTokenTerm(Term):
 
 def _labels_ahead(labels: Tensor, ahead: int, mask: Any, positions: Any) -> Tensor:
     """Labels `[batch, tokens]` as a shifted loss takes them: that at t + 1 is token t + 1 + ahead, or −100."""
-    found = pad(labels[:, ahead:], (0, ahead), value=_IGNORED)[:, : labels.shape[1]]
+    found = pad(labels[:, ahead:], (0, ahead), value=IGNORED)[:, : labels.shape[1]]
     counts = torch.ones_like(found, dtype=torch.bool)
     if isinstance(mask, Tensor) and mask.shape == labels.shape:
         counts[:, 1:] &= mask[:, :-1].bool()
     if isinstance(positions, Tensor) and positions.shape == labels.shape:
         # Where documents are packed, positions begin again with each.
         counts[:, 1:] &= positions.roll(-1 - ahead, dims=1)[:, :-1] == positions[:, :-1] + 1 + ahead
-    return torch.where(counts, found, _IGNORED)
+    return torch.where(counts, found, IGNORED)
 
 
 def _body(config: Any) -> nn.Module:

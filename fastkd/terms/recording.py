@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["Heads", "recorded"]
+__all__ = ["Heads", "check_recordable", "recorded"]
 
 _TABLE = "ALL_ATTENTION_FUNCTIONS"
 
@@ -31,6 +31,26 @@ class Heads:
     values: Tensor
     #: Factor of the products of queries and keys.
     scaling: float
+    #: c of c · tanh(products / c), what the softmax is taken of, where there is one.
+    softcap: float | None = None
+    #: How many keys a query sees, itself and those before it; None: all.
+    window: int | None = None
+
+
+def check_recordable(model: nn.Module) -> None:
+    """Raise ValueError for a model that does not look its attention function up in transformers' table."""
+    _looked_up(model)
+
+
+def _looked_up(model: nn.Module) -> tuple[dict[int, Any], set[str]]:
+    """(the tables by their ids, the names of the functions that the model looks up in them)."""
+    files = {type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()}
+    tables = {id(table): table for file in files.values() if (table := getattr(file, _TABLE, None)) is not None}
+    configs = [getattr(module, "config", None) for module in model.modules()]
+    names = {name for config in configs if isinstance(name := getattr(config, "_attn_implementation", None), str)}
+    if not (tables and names):
+        raise ValueError(f"{type(model).__name__} has no attention that can be recorded: it does not use {_TABLE}")
+    return tables, names
 
 
 @contextmanager
@@ -40,12 +60,7 @@ def recorded(model: nn.Module, blocks: Collection[int] | None = None) -> Iterato
     Raises ValueError for a model that does not look its attention function up in transformers' table.
     """
     found: dict[int, Heads] = {}
-    files = {type(module).__module__: sys.modules.get(type(module).__module__) for module in model.modules()}
-    tables = {id(table): table for file in files.values() if (table := getattr(file, _TABLE, None)) is not None}
-    configs = [getattr(module, "config", None) for module in model.modules()]
-    names = {name for config in configs if isinstance(name := getattr(config, "_attn_implementation", None), str)}
-    if not (tables and names):
-        raise ValueError(f"{type(model).__name__} has no attention that can be recorded: it does not use {_TABLE}")
+    tables, names = _looked_up(model)
     known = {id(module) for module in model.modules()}
 
     def recording(original: Any) -> Any:
@@ -53,7 +68,8 @@ def recorded(model: nn.Module, blocks: Collection[int] | None = None) -> Iterato
             number = getattr(module, "layer_idx", None)
             if id(module) in known and isinstance(number, int) and (blocks is None or number in blocks):
                 scaling = options.get("scaling")
-                found[number] = Heads(query, key, value, query.shape[-1] ** -0.5 if scaling is None else scaling)
+                scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+                found[number] = Heads(query, key, value, scaling, options.get("softcap"), options.get("sliding_window"))
             # Eager attention is no row of the table, but a function beside each model.
             forward = original or sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
             return forward(module, query, key, value, *args, **options)

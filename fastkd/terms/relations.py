@@ -78,6 +78,8 @@ class Probabilities:
 class Products:
     """softmax(scaling · a bᵀ) over the keys up to the query's own place that are no padding, and its own.
 
+    With a softcap c: softmax(c · tanh(scaling · a bᵀ / c)).
+
     a `[batch, heads, tokens, size]`; b has as many heads, or a divisor of them, each for a group of a's. `real` is bool
     `[batch, tokens]`: the keys that are no padding.
     """
@@ -86,6 +88,7 @@ class Products:
     b: Tensor
     scaling: float
     real: Tensor | None
+    softcap: float | None = None
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -114,6 +117,8 @@ class Products:
         # The heads that share keys are rows of one product.
         found = a.reshape(batch, groups, count // groups * queries, size) @ b.transpose(-1, -2)
         found = found.view(batch, count, queries, -1) * self.scaling
+        if self.softcap is not None:
+            found = (found / self.softcap).tanh() * self.softcap
         keys, here = torch.arange(b.shape[2], device=b.device), chunk.queries[:, None]
         seen = here >= keys
         if self.real is not None:  # a query sees itself: rows without any key would be NaN

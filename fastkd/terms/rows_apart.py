@@ -71,7 +71,7 @@ def distance(
         rows: int64, the numbers of the rows to compute. None: all.
         counted: bool `[...]`, the rows that count, among those computed.
         projector: `[H_t, H_s]`.
-        shares: `[len(teachers)]`, fp32. None where there is one teacher.
+        shares: `[len(teachers)]`, fp32 or float64. None where there is one teacher.
     """
     taught = [one.detach().reshape(-1, one.shape[-1]) for one in teachers]
     settings = (taught, rows, counted.flatten(), how, autocast_dtype(student.device), torch.is_grad_enabled())

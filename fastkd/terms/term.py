@@ -26,6 +26,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastkd import arguments
 from fastkd.projection.models import project
 from fastkd.sources import Projection, Teacher
 from fastkd.terms.architecture import Architecture
@@ -34,15 +35,18 @@ from fastkd.terms.routed import RoutedLogits
 
 __all__ = ["Batch", "Course", "Need", "Needs", "Outputs", "Shape", "Term", "Terms", "outputs_of"]
 
-_IGNORED = -100
+#: The label of what is not to be learnt.
+IGNORED = -100
 #: What a model can be asked for beside its last hidden states; also the name of the field of its outputs.
 Need = Literal["hidden_states", "attentions", "projections"]
 Shape = Literal["constant", "linear", "cosine"]
 #: What a trainer logs itself, beside what begins with `eval_`.
 RESERVED = (
-    *("loss", "ratio", "temperature", "soft_weight", "tokens_per_second"),
+    *("loss", "soft", "hard", "ratio", "temperature", "soft_weight", "tokens_per_second"),
     *("learning_rate", "grad_norm", "epoch", "step", "total_flos", "num_input_tokens_seen"),
 )
+#: What teachers that learn are logged as.
+TEACHERS = ("teacher_loss", "peer_loss")
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ _NO_ATTENTIONS = (
 
 
 class Needs(tuple[Need, ...]):
-    """What terms need of a model, and of which blocks alone, where not of all."""
+    """What terms need of a model and, if not all blocks are read, which."""
 
     blocks: Mapping[Need, frozenset[int]]
 
@@ -151,7 +155,12 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any], needs: Sequence[Need
 
 @dataclass(frozen=True)
 class Batch:
-    """One batch, beside what the models say of it."""
+    """One batch, beside what the models say of it.
+
+    A position counts for terms if its next label does and it is no padding itself: the last padding before a row's text
+    would predict the first token. `KDTerm`, and Trainer's count of a step's tokens, go by labels alone, so padding on
+    the left counts there unless the first label of the text is −100.
+    """
 
     #: int64 `[batch, tokens]`; −100 is not to be learnt.
     labels: Tensor
@@ -165,7 +174,8 @@ class Batch:
     def mean(self, values: Tensor) -> Tensor:
         """The batch's part of the step's mean over predicted tokens: a scalar.
 
-        `values` `[batch, tokens]` are of the positions that predict: position t counts if the label at t + 1 does.
+        `values` `[batch, tokens]` are of the positions that predict: position t counts if the label at t + 1 does, and
+        t is no padding.
         The parts of all batches of an optimizer step add up to its mean, as the distillation loss' parts do.
         """
         found = torch.where(self.counted, values[:, :-1], 0.0).sum()
@@ -177,12 +187,22 @@ class Batch:
 
     @property
     def counted(self) -> Tensor:
-        """Bool `[batch, tokens − 1]`: the positions whose next label counts."""
-        return self.labels[:, 1:] != _IGNORED
+        """Bool `[batch, tokens − 1]`: the positions whose next label counts, and which `attention_mask` has."""
+        learnt, mask = self.labels[:, 1:] != IGNORED, self.inputs.get("attention_mask")
+        if not isinstance(mask, Tensor) or mask.shape != self.labels.shape:
+            return learnt
+        return learnt & (mask[:, :-1] != 0).to(learnt.device)
+
+    @property
+    def items(self) -> Tensor | float:
+        """The predicted tokens of the step, to divide by: at least 1."""
+        if self.num_items is None:
+            return self.counted.sum().clamp(min=1)
+        return self.num_items.clamp(min=1) if isinstance(self.num_items, Tensor) else max(self.num_items, 1)
 
     def over_step(self, found: Tensor) -> Tensor:
         """The same of a sum over the tokens of this batch that count: `found` by the number of those of the step."""
-        return found / (self.counted.sum().clamp(min=1) if self.num_items is None else self.num_items)
+        return found / self.items
 
 
 class Term(nn.Module):
@@ -191,11 +211,13 @@ class Term(nn.Module):
     Args:
         name: what the value is logged as, of this term alone.
         weight: factor of the value in the loss, at least 0; at 0 the value is only logged. It may be changed between
-            steps. A `Course`: the trainer changes it, from its start to its end.
+            steps; a resumed run does not restore what was changed by hand. A `Course`: the trainer changes it, from its
+            start to its end.
 
     Parameters and buffers of a term are its own: a module of the student may not be one of it.
 
-    Raises ValueError for a name that the trainer logs itself, and for a weight that is negative or no number.
+    Raises ValueError for a name that the trainer or a teacher is logged under, and for a weight that is negative or no
+    finite number, also where it is set later.
     """
 
     #: What `forward` reads of both models' outputs, beside the logits.
@@ -210,15 +232,23 @@ class Term(nn.Module):
 
     def __init__(self, name: str, weight: float | Course = 1.0) -> None:
         super().__init__()
-        if not name or name in RESERVED or name.startswith("eval_"):
-            taken = ", ".join(RESERVED)
+        if not name or name in (*RESERVED, *TEACHERS) or name.startswith("eval_"):
+            taken = ", ".join((*RESERVED, *TEACHERS))
             raise ValueError(f"a term cannot be named {name!r}: the trainer logs {taken} and eval_… itself")
-        self.course = weight if isinstance(weight, Course) else None
-        for number in (weight.start, weight.end) if isinstance(weight, Course) else (weight,):
-            if not 0 <= number < math.inf:
-                raise ValueError(f"term {name!r} has weight {number}; it must be a number of at least 0")
         self.name = name
+        self.course = weight if isinstance(weight, Course) else None
+        if isinstance(weight, Course):
+            arguments.number(f"the end of the weight of term {name!r}", weight.end)
         self.weight = weight.start if isinstance(weight, Course) else weight
+
+    @property
+    def weight(self) -> float:
+        """Factor of the value in the loss."""
+        return self._weight
+
+    @weight.setter
+    def weight(self, value: float) -> None:
+        self._weight = arguments.number(f"the weight of term {self.name!r}", value)
 
     def follow(self, progress: float) -> None:
         """Set what changes over the training, of which a share in [0, 1] is done."""
@@ -267,7 +297,7 @@ class Terms(nn.ModuleList):
         names = [term.name for term in terms]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
-            raise ValueError(f"two terms are named {', '.join(twice)}: what is logged would be of both")
+            raise ValueError(f"two terms are named {', '.join(twice)}: give one another `name`, to be logged as")
         students = {id(weight) for weight in student.parameters()} if student is not None else set()
         for term in terms:
             if any(id(weight) in students for weight in term.parameters()):

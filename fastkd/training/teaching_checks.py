@@ -100,7 +100,9 @@ def check_terms(options: Options, student: Any, teacher: Any, tokenizer: Any) ->
 
 def asked_terms(options: Options) -> list[Term]:
     """The terms that are asked for, not yet checked against models. Raises InputError."""
-    return input_error(lambda: terms_named(named_terms(options.teaching.terms)), "terms")
+    found = input_error(lambda: terms_named(named_terms(options.teaching.terms)), "terms")
+    input_error(lambda: Terms(found), "terms")  # refuses two of one name
+    return found
 
 
 def more_teachers(options: Options) -> list[ModelOptions]:

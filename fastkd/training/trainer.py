@@ -282,7 +282,7 @@ class KDTrainer(TrainsBeside):
 
 def logged_beside(line: dict[str, Any]) -> list[str]:
     """What a line of logs has of terms and of a teacher that learns: names, in order."""
-    return [name for name in line if name not in (*RESERVED, "soft", "hard") and not name.startswith("eval_")]
+    return [name for name in line if name not in RESERVED and not name.startswith("eval_")]
 
 
 def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:

@@ -147,7 +147,7 @@ def test_contradictions_are_refused(values, message):
         ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
         ({"teacher_mode": "online", "teacher_quantization": "8bit"}, "cannot be trained"),
         ({"terms": ["hiden"]}, "did you mean 'hidden'"),
-        ({"terms": ['{"type": "hidden", "weight": -1}']}, "weight -1"),
+        ({"terms": ['{"type": "hidden", "weight": -1}']}, "got -1"),
         ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),
         ({"terms": ['{"type": "hidden", "layers": [[0, 9]]}']}, "9"),
         ({"teacher_mode": "routed", "more_teachers": ["a"]}, "2 teachers for 1 corpora"),

@@ -11,7 +11,7 @@ from torch import nn
 
 import fastkd
 from fastkd.terms import Term
-from fastkd.training.trainer import KDTrainer
+from fastkd.training.trainer import KDTrainer, logged_beside
 from tests import compare
 from tests.training.test_trainer import VOCAB, logged, model, teacher, trainer, weights
 from tests.training.two_processes import on_two
@@ -174,11 +174,11 @@ def test_terms_that_could_take_no_part_are_refused(tmp_path):
 
 
 def test_wrong_terms_are_refused(tmp_path):
-    for name in ("loss", "grad_norm", "eval_z", ""):
+    for name in ("loss", "grad_norm", "eval_z", "hard", "soft", "peer_loss", "teacher_loss", ""):
         with pytest.raises(ValueError, match=f"cannot be named {name!r}"):
             ZLoss(name)
     for weight in (-1.0, float("nan"), float("inf")):
-        with pytest.raises(ValueError, match="'z' has weight"):
+        with pytest.raises(ValueError, match="weight of term 'z' must be a finite number"):
             ZLoss("z", weight)
     with pytest.raises(ValueError, match="two terms are named z"):
         trainer(tmp_path, model(0), teacher=teacher(), terms=[ZLoss("z"), ZLoss("z")])
@@ -229,3 +229,8 @@ def test_a_sharded_student_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr("fastkd.training.beside.FSDPModule", transformers.LlamaForCausalLM)
     with pytest.raises(ValueError, match="cannot be trained beside a sharded student"):
         trainer(tmp_path, model(0), teacher=teacher(), terms=[LastHidden("hidden")])
+
+
+def test_a_line_of_logs_tells_terms_and_teachers_from_the_rest():
+    line = ("loss", "soft", "hard", "ratio", "z", "peer_loss", "teacher_loss", "grad_norm", "eval_hard")
+    assert logged_beside(dict.fromkeys(line, 1.0)) == ["z", "peer_loss", "teacher_loss"]
