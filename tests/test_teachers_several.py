@@ -101,6 +101,13 @@ def test_indices_name_teachers_too(column, models):
     assert torch.equal(loss, expected)
 
 
+def test_names_that_are_numbers_go_before_indices():
+    student, models = gpt2(0), list(three().values())
+    loss, _ = loss_of(Routed(dict(zip((1, 0, 7), models, strict=True))), student, 0, KD, {"teacher_name": [1, 0, 1, 7]})
+    expected, _ = loss_of(Routed(three()), student, 0, KD, {"teacher_name": NAMES})
+    assert torch.equal(loss, expected)
+
+
 def test_parts_of_a_step_add_up():
     """Two batches of one step, with the number of its tokens."""
     student, mode = gpt2(0), Routed(three())

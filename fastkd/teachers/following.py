@@ -60,7 +60,7 @@ class _Copy(TeacherMode):
         return found
 
     def _made(self, student: nn.Module) -> nn.Module:
-        return copy.deepcopy(student)  # weights that are tied stay it
+        return copy.deepcopy(student)  # tied weights stay tied
 
     def kept(self) -> dict[str, Any]:
         """Parameters and buffers of the copy; none before the first batch."""

@@ -40,8 +40,8 @@ class _Several(TeacherMode):
         """All models have one vocabulary, and none is the student. ValueError for needs: features are of one model."""
         if needs:
             raise ValueError(
-                f"terms need the teacher's {' and '.join(needs)}, but there are {len(self._models)} teachers, and no "
-                "one's features are the teacher's: take one teacher, or those terms away"
+                f"terms need the teacher's {' and '.join(needs)}, but there are {len(self._models)} teachers, so it "
+                "is not clear whose features are meant: take one teacher, or those terms away"
             )
         check_models(student, {f"teacher {name!r}": model for name, model in self._models.items()}, vocab_size)
 
@@ -94,7 +94,8 @@ class Routed(_Several):
         models: names and models, or models, whose names are then their indices from 0. Each frozen, in eval mode, on
             the student's device, with the student's vocabulary.
         column: the key of the batch that has the names of its rows: a list of strings, or indices as a list or as
-            integers `[batch]`, on the CPU best, since they are read there. Indices count the models in the order given.
+            integers `[batch]`, on the CPU best, since they are read there. Indices count the models in the order given,
+            unless names are numbers: a name goes before an index.
 
     Tensors among the inputs whose first dimension is the batch are cut into rows. Others go to each teacher as they
     are.
@@ -141,7 +142,7 @@ class Routed(_Several):
         names = found.tolist() if isinstance(found, Tensor) else list(found)
         if len(names) != count:
             raise ValueError(f"{column!r} has {len(names)} teachers for a batch of {count} rows")
-        numbers = {name: number for number, name in enumerate(known)} | {number: number for number in range(len(known))}
+        numbers = {number: number for number in range(len(known))} | {name: number for number, name in enumerate(known)}
         strange = next((name for name in names if not isinstance(name, (str, int)) or name not in numbers), None)
         if strange is not None:
             raise ValueError(f"{column!r} names the teacher {strange!r}, which is not there: there are {known}")
