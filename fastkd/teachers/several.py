@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import arguments
 from fastkd.mixture import Mixture
+from fastkd.projected import Projection
 from fastkd.teachers.given import check_frozen
 from fastkd.teachers.mode import NOTHING, TeacherMode, check_models
 from fastkd.terms import Need, Outputs, RoutedLogits, outputs_of
@@ -73,6 +75,12 @@ class Mixed(_Several):
         if not sum(given):
             raise ValueError(f"all weights are 0: {given}")
         self.weights = [weight / sum(given) for weight in given]
+        self._vocab_size: int | None = None
+
+    def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
+        """As above. Of heads that are padded to different widths the first `vocab_size` columns are mixed."""
+        super().check(student, needs, vocab_size)
+        self._vocab_size = vocab_size
 
     @torch.no_grad()
     def outputs(
@@ -84,7 +92,13 @@ class Mixed(_Several):
     ) -> Outputs:
         """One forward of each teacher."""
         pairs = [pair for pair in zip(self._models.values(), self.weights, strict=True) if pair[1]]
-        return Outputs(Mixture([outputs_of(model, inputs).projection for model, _ in pairs], [w for _, w in pairs]))
+        heads = [self._counted(outputs_of(model, inputs).projection) for model, _ in pairs]
+        return Outputs(Mixture(heads, [weight for _, weight in pairs]))
+
+    def _counted(self, logits: Projection) -> Projection:
+        """The columns that count."""
+        bias = None if logits.bias is None else logits.bias[: self._vocab_size]
+        return replace(logits, weight=logits.weight[: self._vocab_size], bias=bias)
 
 
 class Routed(_Several):

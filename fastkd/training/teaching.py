@@ -34,7 +34,7 @@ def terms_of(setup: Setup, student: Any, teacher: TeacherMode) -> list[Term]:
         if "attentions" in checked.needs:  # fused ones return none
             for model in (student, setup.teacher):
                 model.set_attn_implementation("eager")
-        teacher.check(student, checked.needs)
+        teacher.check(student, checked.needs, setup.counted)
         checked.check(student, teacher.model)
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error

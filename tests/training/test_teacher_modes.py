@@ -146,6 +146,15 @@ def test_epochs_end_where_snapshots_are_taken(tmp_path):
     assert torch.equal(weights(found.teacher.model), states[8])
 
 
+@pytest.mark.parametrize("every", ["epoch", 8])
+def test_a_training_without_a_snapshot_is_refused_before_the_first_step(every, tmp_path):
+    student = gpt2(0)
+    before = weights(student).clone()
+    with pytest.raises(ValueError, match=r"8 steps in 1 epoch\(s\), and a snapshot is taken"):
+        trainer(tmp_path, student, kd=KD, teacher=Snapshot(every), max_steps=8).train()
+    assert torch.equal(weights(student), before)
+
+
 def test_accumulated_batches_are_one(tmp_path):
     """Of a peer that learns, and of an average that follows once a step."""
     for make in (lambda: Mutual(gpt2(1, 24, 0.0), KD), lambda: EMA(0.5)):
@@ -177,6 +186,7 @@ def test_bf16_autocast(name, tmp_path):
 def test_features_teach_too(name, tmp_path):
     """Hidden states and relations of attention; what they give the student changes nothing of what learns beside it."""
     makers = {"online": lambda: Online(gpt2(1, 24, 0.0)), "mutual": lambda: Mutual(gpt2(1, 24, 0.0), KD)}
+    makers["snapshot"] = lambda: Snapshot(1)
     make, results = makers.get(name, MAKERS[name][0]), []
     for terms in ([], [HiddenStateTerm("last"), AttentionTerm("last", relation="values")]):
         found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), terms=terms, max_steps=2)

@@ -140,6 +140,8 @@ def test_contradictions_are_refused(values, message):
         ({"terms": ["hidden"], "cache_dir": "cache"}, "which no cache has"),
         ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
         ({"teacher_mode": "online", "teacher_quantization": "8bit"}, "cannot be trained"),
+        ({"teacher_mode": "snapshot", "snapshot_every": 6}, "one every 6, but the run ends no later"),
+        ({"teacher_mode": "snapshot", "max_steps": None, "epochs": 1.0}, "one every epoch, but the run ends no later"),
         ({"terms": ["hiden"]}, "did you mean 'hidden'"),
         ({"terms": ['{"type": "hidden", "weight": -1}']}, "weight -1"),
         ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),
