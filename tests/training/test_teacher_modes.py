@@ -186,10 +186,9 @@ def test_bf16_autocast(name, tmp_path):
 def test_features_teach_too(name, tmp_path):
     """Hidden states and relations of attention; what they give the student changes nothing of what learns beside it."""
     makers = {"online": lambda: Online(gpt2(1, 24, 0.0)), "mutual": lambda: Mutual(gpt2(1, 24, 0.0), KD)}
-    makers["snapshot"] = lambda: Snapshot(1)
     make, results = makers.get(name, MAKERS[name][0]), []
     for terms in ([], [HiddenStateTerm("last"), AttentionTerm("last", relation="values")]):
-        found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), terms=terms, max_steps=2)
+        found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), terms=terms, max_steps=3)
         found.train()
         results.append((weights(found.model), weights(found.teacher.model)))
     assert logged(found, "hidden")[1] > 0
