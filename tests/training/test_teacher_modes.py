@@ -10,7 +10,8 @@ import transformers
 
 import fastkd
 from fastkd.teachers import EMA, MODES, Cached, Frozen, Mixed, MultiView, Mutual, Online, Routed, Snapshot
-from fastkd.terms import AttentionTerm, HiddenStateTerm
+from fastkd.teachers.mode import detached
+from fastkd.terms import AttentionTerm, Batch, Course, HiddenStateTerm, KDTerm, outputs_of
 from fastkd.training.data import collate
 from fastkd.training.trainer import KDTrainer
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, logged, teacher, trainer, weights, windows
@@ -144,6 +145,25 @@ def test_epochs_end_where_snapshots_are_taken(tmp_path):
     found = trainer(tmp_path, gpt2(0), kd=KD, teacher=Snapshot(), max_steps=11, kind=Watched)
     found.train()
     assert torch.equal(weights(found.teacher.model), states[8])
+
+
+def test_a_peers_loss_changes_as_the_students_does(tmp_path):
+    """Each step's is that of a loss of the temperature and weight then."""
+    courses = {"temperature": Course(4.0, 1.0, "linear"), "soft_weight": Course(0.0, 0.6, "linear")}
+    mode = Mutual(gpt2(1, 24, 0.0), fastkd.KDLoss(4.0, soft_weight=0.0, hard_weight=1.0), **courses)
+    expected = []
+
+    class Watched(KDTrainer):
+        def distillation_loss(self, model, inputs, teacher, labels, num_items):
+            progress, batch = self.state.global_step / 3, Batch(labels, inputs, num_items)
+            temperature, soft = (course.at(progress) for course in courses.values())
+            kd = KDTerm(fastkd.KDLoss(temperature, soft_weight=soft, hard_weight=1 - soft))
+            expected.append(kd(teacher, detached(outputs_of(model, inputs)), batch)["loss"].item())
+            return super().distillation_loss(model, inputs, teacher, labels, num_items)
+
+    found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=mode, kind=Watched)
+    found.train()
+    assert logged(found, "peer_loss") == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("every", ["epoch", 8])
