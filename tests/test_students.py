@@ -25,6 +25,7 @@ MODELS = {
     "llama": {**DEEP, "tie_word_embeddings": True},  # as SmolLM2
     "qwen2": {**DEEP, "use_sliding_window": True, "sliding_window": 3, "layer_types": TYPES},
     "qwen3": DEEP,
+    "gemma2": {**DEEP, "sliding_window": 3, "layer_types": TYPES},
     "gemma3_text": {**DEEP, "sliding_window": 3, "layer_types": TYPES},
     "mixtral": {**DEEP, "num_local_experts": 4},
     "qwen3_moe": {**DEEP, **EXPERTS, "decoder_sparse_step": 2, "mlp_only_layers": []},
@@ -310,6 +311,12 @@ def test_unknown_projections_are_named(kind, config, name):
         narrow(build(kind, **config), NARROW, [batch()])
 
 
+def test_embeddings_of_another_width_are_refused():
+    model = build("opt", **DEEP, ffn_dim=32, word_embed_proj_dim=32)
+    with pytest.raises(ValueError, match="word_embed_proj_dim=32: fastkd does not know"):
+        narrow(model, NARROW, [batch()])
+
+
 def test_norms_over_heads_are_of_the_heads_kept():
     model = build("olmo2", **DEEP)
     for layer in model.model.layers:
@@ -343,3 +350,19 @@ def test_narrower(kind):
     assert all(weight.grad is not None for weight in student.parameters() if weight.requires_grad)
     ours, whole = (one.get_input_embeddings().weight is one.get_output_embeddings().weight for one in (student, model))
     assert ours == whole
+
+
+def test_a_narrow_one_is_saved_and_loaded(model, tmp_path):
+    student = narrow(model, NARROW, [batch("right")])
+    student.save_pretrained(tmp_path)
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    inputs = batch()
+    torch.testing.assert_close(logits(loaded, inputs), logits(student, inputs), rtol=0, atol=0)
+
+
+def test_students_are_made_without_random_numbers_and_without_weights():
+    model, before = tiny("gemma3_text"), torch.get_rng_state()
+    narrow(model, NARROW, [{"input_ids": torch.ones(1, 4, dtype=torch.long)}])
+    assert torch.equal(torch.get_rng_state(), before)
+    student = keep_layers(model.to("meta"), [0])
+    assert {one.device.type for one in (*student.parameters(), *student.buffers())} == {"meta"}

@@ -346,6 +346,23 @@ def test_snapshots_are_taken_when_they_are_due(every, due):
         assert torch.equal(weights(mode.model), expected)
 
 
+@pytest.mark.parametrize("make", [EMA, lambda: Snapshot(1)])
+def test_a_second_student_is_refused(make):
+    first, second, mode = gpt2(0), gpt2(3), make()
+    mode.check(second)
+    Loop(first, mode).take(1)
+    mode.check(first)
+    with pytest.raises(ValueError, match="follows another student, whose copy would teach"):
+        mode.check(second)
+
+
+def test_trainings_without_a_snapshot_are_refused():
+    for every, steps, epochs in (("epoch", 8, 1), (8, 8, 4)):
+        with pytest.raises(ValueError, match="own start would teach it to the end"):
+            Snapshot(every).begin(steps, epochs)
+        Snapshot(every).begin(steps + 1, epochs + 1)
+
+
 def test_what_cannot_learn_is_refused():
     for make, name in ((Online, "teacher"), (Mutual, "peer")):
         with pytest.raises(ValueError, match=f"the {name} learns too, but none of its parameters"):

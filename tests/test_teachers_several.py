@@ -101,6 +101,13 @@ def test_indices_name_teachers_too(column, models):
     assert torch.equal(loss, expected)
 
 
+def test_names_that_are_numbers_go_before_indices():
+    student, models = gpt2(0), list(three().values())
+    loss, _ = loss_of(Routed(dict(zip((1, 0, 7), models, strict=True))), student, 0, KD, {"teacher_name": [1, 0, 1, 7]})
+    expected, _ = loss_of(Routed(three()), student, 0, KD, {"teacher_name": NAMES})
+    assert torch.equal(loss, expected)
+
+
 def test_parts_of_a_step_add_up():
     """Two batches of one step, with the number of its tokens."""
     student, mode = gpt2(0), Routed(three())
@@ -154,6 +161,20 @@ def test_mixed_value_and_gradient_are_the_formulas(shares):
 
     assert [len(one) for one in calls] == [int(share > 0) for share in numbers]
     assert_is(loss, student, formula)
+
+
+@pytest.mark.parametrize("make", [Mixed, Routed])
+def test_padded_heads(make):
+    """Columns that no token has are left out, of teachers and student: the loss is as of heads without them."""
+    kd, names = KDTerm(fastkd.KDLoss(2.0, vocab_size=VOCAB)), {"teacher_name": [0, 1, 0, 1]}
+    student, models = gpt2(0), [frozen(1), frozen(2, 16)]
+    expected, _ = loss_of(make(models), student, 0, KD, names)
+    for model, wide in ((models[1], VOCAB + 4), (student, VOCAB + 9)):
+        model.resize_token_embeddings(wide, mean_resizing=False)
+    mode = make([models[0], models[1].requires_grad_(False)])
+    mode.check(student, (), VOCAB)
+    loss, _ = loss_of(mode, student, 0, kd, names)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize(

@@ -39,8 +39,8 @@ def plan(
         tokens: rows of the batch that count: those not masked on the CPU, or where their number is known (`live=`).
         vocab_size: columns of the output heads that count.
         student_hidden: H of the student, or None where it comes as a tensor of logits.
-        teacher_hidden: H of the teacher, or None where it comes as logits or there is none; several of a
-            `fastkd.Mixture`, of its projections.
+        teacher_hidden: H of the teacher, or None where it comes as logits or there is none; of a `fastkd.Mixture` a
+            sequence, of its projections, also where it has but one beside logits. No mixture is computed in tiles.
         dtype: of hidden states and weights.
         device: where they are.
         gpu: plan for this kind of GPU in place of the machine's, with all of its memory free: "A100" (80 GB, SXM),
@@ -56,6 +56,7 @@ def plan(
     """
     device = torch.device(device)
     sizes = {"tokens": tokens, "vocab_size": vocab_size}
+    mixed = isinstance(teacher_hidden, Sequence)
     taught = () if teacher_hidden is None else teacher_hidden
     taught = (*taught,) if isinstance(taught, Sequence) else (taught,)
     if student_hidden is not None:
@@ -76,9 +77,9 @@ def plan(
     teachers = [head(width) for width in taught]
     wants, found = Wants(hidden=True, weight=student is not None, bias=False), resolve(divergence)
     memory = None if gpu is None else GPUS[gpu].memory
-    whole = len(teachers) < 2  # teachers are mixed in whole rows
+    tiles = not mixed  # teachers are mixed in whole rows
     planned = plan_for(
-        tokens, vocab_size, student, teachers, wants, found, device, memory_budget, tiles_allowed=whole, free=memory
+        tokens, vocab_size, student, teachers, wants, found, device, memory_budget, tiles_allowed=tiles, free=memory
     )
     card = gpu_of(device) if gpu is None else GPUS[gpu]
     if card is None or size == 8:

@@ -19,7 +19,7 @@ __all__ = ["rows_at_hand", "teacher_side", "teacher_sizes"]
 def teacher_side(call: Call) -> TeacherSide | None:
     source = call.teacher_source()
     if isinstance(source, Mixture):
-        return Mixed(source, call)
+        return MixedRows(source, call)
     if isinstance(source, (Tensor, Projection)):
         return _whole(source, call)
     rows = rows_at_hand(source, call)
@@ -67,7 +67,7 @@ class Sparse:
         return self._group.part(part)
 
 
-class Mixed:
+class MixedRows:
     """Several teachers, mixed over the logits of the first projection or, if there is none, in a buffer for that."""
 
     whole: bool = True

@@ -5,12 +5,14 @@ Models are duck-typed; transformers is not imported.
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 __all__ = ["Cut", "blocks_of", "check_model", "made_of", "model_configuration", "whole"]
 
@@ -69,9 +71,12 @@ def made_of(model: Any, config: Any, source: Callable[[str], str] = str, cut: Cu
         source: the name of a module of the student → that of the teacher's, from which its tensors come.
         cut: what of a tensor is taken. Its result is copied; tensors that are tied in the teacher are tied again.
 
+    Buffers that are not saved, such as Gemma's scale of embeddings, are those of the configuration: what is loaded from
+    a saved student has these.
+
     Raises ValueError where a module or tensor is not there, or has another shape than the student's.
     """
-    with torch.device("meta"):  # no memory, no random numbers
+    with _without_weights():
         student = type(model)(config)
     copies: dict[int, Any] = {}
     for name, module in student.named_modules():
@@ -89,6 +94,9 @@ def made_of(model: Any, config: Any, source: Callable[[str], str] = str, cut: Cu
                     f"{name} of the student has {sorted(wanted)}, but {origin} of the teacher {sorted(found)}"
                 )
             for key in sorted(wanted):
+                if key in module._non_persistent_buffers_set:
+                    ours[key] = ours[key].to(given[key].device, given[key].dtype)
+                    continue
                 if id(given[key]) not in copies:
                     taken = cut(origin, key, given[key].detach(), ours[key].shape)
                     if taken.shape != ours[key].shape:
@@ -102,3 +110,18 @@ def made_of(model: Any, config: Any, source: Callable[[str], str] = str, cut: Cu
     if getattr(model, "generation_config", None) is not None:
         student.generation_config = copy.deepcopy(model.generation_config)
     return student.train(model.training)
+
+
+@contextlib.contextmanager
+def _without_weights() -> Iterator[None]:
+    """Models are made with their parameters on the meta device: no memory, and no random numbers of the training."""
+
+    def emptied(module: nn.Module, name: str, parameter: nn.Parameter | None) -> nn.Parameter | None:
+        return None if parameter is None else nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+
+    handle = register_module_parameter_registration_hook(emptied)  # type: ignore[arg-type]
+    try:
+        with torch.random.fork_rng([]):
+            yield
+    finally:
+        handle.remove()

@@ -34,7 +34,8 @@ def narrow(model: Any, width: int, batches: Iterable[Mapping[str, Any]]) -> Any:
     et al. 2024, arXiv:2407.14679): a channel's is the root mean square of what the norms make of it, summed over all
     norms; a head's that of its output, and a neuron's that of its activation. Heads keep their size; their number, and
     the width of the MLP, shrink as the width does. Whole groups of query heads go with their head of keys, where these
-    can be divided; else a share of each group. Experts of a mixture keep their number and their own width.
+    can be divided; else a share of each group. Experts of a mixture keep their number and their own width. Where the
+    architecture scales embeddings by √width, as Gemma's does, the scale is that of the student's width.
 
         student = fastkd.students.narrow(teacher, 384, [{"input_ids": ids} for ids in text[:32].split(8)]).train()
 
@@ -66,6 +67,11 @@ def narrowed_configuration(model: Any, width: int) -> Any:
     whole, cut = model.config.get_text_config(), config.get_text_config()
     hidden, heads = whole.hidden_size, whole.num_attention_heads
     groups = getattr(whole, "num_key_value_heads", None) or heads
+    if hasattr(whole, "word_embed_proj_dim"):
+        raise ValueError(
+            f"{type(model).__name__} has embeddings of a width of their own, word_embed_proj_dim="
+            f"{whole.word_embed_proj_dim}: fastkd does not know how to narrow them. Use keep_layers, or another model"
+        )
     if not 0 < integer("width", width) < hidden:
         raise ValueError(f"width must be from 1 to {hidden - 1}, below the model's {hidden}, got {width}")
     fits = [size for size in range(1, hidden) if _heads(size, hidden, heads, groups)]

@@ -32,9 +32,13 @@ class _Copy(TeacherMode):
         return found
 
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
-        """The student is no sharded one."""
+        """The student is no sharded one, and no other than the copy is of."""
         _check_whole(student)
-        self.__dict__.setdefault("model", student)  # what terms look at before there is a copy
+        if self._copy is None:
+            self.__dict__["model"] = student  # what terms look at before there is a copy
+        elif self.__dict__["followed"] is not unwrapped(student):
+            kind = type(self).__name__
+            raise ValueError(f"this {kind} follows another student, whose copy would teach: make a {kind} of its own")
 
     @torch.no_grad()
     def outputs(
@@ -58,13 +62,14 @@ class _Copy(TeacherMode):
             _check_whole(student)
             found = self._made(unwrapped(student)).eval().requires_grad_(False)
             self.__dict__["copy"] = self.__dict__["model"] = found
+            self.__dict__["followed"] = unwrapped(student)
             if self._kept is not None:
                 self._load(self._kept)
                 self._kept = None
         return found
 
     def _made(self, student: nn.Module) -> nn.Module:
-        return copy.deepcopy(student)  # weights that are tied stay it
+        return copy.deepcopy(student)  # tied weights stay tied
 
     def kept(self) -> dict[str, Any]:
         """Parameters and buffers of the copy; none before the first batch."""
@@ -100,7 +105,7 @@ class EMA(_Copy):
             since its steps are below a rounding. So it is kept in fp32 then, beside the rounded weights that are run.
 
     `save` writes the average to `ema/`. Raises TypeError or ValueError for wrong arguments; `check` for a sharded
-    student.
+    student, and for another one than it follows.
     """
 
     def __init__(
@@ -206,7 +211,8 @@ class Snapshot(_Copy):
     Args:
         every: optimizer steps from one snapshot to the next, at least 1; or `"epoch"`.
 
-    Raises TypeError or ValueError for another `every`; `check` for a sharded student.
+    Raises TypeError or ValueError for another `every`; `check` for a sharded student, and for another one than it
+    follows; `begin` for a training that ends before the first snapshot teaches.
     """
 
     def __init__(self, every: int | Literal["epoch"] = "epoch") -> None:
@@ -216,6 +222,16 @@ class Snapshot(_Copy):
                 raise ValueError(f"every must be a number of steps or 'epoch', got {every!r}")
             arguments.integer("every", every, least=1)
         self.every = every
+
+    def begin(self, steps: int, epochs: int) -> None:
+        """A snapshot is taken before the last step."""
+        if epochs <= 1 if self.every == "epoch" else self.every >= steps:
+            when = "at each epoch's end" if self.every == "epoch" else f"every {self.every} steps"
+            raise ValueError(
+                f"the training has {steps} steps in {epochs} epoch(s), and a snapshot is taken {when}: the student's "
+                "own start would teach it to the end. Take fewer steps from one to the next, as in "
+                "Snapshot(every=100), or train longer"
+            )
 
     @torch.no_grad()
     def stepped(self, student: nn.Module, step: int, *, epoch_ended: bool = False) -> None:

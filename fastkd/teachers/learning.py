@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fastkd import arguments
 from fastkd.losses import KDLoss
 from fastkd.teachers.mode import NOTHING, TeacherMode, check_models, detached
-from fastkd.terms import Batch, KDTerm, Need, Outputs, RouterTerm, asks_for_router_loss, outputs_of
+from fastkd.terms import Batch, Course, KDTerm, Need, Outputs, RouterTerm, asks_for_router_loss, outputs_of
 
 __all__ = ["Mutual", "Online"]
 
@@ -30,7 +30,7 @@ class _Learner(TeacherMode):
     #: How messages, logs and files call it.
     name: str
 
-    def __init__(self, model: nn.Module, kd: KDLoss | None, learning_rate: float | None) -> None:
+    def __init__(self, model: nn.Module, term: KDTerm, learning_rate: float | None) -> None:
         super().__init__()
         if not any(weight.requires_grad for weight in model.parameters()):
             raise ValueError(f"the {self.name} learns too, but none of its parameters requires a gradient")
@@ -39,7 +39,7 @@ class _Learner(TeacherMode):
         self.learner = model
         self.__dict__["model"] = model
         self.learning_rate = learning_rate
-        self._term = KDTerm(kd)
+        self._term = term
         self._router = RouterTerm(model) if asks_for_router_loss(model) else None
         self._seen: Outputs | None = None
 
@@ -113,7 +113,7 @@ class Online(_Learner):
     name = "teacher"
 
     def __init__(self, model: nn.Module, learning_rate: float | None = None) -> None:
-        super().__init__(model, KDLoss(soft_weight=0.0, hard_weight=1.0), learning_rate)
+        super().__init__(model, KDTerm(KDLoss(soft_weight=0.0, hard_weight=1.0)), learning_rate)
 
 
 class Mutual(_Learner):
@@ -128,6 +128,7 @@ class Mutual(_Learner):
         kd: the peer's loss; a copy is used. Default: the paper's, temperature 1 and both weights 1. What the
             student learns is the training's loss.
         learning_rate: the peer's peak learning rate, above 0; None: the student's.
+        temperature, soft_weight: how those of the peer's loss change over the training, as `KDTerm`'s do, if they do.
 
     `trained` belongs into the optimizer, as a parameter group of its own. `save` writes the peer to `peer/`.
 
@@ -137,11 +138,23 @@ class Mutual(_Learner):
 
     name = "peer"
 
-    def __init__(self, model: nn.Module, kd: KDLoss | None = None, learning_rate: float | None = None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        kd: KDLoss | None = None,
+        learning_rate: float | None = None,
+        *,
+        temperature: Course | None = None,
+        soft_weight: Course | None = None,
+    ) -> None:
         kd = KDLoss(1.0, soft_weight=1.0, hard_weight=1.0) if kd is None else kd
-        if not kd.soft_weight:
+        if not kd.soft_weight and soft_weight is None:
             raise ValueError("the peer would learn nothing from the student: its loss has soft_weight=0")
-        super().__init__(model, kd, learning_rate)
+        super().__init__(model, KDTerm(kd, temperature=temperature, soft_weight=soft_weight), learning_rate)
+
+    def follow(self, progress: float) -> None:
+        """Set temperature and weights of the peer's loss."""
+        self._term.follow(progress)
 
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
         """As above; and the peer's weights are not the student's."""

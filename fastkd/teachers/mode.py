@@ -35,8 +35,8 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class TeacherMode(nn.Module):
     """One row of the table of teachers. A mode defines `outputs`, and what else of the following it needs.
 
-    A training calls `check` before its first step; for each batch, `outputs` once and then `loss` once; after each
-    optimizer step `stepped`; at checkpoints `kept` and, to resume, `restore`; at the end `save`.
+    A training calls `check` and `begin` before its first step; for each batch `follow`, `outputs` once and then `loss`
+    once; after each optimizer step `stepped`; at checkpoints `kept` and, to resume, `restore`; at the end `save`.
     """
 
     #: Keys of a batch that are for the mode and not for models.
@@ -82,6 +82,15 @@ class TeacherMode(nn.Module):
 
     def ready(self, student: nn.Module) -> None:
         """Make what is made of the student, where no batch will come. By default nothing."""
+
+    def begin(self, steps: int, epochs: int) -> None:
+        """Raise ValueError, before the first step, for a training too short for the mode.
+
+        `steps`: optimizer steps in all. `epochs`: how many are begun; 1 where the data have no length.
+        """
+
+    def follow(self, progress: float) -> None:
+        """Set what changes over the training, of which a share in [0, 1] is done."""
 
     def stepped(self, student: nn.Module, step: int, *, epoch_ended: bool = False) -> None:
         """Follow the student. `step`: how many optimizer steps have been taken, this one included."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from fastkd import arguments
 from fastkd.mixture import Mixture
+from fastkd.projected import Projection
 from fastkd.teachers.given import check_frozen
 from fastkd.teachers.mode import NOTHING, TeacherMode, check_models
 from fastkd.terms import Need, Outputs, RoutedLogits, outputs_of
@@ -40,8 +42,8 @@ class _Several(TeacherMode):
         """All models have one vocabulary, and none is the student. ValueError for needs: features are of one model."""
         if needs:
             raise ValueError(
-                f"terms need the teacher's {' and '.join(needs)}, but there are {len(self._models)} teachers, and no "
-                "one's features are the teacher's: take one teacher, or those terms away"
+                f"terms need the teacher's {' and '.join(needs)}, but there are {len(self._models)} teachers, so it "
+                "is not clear whose features are meant: take one teacher, or those terms away"
             )
         check_models(student, {f"teacher {name!r}": model for name, model in self._models.items()}, vocab_size)
 
@@ -73,6 +75,12 @@ class Mixed(_Several):
         if not sum(given):
             raise ValueError(f"all weights are 0: {given}")
         self.weights = [weight / sum(given) for weight in given]
+        self._vocab_size: int | None = None
+
+    def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
+        """As above. Of heads that are padded to different widths the first `vocab_size` columns are mixed."""
+        super().check(student, needs, vocab_size)
+        self._vocab_size = vocab_size
 
     @torch.no_grad()
     def outputs(
@@ -84,7 +92,13 @@ class Mixed(_Several):
     ) -> Outputs:
         """One forward of each teacher."""
         pairs = [pair for pair in zip(self._models.values(), self.weights, strict=True) if pair[1]]
-        return Outputs(Mixture([outputs_of(model, inputs).projection for model, _ in pairs], [w for _, w in pairs]))
+        heads = [self._counted(outputs_of(model, inputs).projection) for model, _ in pairs]
+        return Outputs(Mixture(heads, [weight for _, weight in pairs]))
+
+    def _counted(self, logits: Projection) -> Projection:
+        """The columns that count."""
+        bias = None if logits.bias is None else logits.bias[: self._vocab_size]
+        return replace(logits, weight=logits.weight[: self._vocab_size], bias=bias)
 
 
 class Routed(_Several):
@@ -94,7 +108,8 @@ class Routed(_Several):
         models: names and models, or models, whose names are then their indices from 0. Each frozen, in eval mode, on
             the student's device, with the student's vocabulary.
         column: the key of the batch that has the names of its rows: a list of strings, or indices as a list or as
-            integers `[batch]`, on the CPU best, since they are read there. Indices count the models in the order given.
+            integers `[batch]`, on the CPU best, since they are read there. Indices count the models in the order given,
+            unless names are numbers: a name goes before an index.
 
     Tensors among the inputs whose first dimension is the batch are cut into rows. Others go to each teacher as they
     are.
@@ -141,7 +156,7 @@ class Routed(_Several):
         names = found.tolist() if isinstance(found, Tensor) else list(found)
         if len(names) != count:
             raise ValueError(f"{column!r} has {len(names)} teachers for a batch of {count} rows")
-        numbers = {name: number for number, name in enumerate(known)} | {number: number for number in range(len(known))}
+        numbers = {number: number for number in range(len(known))} | {name: number for number, name in enumerate(known)}
         strange = next((name for name in names if not isinstance(name, (str, int)) or name not in numbers), None)
         if strange is not None:
             raise ValueError(f"{column!r} names the teacher {strange!r}, which is not there: there are {known}")

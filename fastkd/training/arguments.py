@@ -7,10 +7,11 @@ from pathlib import Path
 from transformers import TrainingArguments
 
 import fastkd
+from fastkd.terms import Course
 from fastkd.training.loading import device_of
 from fastkd.training.options import DistillationOptions, InputError, Options
 
-__all__ = ["arguments", "distillation_loss"]
+__all__ = ["arguments", "courses", "distillation_loss"]
 
 #: Options of a training that Trainer has under the same name.
 _SAME = (
@@ -32,6 +33,15 @@ def distillation_loss(options: DistillationOptions, vocab_size: int | None = Non
         )
     except (ValueError, TypeError) as error:
         raise InputError(str(error)) from error
+
+
+def courses(options: DistillationOptions) -> dict[str, Course | None]:
+    """How the loss changes over the training: `temperature` and `soft_weight`, None where it stays."""
+    ends = {
+        "temperature": (options.temperature, options.final_temperature, options.temperature_schedule),
+        "soft_weight": (options.weights[0], options.final_soft_weight, options.weight_schedule),
+    }
+    return {name: None if end is None else Course(start, end, shape) for name, (start, end, shape) in ends.items()}
 
 
 def arguments(options: Options, directory: Path, *, resumed: bool = False) -> TrainingArguments:

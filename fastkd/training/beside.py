@@ -6,6 +6,7 @@ saved. `TrainsBeside` does the same for what stands beside the model.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -164,10 +165,15 @@ class TrainsBeside(Trainer):
 
 
 class _Follow(TrainerCallback):
-    """Tells the teacher of every optimizer step."""
+    """Tells the teacher how long the training is, and of every optimizer step."""
 
     def __init__(self, trainer: TrainsBeside) -> None:
         self._trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Before the first step."""
+        endless = state.num_train_epochs == sys.maxsize  # as Trainer says of data without length
+        self._trainer.teacher.begin(state.max_steps, 1 if endless else state.num_train_epochs)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """A step more."""

@@ -10,13 +10,13 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 import fastkd
-from fastkd.training.arguments import arguments
+from fastkd.training.arguments import arguments, courses
 from fastkd.training.callbacks import DrawSamples, ShowProgress, StopOnInterrupt, ValidateAtEnd
 from fastkd.training.checkpoints import Sealer, checkpoint_of, last_whole, state_of
 from fastkd.training.data import Corpus, Windows, collate
 from fastkd.training.lessons import Lessons
 from fastkd.training.options import Options
-from fastkd.training.trainer import Course, KDTrainer, logged_beside
+from fastkd.training.trainer import KDTrainer, logged_beside
 
 __all__ = ["Fitted", "fit"]
 
@@ -81,15 +81,13 @@ def fit(
     callbacks: list[TrainerCallback] = [stop, ValidateAtEnd(), samples, Sealer()]
     if options.training.early_stopping_patience:
         callbacks.append(EarlyStoppingCallback(options.training.early_stopping_patience))
-    wanted = options.distillation
     trainer = KDTrainer(
         student,
         arguments(options, directory, resumed=checkpoint is not None),
         kd=kd,
         teacher=lessons.teacher,
         terms=lessons.terms,
-        temperature=_course(wanted.temperature, wanted.final_temperature, wanted.temperature_schedule),
-        soft_weight=_course(wanted.weights[0], wanted.final_soft_weight, wanted.weight_schedule),
+        **courses(options.distillation),
         train_dataset=lessons.train,
         eval_dataset=Windows(corpus.validation),
         data_collator=lessons.collator,
@@ -143,7 +141,3 @@ def _windows_seen(steps: int, windows: int, options: Options) -> int:
     batches, accumulated = windows // options.training.batch_size, options.training.gradient_accumulation_steps
     epochs, rest = divmod(steps, -(-batches // accumulated))
     return (epochs * batches + rest * accumulated) * options.training.batch_size
-
-
-def _course(start: float, end: float | None, shape: Any) -> Course | None:
-    return None if end is None else Course(start, end, shape)

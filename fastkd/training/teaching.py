@@ -13,7 +13,7 @@ from fastkd.cache.fingerprints import fingerprint
 from fastkd.teachers import TeacherMode
 from fastkd.terms import Term, Terms
 from fastkd.training import loading
-from fastkd.training.arguments import distillation_loss
+from fastkd.training.arguments import courses, distillation_loss
 from fastkd.training.setup import Setup
 from fastkd.training.teaching_checks import asked_terms, input_error, more_teachers, peer_of
 
@@ -57,8 +57,9 @@ def _mutual(setup: Setup, student: Any) -> TeacherMode:
     config = loading.student_config(models, loading.vocabulary_size(student.config), setup.materials.tokenizer)
     transformers.set_seed(setup.options.training.seed + 1)  # or both would be the same, and stay it
     peer = loading.load_student(models, config, setup.materials.device)
-    kd = distillation_loss(setup.options.distillation, setup.counted)  # as the student's
-    return teachers.Mutual(peer, kd, learning_rate=wanted.teacher_learning_rate)
+    asked = setup.options.distillation
+    kd = distillation_loss(asked, setup.counted)  # as the student's, and so it changes
+    return teachers.Mutual(peer, kd, learning_rate=wanted.teacher_learning_rate, **courses(asked))
 
 
 def _ema(setup: Setup, student: Any) -> TeacherMode:

@@ -36,6 +36,13 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
         raise InputError(
             f"teacher_mode is {mode!r}, but soft_weight is 0 and no term learns from a teacher: nothing is taught"
         )
+    every, steps, epochs = wanted.snapshot_every, options.training.max_steps, options.training.epochs
+    never = every >= steps if every and steps else not every and epochs is not None and epochs <= 1
+    if mode == "snapshot" and never:
+        raise InputError(
+            f"teacher_mode is 'snapshot' with one every {every or 'epoch'}, but the run ends no later than the first: "
+            "the student's own start would teach it to the end. Lower --snapshot-every, or train longer"
+        )
     for term in terms:
         if cache and term.needs:
             raise InputError(

@@ -156,7 +156,9 @@ class KDTrainer(TrainsBeside):
         """Trainer's hook. There are no outputs to return: no logits are formed."""
         if return_outputs:
             raise ValueError("KDTrainer forms no logits, so there are no outputs to return")
-        self.terms.follow(self.state.global_step / max(self.state.max_steps, 1))
+        progress = self.state.global_step / max(self.state.max_steps, 1)
+        self.terms.follow(progress)
+        self.teacher.follow(progress)
         inputs = dict(inputs)
         if inputs.get("output_router_logits") and not asks_for_router_loss(model):
             raise ValueError(

@@ -61,8 +61,8 @@ FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.kn
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"MixRows", sizeof(MixRows)}, {"Statistics", sizeof(Statistics)},
-      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)}, {"WeightedTotal", sizeof(WeightedTotal)},
-      {"state", kStateBytes}};
+      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)},
+      {"WeightedTotal", sizeof(WeightedTotal)}, {"state", kStateBytes}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
   return -1;

@@ -10,7 +10,8 @@ import transformers
 
 import fastkd
 from fastkd.teachers import EMA, MODES, Cached, Frozen, Mixed, MultiView, Mutual, Online, Routed, Snapshot
-from fastkd.terms import AttentionTerm, HiddenStateTerm
+from fastkd.teachers.mode import detached
+from fastkd.terms import AttentionTerm, Batch, Course, HiddenStateTerm, KDTerm, outputs_of
 from fastkd.training.data import collate
 from fastkd.training.trainer import KDTrainer
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, logged, teacher, trainer, weights, windows
@@ -146,6 +147,34 @@ def test_epochs_end_where_snapshots_are_taken(tmp_path):
     assert torch.equal(weights(found.teacher.model), states[8])
 
 
+def test_a_peers_loss_changes_as_the_students_does(tmp_path):
+    """Each step's is that of a loss of the temperature and weight then."""
+    courses = {"temperature": Course(4.0, 1.0, "linear"), "soft_weight": Course(0.0, 0.6, "linear")}
+    mode = Mutual(gpt2(1, 24, 0.0), fastkd.KDLoss(4.0, soft_weight=0.0, hard_weight=1.0), **courses)
+    expected = []
+
+    class Watched(KDTrainer):
+        def distillation_loss(self, model, inputs, teacher, labels, num_items):
+            progress, batch = self.state.global_step / 3, Batch(labels, inputs, num_items)
+            temperature, soft = (course.at(progress) for course in courses.values())
+            kd = KDTerm(fastkd.KDLoss(temperature, soft_weight=soft, hard_weight=1 - soft))
+            expected.append(kd(teacher, detached(outputs_of(model, inputs)), batch)["loss"].item())
+            return super().distillation_loss(model, inputs, teacher, labels, num_items)
+
+    found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=mode, kind=Watched)
+    found.train()
+    assert logged(found, "peer_loss") == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("every", ["epoch", 8])
+def test_a_training_without_a_snapshot_is_refused_before_the_first_step(every, tmp_path):
+    student = gpt2(0)
+    before = weights(student).clone()
+    with pytest.raises(ValueError, match=r"8 steps in 1 epoch\(s\), and a snapshot is taken"):
+        trainer(tmp_path, student, kd=KD, teacher=Snapshot(every), max_steps=8).train()
+    assert torch.equal(weights(student), before)
+
+
 def test_accumulated_batches_are_one(tmp_path):
     """Of a peer that learns, and of an average that follows once a step."""
     for make in (lambda: Mutual(gpt2(1, 24, 0.0), KD), lambda: EMA(0.5)):
@@ -183,7 +212,7 @@ def test_features_teach_too(name, tmp_path):
     makers = {"online": lambda: Online(gpt2(1, 24, 0.0)), "mutual": lambda: Mutual(gpt2(1, 24, 0.0), KD)}
     make, results = makers.get(name, MAKERS[name][0]), []
     for terms in ([], [HiddenStateTerm("last"), AttentionTerm("last", relation="values")]):
-        found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), terms=terms, max_steps=2)
+        found = trainer(tmp_path, gpt2(0, dropout=0.0), kd=KD, teacher=make(), terms=terms, max_steps=3)
         found.train()
         results.append((weights(found.model), weights(found.teacher.model)))
     assert logged(found, "hidden")[1] > 0

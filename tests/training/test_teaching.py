@@ -10,6 +10,7 @@ import transformers
 
 import fastkd
 from fastkd.cli import main
+from fastkd.teachers import Mutual
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
 from tests.training.conftest import changed, run
@@ -66,6 +67,22 @@ def test_every_mode_is_resumed_to_the_bit(options, inputs, tmp_path, monkeypatch
         assert (tmp_path / "whole" / folder / "tokenizer.json").is_file()
     if mode in ("mutual", "online"):
         assert any(line.get("peer_loss" if mode == "mutual" else "teacher_loss", 0) > 0 for line in history)
+
+
+def test_a_schedule_reaches_the_second_student(options, monkeypatch):
+    seen, loss = [], Mutual.loss
+
+    def watched(self, *given):
+        seen.append((self._term.kd.temperature, self._term.kd.soft_weight))
+        return loss(self, *given)
+
+    monkeypatch.setattr(Mutual, "loss", watched)
+    changes = {"final_temperature": 1.0, "temperature_schedule": "linear"}
+    changes |= {"final_soft_weight": 0.2, "weight_schedule": "linear"}
+    metrics = run(options, teacher_mode="mutual", temperature=4.0, **changes)
+    history = [line for line in metrics["training"]["student"]["history"] if "loss" in line]
+    assert seen == [(line["temperature"], line["soft_weight"]) for line in history]
+    assert len(set(seen)) == 6
 
 
 def test_terms_are_trained_logged_and_resumed(options, tmp_path, monkeypatch, capsys):
@@ -146,6 +163,8 @@ def test_contradictions_are_refused(values, message):
         ({"terms": ["hidden"], "cache_dir": "cache"}, "which no cache has"),
         ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
         ({"teacher_mode": "online", "teacher_quantization": "8bit"}, "cannot be trained"),
+        ({"teacher_mode": "snapshot", "snapshot_every": 6}, "one every 6, but the run ends no later"),
+        ({"teacher_mode": "snapshot", "max_steps": None, "epochs": 1.0}, "one every epoch, but the run ends no later"),
         ({"terms": ["hiden"]}, "did you mean 'hidden'"),
         ({"terms": ['{"type": "hidden", "weight": -1}']}, "got -1"),
         ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),
