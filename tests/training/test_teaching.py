@@ -10,6 +10,7 @@ import transformers
 
 import fastkd
 from fastkd.cli import main
+from fastkd.training.commands import sweep as command
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
 from tests.training.conftest import changed, run
@@ -182,13 +183,42 @@ def test_sets_of_a_sweep():
         term_set("[hidden")
 
 
-def test_an_ablation(options, inputs, tmp_path, capsys):
-    """One thing differs from the first of each; seeds have a spread; what is resumed goes on."""
+@pytest.fixture
+def sweep_flags(inputs, tmp_path):
+    """Of a sweep of short runs, with an assistant."""
     settings = {"max_steps": "4", "eval_steps": "4", "batch_size": "16", "eval_windows": "4", "device": "cpu"}
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    places = {"teacher": "teacher", "student": "student.json", "data": "text.txt", "assistant": "student.json"}
+    places = {"teacher": "teacher", "data": "text.txt", "assistant": "student.json"}
     flags += [f"--{name}={inputs / file}" for name, file in places.items()]
-    flags += ["--max-length=16", "--out-of-domain=none", f"--output={tmp_path / 'sweep'}", "--temperature", "1"]
+    return [*flags, "--max-length=16", "--out-of-domain=none", f"--output={tmp_path / 'sweep'}", "--temperature", "1"]
+
+
+def test_cells_of_a_sweep_leave_the_teacher_as_it_was(sweep_flags, monkeypatch):
+    """Attention is eager where a term needs it alone; a student is made of the teacher, not of its assistant."""
+    seen = []
+
+    def fit(setup, student, given, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        teacher = setup.teacher.config
+        seen.append((student.config.model_type, teacher.model_type, teacher._attn_implementation))
+
+    monkeypatch.setattr(command, "_fit", fit)
+    made = ["--student-layers", "last:1", "--alpha", "0.5"]
+    assert main(["sweep", *sweep_flags, *made, "--terms", "none", "attention"]) == 0
+    assert [kinds[:2] for kinds in seen] == [
+        ("llama", "llama"),
+        ("llama", "llama"),
+        ("gpt2", "llama"),  # the assistant learns
+        ("llama", "gpt2"),  # and teaches
+    ]
+    implementations = [kinds[2] for kinds in seen[:3]]
+    assert implementations[1] == "eager"
+    assert implementations[0] == implementations[2] != "eager"
+
+
+def test_an_ablation(sweep_flags, inputs, tmp_path, capsys):
+    """One thing differs from the first of each; seeds have a spread; what is resumed goes on."""
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}"]
     flags += ["--alpha", "0", "0.5", "--terms", "none", "hidden", "--teacher-mode", "frozen", "ema"]
     flags += ["--seeds", "0", "1"]
     assert main(["sweep", *flags]) == 0

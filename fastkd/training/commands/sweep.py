@@ -169,9 +169,9 @@ def run(arguments: Sequence[str]) -> None:
 def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> list[dict[str, Any]]:
     """Train and judge a student per cell; returns the rows of results.csv, best first.
 
-    All start from the same weights and see the same text in the same order. They are judged on validation text, so
-    that held-out text is left to judge the chosen one; and ranked by the mean of their ranks in cross-entropy and in
-    KL to the teacher at T = 1: training losses of different weights and temperatures cannot be compared.
+    All of one seed start from the same weights and see the same text in the same order. They are judged on validation
+    text, so that held-out text is left to judge the chosen one; and ranked by the mean of their ranks in cross-entropy
+    and in KL to the teacher at T = 1: training losses of different weights and temperatures cannot be compared.
 
     Raises InputError and KeyboardInterrupt as `distill` does; a sweep that is resumed keeps the rows of finished cells.
     """
@@ -239,13 +239,15 @@ def _measured(setup: Setup, cell: Cell, seed: int, directory: Path) -> dict[str,
         setup,
         options=options._replace(distillation=cell.distillation, teaching=cell.teaching, training=optimisation),
     )
+    student = mine.student()  # before the teacher is another: it may be made of it
+    attention = setup.teacher.config._attn_implementation
     if cell.teaching.teacher_mode == "online":
         mine.teacher = copy.deepcopy(setup.teacher)  # the next cell needs it as it was
     if cell.assistant:
         mine.teacher = _assistant(mine, cell, directory / "assistant")
-    student = mine.student()
-    given = training.lessons.lessons_of(mine, student)
-    _fit(mine, student, given, directory)
+    _fit(mine, student, training.lessons.lessons_of(mine, student), directory)
+    if setup.teacher.config._attn_implementation != attention:  # a term has asked for another
+        setup.teacher.set_attn_implementation(attention)
     some = setup.materials.corpus.validation[:4]
     found = setup.judge.judge("student", training.adapters.merged(student, some, directory))
     return {"loss": found.held_out.loss, **found.row()}
