@@ -7,6 +7,7 @@ import json
 import pytest
 import torch
 import transformers
+import yaml
 
 import fastkd
 from fastkd.cli import main
@@ -181,6 +182,63 @@ def test_sets_of_a_sweep():
     assert term_set('["hidden", {"type": "attention"}]') == ["hidden", '{"type": "attention"}']
     with pytest.raises(InputError, match="no JSON"):
         term_set("[hidden")
+
+
+def sets_of(*arguments):
+    grid, _ = Parser("sweep", "", (command.SweepOptions,)).parse([*map(str, arguments)])
+    return grid, [term_set(given) for given in grid.terms]
+
+
+@pytest.mark.parametrize(
+    ("terms", "sets"),
+    [
+        (["hidden", "attention"], [["hidden", "attention"]]),
+        ("hidden", [["hidden"]]),
+        ([{"type": "hidden", "layers": "last:2"}], [['{"type": "hidden", "layers": "last:2"}']]),
+        ([], [[]]),
+        ("none", [[]]),
+        (["none", "hidden"], [[], ["hidden"]]),
+        ([["hidden"], "attention"], [["hidden"], ["attention"]]),
+        (["hidden+attention", "hidden"], [["hidden", "attention"], ["hidden"]]),
+        ([["hidden", {"type": "attention"}]], [["hidden", '{"type": "attention"}']]),
+    ],
+)
+def test_terms_of_a_sweeps_file(tmp_path, terms, sets):
+    """A distillation's are one set. What a sweep writes, it reads as the same."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"terms": terms}, sort_keys=False))
+    grid, found = sets_of(file)
+    assert found == sets
+    file.write_text(dump([grid]))
+    assert sets_of(file) == (grid, sets)
+
+
+def test_terms_of_a_sweeps_flags_are_sets(tmp_path):
+    """The file that keeps them has them as sets too, and flags win over any file's."""
+    grid, found = sets_of("--terms", "hidden", "attention")
+    assert found == [["hidden"], ["attention"]]
+    assert [cell.terms for cell in grid.cells()][-2:] == ["hidden", "attention"]
+    (tmp_path / "config.yaml").write_text(dump([grid]))
+    assert sets_of(tmp_path / "config.yaml") == (grid, found)
+    assert sets_of(tmp_path / "config.yaml", "--terms", "multi_token")[1] == [["multi_token"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ema_decay": 0.5}, "ema_decay is 0.5, but teacher_mode is 'frozen': it is for ema"),
+        ({"peer": "x", "teacher_mode": ["frozen", "ema"]}, "but teacher_mode is 'frozen' and 'ema': it is for mutual"),
+        ({"alpha": [0.0], "terms": ["hidden"]}, "terms is .*hidden.*no teacher"),
+        ({"alpha": [1.0], "alpha_on": "hard", "teacher_mode": ["frozen", "ema"]}, "teacher_mode is .*no teacher"),
+        ({"alpha": [0.0], "assistant": "x.json"}, "assistant is 'x.json'.*no teacher"),
+        ({"terms": ["none", "[hidden"]}, "no JSON"),
+    ],
+)
+def test_what_no_student_of_a_sweep_has_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        command.SweepOptions(**values)
+    taken = {"ema_decay": 0.5, "teacher_mode": ["frozen", "ema"], "alpha": [0.0, 0.5], "terms": ["none", "hidden"]}
+    assert command.SweepOptions(**taken).cells()
 
 
 @pytest.fixture
