@@ -232,6 +232,8 @@ class Term(nn.Module):
 
     def __init__(self, name: str, weight: float | Course = 1.0) -> None:
         super().__init__()
+        if not isinstance(name, str):
+            raise TypeError(f"a term's name must be a str, got {name!r}")
         if not name or name in (*RESERVED, *TEACHERS) or name.startswith("eval_"):
             taken = ", ".join((*RESERVED, *TEACHERS))
             raise ValueError(f"a term cannot be named {name!r}: the trainer logs {taken} and eval_… itself")

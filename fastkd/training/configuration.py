@@ -44,6 +44,7 @@ _EXCLUDED = {
 }
 
 #: Options that a file may give with mappings, which flags cannot: name → what makes of them values of options.
+#: A group that reads one of them in another way has it in a table `unfolds` of its own.
 _UNFOLDED = {"mix_data": weighted, "stages": as_texts, "terms": unfolded}
 
 _LEVELS = 2  # of mappings around an option: its group, and one around the groups
@@ -71,6 +72,9 @@ class Parser:
         )
         self.add = self._parser.add_argument
         self._keys, self._elsewhere = _keys(groups), _keys(GROUPS)
+        self._unfolded = dict(_UNFOLDED)
+        for group in groups:
+            self._unfolded |= getattr(group, "unfolds", {})
         self._lists = {
             one.name
             for group in groups
@@ -140,8 +144,8 @@ class Parser:
             seen[name] = str(key)
             if value is None or value == [] or name in overridden:
                 continue
-            if name in _UNFOLDED:
-                said = _UNFOLDED[name](value)
+            if name in self._unfolded:
+                said = self._unfolded[name](value)
                 value = said.pop(name)
                 for other, values in said.items():
                     if other in seen:

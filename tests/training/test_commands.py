@@ -69,7 +69,7 @@ def test_sweep_ranks_by_what_temperature_does_not_change(options, tmp_path, fini
     worst = max(rows, key=lambda row: float(row["kl"]))
     assert worst["soft_weight"] == "0.0"
     assert rows[0] != worst
-    written = ["config.yaml", "results.csv", "run.json", "sweep.png"]
+    written = ["config.yaml", "results.csv", "results.md", "run.json", "sweep.png"]
     assert sorted(path.name for path in (tmp_path / "sweep").iterdir()) == written
     capsys.readouterr()
     assert main([*arguments, "--resume"]) == 2

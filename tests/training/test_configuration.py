@@ -205,7 +205,7 @@ def test_alpha_means_what_alpha_on_says():
 def test_cells_of_a_sweep():
     """Without a soft loss the temperature says nothing: one student is enough."""
     cells = SweepOptions(alpha=[0.0, 0.5, 1.0], temperature=[1.0, 2.0], cache_dir="c").cells()
-    found = [(cell.weights, cell.temperature, cell.cache_dir) for cell in cells]
+    found = [(cell.weights, cell.temperature, cell.cache_dir) for cell, *_ in cells]
     assert found == [
         ((0.0, 1.0), 1.0, "c/temperature-1"),
         ((0.5, 0.5), 1.0, "c/temperature-1"),

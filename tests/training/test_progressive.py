@@ -101,7 +101,11 @@ def test_each_student_teaches_the_next(asked, inputs, tmp_path, capfd):
     assert table[0].startswith("| stage | parameters | tokens | val_loss |")
     for row, line in zip(rows, table[2:], strict=True):
         metrics = json.loads((output / row["stage"] / "metrics.json").read_text())
-        hard = [line["eval_hard"] for line in metrics["training"]["student"]["history"] if "eval_hard" in line]
+        hard = [
+            line["eval_hard"]
+            for line in metrics["training"]["student"]["history"]
+            if line.get("eval_hard") and line["step"]
+        ]
         assert float(row["val_loss"]) == pytest.approx(min(hard))
         assert float(row["perplexity"]) == pytest.approx(metrics["models"]["student"]["perplexity"])
         assert f"{min(hard):.4f}" in line
@@ -304,6 +308,7 @@ def test_options_of_a_stage_stand_over_the_common_ones(common, tmp_path):
     """What excludes an option goes with it; what was understood is understood in the same way again."""
     common = changed(
         common,
+        max_steps=None,
         soft_weight=0.9,
         hard_weight=0.1,
         temperature_schedule="linear",
@@ -322,10 +327,11 @@ def test_options_of_a_stage_stand_over_the_common_ones(common, tmp_path):
         },
         {"name": "steps", "max_steps": 7, "cache_dir": ""},
         {"name": "long", "tokens": 1025, "gradient_accumulation_steps": 2},
+        {"name": "passes", "epochs": 3},
     ]
     asked = ProgressiveOptions(stages=[json.dumps(one) for one in given], tokens=512)
     stages = command.stages_of(common, asked)
-    plain, alpha, soft, steps, long = (stage.options for stage in stages)
+    plain, alpha, soft, steps, long, passes = (stage.options for stage in stages)
     assert (plain.training.epochs, plain.training.max_steps) == (None, 4)
     assert plain.distillation.cache_dir == str(tmp_path / "cache" / "plain")
     assert (alpha.training.epochs, alpha.training.max_steps) == (2.0, None)
@@ -334,10 +340,22 @@ def test_options_of_a_stage_stand_over_the_common_ones(common, tmp_path):
     assert soft.distillation.final_temperature is None
     assert (steps.training.max_steps, steps.distillation.cache_dir) == (7, "")
     assert long.training.max_steps == 5  # of 256 tokens
-    again = command.stages_of(
-        common, ProgressiveOptions(stages=[json.dumps(command._own(stage, common)) for stage in stages], tokens=512)
-    )
-    assert again == stages
+    assert (passes.training.epochs, passes.training.max_steps) == (3.0, None)
+    kept = [json.dumps(command._own(stage, common)) for stage in stages]
+    assert command.stages_of(common, ProgressiveOptions(stages=kept)) == stages
+
+
+@pytest.mark.parametrize(("length", "message"), [({"epochs": 7}, "epochs is 7"), ({"max_steps": 3}, "max_steps is 3")])
+def test_common_tokens_beside_another_length_are_refused(options, length, message):
+    common = changed(options, **{"max_steps": None, **length})
+    with pytest.raises(InputError, match=f"tokens is 512 and {message}"):
+        command.stages_of(common, ProgressiveOptions(stages=['{"name": "one"}'], tokens=512))
+
+
+def test_the_validation_before_training_is_of_no_checkpoint():
+    """Its weights are not what a training ends with, however good they were."""
+    history = [{"step": 0, "eval_hard": 1.0}, {"step": 1, "loss": 2.0}, {"step": 2, "eval_hard": 1.5}]
+    assert command._val_loss([*history, {"step": 4, "eval_hard": 1.25}]) == 1.25
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,12 @@ import json
 import pytest
 import torch
 import transformers
+import yaml
 
 import fastkd
 from fastkd.cli import main
 from fastkd.teachers import Mutual
+from fastkd.training.commands import sweep as command
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
 from tests.training.conftest import changed, run
@@ -201,13 +203,99 @@ def test_sets_of_a_sweep():
         term_set("[hidden")
 
 
-def test_an_ablation(options, inputs, tmp_path, capsys):
-    """One thing differs from the first of each; seeds have a spread; what is resumed goes on."""
+def sets_of(*arguments):
+    grid, _ = Parser("sweep", "", (command.SweepOptions,)).parse([*map(str, arguments)])
+    return grid, [term_set(given) for given in grid.terms]
+
+
+@pytest.mark.parametrize(
+    ("terms", "sets"),
+    [
+        (["hidden", "attention"], [["hidden", "attention"]]),
+        ("hidden", [["hidden"]]),
+        ([{"type": "hidden", "layers": "last:2"}], [['{"type": "hidden", "layers": "last:2"}']]),
+        ([], [[]]),
+        ("none", [[]]),
+        (["none", "hidden"], [[], ["hidden"]]),
+        ([["hidden"], "attention"], [["hidden"], ["attention"]]),
+        (["hidden+attention", "hidden"], [["hidden", "attention"], ["hidden"]]),
+        ([["hidden", {"type": "attention"}]], [["hidden", '{"type": "attention"}']]),
+    ],
+)
+def test_terms_of_a_sweeps_file(tmp_path, terms, sets):
+    """A distillation's are one set. What a sweep writes, it reads as the same."""
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump({"terms": terms}, sort_keys=False))
+    grid, found = sets_of(file)
+    assert found == sets
+    file.write_text(dump([grid]))
+    assert sets_of(file) == (grid, sets)
+
+
+def test_terms_of_a_sweeps_flags_are_sets(tmp_path):
+    """The file that keeps them has them as sets too, and flags win over any file's."""
+    grid, found = sets_of("--terms", "hidden", "attention")
+    assert found == [["hidden"], ["attention"]]
+    assert [cell.terms for cell in grid.cells()][-2:] == ["hidden", "attention"]
+    (tmp_path / "config.yaml").write_text(dump([grid]))
+    assert sets_of(tmp_path / "config.yaml") == (grid, found)
+    assert sets_of(tmp_path / "config.yaml", "--terms", "multi_token")[1] == [["multi_token"]]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"ema_decay": 0.5}, "ema_decay is 0.5, but teacher_mode is 'frozen': it is for ema"),
+        ({"peer": "x", "teacher_mode": ["frozen", "ema"]}, "but teacher_mode is 'frozen' and 'ema': it is for mutual"),
+        ({"alpha": [0.0], "terms": ["hidden"]}, "terms is .*hidden.*no teacher"),
+        ({"alpha": [1.0], "alpha_on": "hard", "teacher_mode": ["frozen", "ema"]}, "teacher_mode is .*no teacher"),
+        ({"alpha": [0.0], "assistant": "x.json"}, "assistant is 'x.json'.*no teacher"),
+        ({"terms": ["none", "[hidden"]}, "no JSON"),
+    ],
+)
+def test_what_no_student_of_a_sweep_has_is_refused(values, message):
+    with pytest.raises(InputError, match=message):
+        command.SweepOptions(**values)
+    taken = {"ema_decay": 0.5, "teacher_mode": ["frozen", "ema"], "alpha": [0.0, 0.5], "terms": ["none", "hidden"]}
+    assert command.SweepOptions(**taken).cells()
+
+
+@pytest.fixture
+def sweep_flags(inputs, tmp_path):
+    """Of a sweep of short runs, with an assistant."""
     settings = {"max_steps": "4", "eval_steps": "4", "batch_size": "16", "eval_windows": "4", "device": "cpu"}
     flags = [f"--{name}={value}" for name, value in settings.items()]
-    places = {"teacher": "teacher", "student": "student.json", "data": "text.txt", "assistant": "student.json"}
+    places = {"teacher": "teacher", "data": "text.txt", "assistant": "student.json"}
     flags += [f"--{name}={inputs / file}" for name, file in places.items()]
-    flags += ["--max-length=16", "--out-of-domain=none", f"--output={tmp_path / 'sweep'}", "--temperature", "1"]
+    return [*flags, "--max-length=16", "--out-of-domain=none", f"--output={tmp_path / 'sweep'}", "--temperature", "1"]
+
+
+def test_cells_of_a_sweep_leave_the_teacher_as_it_was(sweep_flags, monkeypatch):
+    """Attention is eager where a term needs it alone; a student is made of the teacher, not of its assistant."""
+    seen = []
+
+    def fit(setup, student, given, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        teacher = setup.teacher.config
+        seen.append((student.config.model_type, teacher.model_type, teacher._attn_implementation))
+
+    monkeypatch.setattr(command, "_fit", fit)
+    made = ["--student-layers", "last:1", "--alpha", "0.5"]
+    assert main(["sweep", *sweep_flags, *made, "--terms", "none", "attention"]) == 0
+    assert [kinds[:2] for kinds in seen] == [
+        ("llama", "llama"),
+        ("llama", "llama"),
+        ("gpt2", "llama"),  # the assistant learns
+        ("llama", "gpt2"),  # and teaches
+    ]
+    implementations = [kinds[2] for kinds in seen[:3]]
+    assert implementations[1] == "eager"
+    assert implementations[0] == implementations[2] != "eager"
+
+
+def test_an_ablation(sweep_flags, inputs, tmp_path, capsys):
+    """One thing differs from the first of each; seeds have a spread; what is resumed goes on."""
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}"]
     flags += ["--alpha", "0", "0.5", "--terms", "none", "hidden", "--teacher-mode", "frozen", "ema"]
     flags += ["--seeds", "0", "1"]
     assert main(["sweep", *flags]) == 0

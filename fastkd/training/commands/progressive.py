@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from fastkd import training
 from fastkd.training.configuration import Parser, dump
-from fastkd.training.options import GROUPS, InputError, Options, ProgressiveOptions
+from fastkd.training.options import GROUPS, InputError, Options, ProgressiveOptions, TrainingOptions
 from fastkd.training.plain import visible
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def progressive(common: Options, asked: ProgressiveOptions, config: str | None =
         raise InputError("a progressive run does not replace an earlier one: name another --output, or delete it")
     stages = stages_of(common, asked)
     # As they were understood, with absolute paths: what config.yaml has, from which the run is resumed anywhere.
-    asked = replace(asked, stages=[json.dumps(_own(stage, common)) for stage in stages])
+    asked = replace(asked, stages=[json.dumps(_own(stage, common)) for stage in stages], tokens=None)
     with training.run.claimed(common, "progressive", (asked, *common), config) as whole:
         _check(stages, common, whole.output)
         output = whole.begin()
@@ -117,9 +117,13 @@ def progressive(common: Options, asked: ProgressiveOptions, config: str | None =
 
 
 def stages_of(common: Options, asked: ProgressiveOptions) -> list[Stage]:
-    """The options of each stage. Raises InputError for what is no option, or no stage's."""
+    """The options of each stage. Raises InputError for what is no option, no stage's, or contradicts itself."""
     if not asked.stages:
         raise InputError("there are no stages: name a file that has a list of them under 'stages'")
+    for option in ("epochs", "max_steps"):
+        length, unasked = (getattr(group, option) for group in (common.training, TrainingOptions()))
+        if asked.tokens is not None and length not in (None, unasked):
+            raise InputError(f"tokens is {asked.tokens} and {option} is {length:g}: they exclude each other, give one")
     parser, found = Parser("distill", "", GROUPS, config=False), []
     for mapping in asked.mappings():
         name, tokens = mapping.pop("name"), mapping.pop("tokens", None)
@@ -222,8 +226,7 @@ def _row(whole: Run, stage: Stage, count: str, teacher: str) -> dict[str, Any]:
     peak, left = record["peak_memory"], training.machine.resident()
     row = {
         "stage": stage.name,
-        # Training ends with the weights that were best in validation.
-        "val_loss": min(line["eval_hard"] for line in trained["history"] if "eval_hard" in line),
+        "val_loss": _val_loss(trained["history"]),
         "student": stage.options.models.student_name,
         "teacher": teacher,
         "parameters": student["parameters"],
@@ -242,6 +245,12 @@ def _row(whole: Run, stage: Stage, count: str, teacher: str) -> dict[str, Any]:
         rows[stage.name] = row
         (staging / _JSON).write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     return row
+
+
+def _val_loss(history: Sequence[dict[str, Any]]) -> float:
+    """Of the weights that a training ends with: the best of those that were validated and saved."""
+    # There is no checkpoint of step 0, which is validated for the curves.
+    return min(float(line["eval_hard"]) for line in history if "eval_hard" in line and line["step"] > 0)
 
 
 def _distill(options: Options, name: str, output: Path) -> None:

@@ -6,7 +6,7 @@ import copy
 import json
 import shutil
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
@@ -28,7 +28,9 @@ from fastkd.training.options import (
     did_you_mean,
     expand_home,
     option,
+    set_text,
     term_set,
+    unfolded_sets,
 )
 from fastkd.training.plain import visible
 
@@ -63,7 +65,7 @@ class Cell(NamedTuple):
 
     distillation: DistillationOptions
     teaching: TeachingOptions
-    terms: str  # as they were asked for
+    terms: str  # their names and mappings, joined by +, or none
     assistant: str = ""  # learns from the teacher first, and then teaches the student
 
     @property
@@ -85,6 +87,7 @@ class SweepOptions(ModeOptions):
     """The grid of `fastkd sweep`, in the place of DistillationOptions; every cell trains one student."""
 
     _argument_group_name: ClassVar[str] = "sweep"
+    unfolds: ClassVar[dict[str, Callable[[Any], dict[str, Any]]]] = {"terms": unfolded_sets}
 
     alpha: list[float] = option([0.0, 0.5, 1.0], "weights to try; alpha_on says of which loss, the other has the rest")
     alpha_on: Literal["soft", "hard"] = option("soft", "the loss that alpha multiplies")
@@ -96,7 +99,9 @@ class SweepOptions(ModeOptions):
     )
     terms: list[str] = option(
         ["none"],
-        "terms to try: none, a term as fastkd distill takes it, several as hidden+attention or as a list in JSON",
+        "sets of terms to try, each of them none, a term as fastkd distill takes it, several as hidden+attention, or a "
+        "list in JSON; in a file also [hidden, attention]. A file's list in which none of these is none, has a + or is "
+        "a list itself, is one set, as fastkd distill reads it",
     )
     assistant: str = option(
         "", "a model between teacher and student, named as student is: tried too, first as a student, then as teacher"
@@ -114,6 +119,22 @@ class SweepOptions(ModeOptions):
         for mode in self.teacher_mode:
             if mode not in TAKES:
                 raise InputError(f"teacher_mode has {mode!r}{did_you_mean(mode, TAKES)}; there are {', '.join(TAKES)}")
+        self.check_taken(self.teacher_mode)
+        object.__setattr__(self, "terms", [set_text(term_set(given)) for given in self.terms])
+        self._check_taught()
+
+    def _check_taught(self) -> None:
+        """What is asked of teachers is refused where no student has one."""
+        unsoft = 0.0 if self.alpha_on == "soft" else 1.0
+        if set(self.alpha) != {unsoft}:
+            return
+        for name, nothing in (("teacher_mode", ["frozen"]), ("terms", ["none"]), ("assistant", "")):
+            value = getattr(self, name)
+            if value not in (nothing, []):
+                raise InputError(
+                    f"{name} is {value!r}, but alpha is {unsoft:g} on {self.alpha_on} alone, with which students have "
+                    "no teacher: give an alpha that has a soft part"
+                )
 
     def cells(self) -> list[Cell]:
         """One of each: without a soft loss there is no temperature. Raises InputError for impossible values."""
@@ -143,7 +164,7 @@ class SweepOptions(ModeOptions):
         if not live.needs_teacher:
             yield Cell(cached, TeachingOptions(), "none")
             return
-        sets = [(name, term_set(name)) for name in self.terms]
+        sets = [("+".join(terms) or "none", terms) for terms in map(term_set, self.terms)]
         for mode in self.teacher_mode:
             for name, terms in sets if mode == self.teacher_mode[0] else sets[:1]:
                 plain = mode in ("frozen", "cached") and not terms
@@ -169,9 +190,9 @@ def run(arguments: Sequence[str]) -> None:
 def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> list[dict[str, Any]]:
     """Train and judge a student per cell; returns the rows of results.csv, best first.
 
-    All start from the same weights and see the same text in the same order. They are judged on validation text, so
-    that held-out text is left to judge the chosen one; and ranked by the mean of their ranks in cross-entropy and in
-    KL to the teacher at T = 1: training losses of different weights and temperatures cannot be compared.
+    All of one seed start from the same weights and see the same text in the same order. They are judged on validation
+    text, so that held-out text is left to judge the chosen one; and ranked by the mean of their ranks in cross-entropy
+    and in KL to the teacher at T = 1: training losses of different weights and temperatures cannot be compared.
 
     Raises InputError and KeyboardInterrupt as `distill` does; a sweep that is resumed keeps the rows of finished cells.
     """
@@ -239,13 +260,15 @@ def _measured(setup: Setup, cell: Cell, seed: int, directory: Path) -> dict[str,
         setup,
         options=options._replace(distillation=cell.distillation, teaching=cell.teaching, training=optimisation),
     )
+    student = mine.student()  # before the teacher is another: it may be made of it
+    attention = setup.teacher.config._attn_implementation
     if cell.teaching.teacher_mode == "online":
         mine.teacher = copy.deepcopy(setup.teacher)  # the next cell needs it as it was
     if cell.assistant:
         mine.teacher = _assistant(mine, cell, directory / "assistant")
-    student = mine.student()
-    given = training.lessons.lessons_of(mine, student)
-    _fit(mine, student, given, directory)
+    _fit(mine, student, training.lessons.lessons_of(mine, student), directory)
+    if setup.teacher.config._attn_implementation != attention:  # a term has asked for another
+        setup.teacher.set_attn_implementation(attention)
     some = setup.materials.corpus.validation[:4]
     found = setup.judge.judge("student", training.adapters.merged(student, some, directory))
     return {"loss": found.held_out.loss, **found.row()}

@@ -24,7 +24,15 @@ from fastkd.training.options.distillation import DistillationOptions, check_kept
 from fastkd.training.options.evaluation import METRICS, EvaluationOptions
 from fastkd.training.options.models import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, ModelOptions
 from fastkd.training.options.progressive import ProgressiveOptions
-from fastkd.training.options.teaching import TAKES, ModeOptions, TeachingOptions, named_terms, term_set
+from fastkd.training.options.teaching import (
+    TAKES,
+    ModeOptions,
+    TeachingOptions,
+    named_terms,
+    set_text,
+    term_set,
+    unfolded_sets,
+)
 from fastkd.training.options.training import TrainingOptions
 
 __all__ = [
@@ -58,7 +66,9 @@ __all__ = [
     "expand_home",
     "named_terms",
     "option",
+    "set_text",
     "term_set",
+    "unfolded_sets",
 ]
 
 

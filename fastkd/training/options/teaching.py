@@ -9,7 +9,16 @@ from typing import Any, ClassVar, Literal
 
 from fastkd.training.options.base import InputError, at_least, check_finite, expand_home, option
 
-__all__ = ["TAKES", "ModeOptions", "TeachingOptions", "named_terms", "term_set", "unfolded"]
+__all__ = [
+    "TAKES",
+    "ModeOptions",
+    "TeachingOptions",
+    "named_terms",
+    "set_text",
+    "term_set",
+    "unfolded",
+    "unfolded_sets",
+]
 
 #: Mode → the options that are for it alone. They are refused beside others.
 TAKES: dict[str, tuple[str, ...]] = {
@@ -59,6 +68,16 @@ class ModeOptions:
         if self.teacher_weights and (min(self.teacher_weights) < 0 or not sum(self.teacher_weights)):
             raise InputError(f"teacher_weights are {self.teacher_weights}; none may be below 0, nor all be 0")
 
+    def check_taken(self, modes: Sequence[str]) -> None:
+        """Raises InputError for an option that none of the modes takes."""
+        for one in fields(self):
+            takers, value = [mode for mode, names in TAKES.items() if one.name in names], getattr(self, one.name)
+            if takers and not set(takers) & set(modes) and value != _default(one):
+                asked = " and ".join(map(repr, modes))
+                raise InputError(
+                    f"{one.name} is {value!r}, but teacher_mode is {asked}: it is for {' and '.join(takers)}"
+                )
+
     def of_mode(self, mode: str, terms: Sequence[str]) -> TeachingOptions:
         """Options of one mode, with what of these is for it. Raises InputError for what contradicts itself."""
         mine = {name: getattr(self, name) for name in TAKES[mode]}
@@ -90,12 +109,7 @@ class TeachingOptions(ModeOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         mode = self.teacher_mode
-        for one in fields(self):
-            modes, value = [other for other, names in TAKES.items() if one.name in names], getattr(self, one.name)
-            if modes and mode not in modes and value != _default(one):
-                raise InputError(
-                    f"{one.name} is {value!r}, but teacher_mode is {mode!r}: it is for {' and '.join(modes)}"
-                )
+        self.check_taken([mode])
         if "more_teachers" in TAKES[mode] and not self.more_teachers:
             raise InputError(f"teacher_mode is {mode!r}, which takes several teachers: name them with more_teachers")
         named_terms(self.terms)
@@ -139,13 +153,34 @@ def term_set(given: str) -> list[str]:
     return terms
 
 
+def set_text(terms: Sequence[str]) -> str:
+    """A set as a configuration keeps it, which `term_set` and `unfolded_sets` read as this set."""
+    if not terms:
+        return "none"
+    return json.dumps([json.loads(one) if one.lstrip().startswith("{") else one for one in terms])
+
+
+def unfolded_sets(given: Any) -> dict[str, Any]:
+    """terms of a sweep's YAML file: sets, where any of them is none, a list or joined by +; else one set.
+
+    One set is what the file of a distillation has. Raises InputError as `unfolded` does.
+    """
+    items = unfolded(given)["terms"]
+    return {"terms": items if any(map(_is_set, items)) else [json.dumps(items, default=str)]}
+
+
+def _is_set(text: str) -> bool:
+    plain = text.lstrip()
+    return text == "none" or plain.startswith("[") or ("+" in text and not plain.startswith("{"))
+
+
 def unfolded(given: Any) -> dict[str, Any]:
     """terms of a YAML file: its mappings as JSON. Raises InputError for what is neither a name nor a mapping."""
     items = given if isinstance(given, list) else [given]
     for item in items:
         if not isinstance(item, (str, dict, list)):
             raise InputError(f"terms has {item!r}: a term is a name or a mapping with a type")
-    return {"terms": [item if isinstance(item, str) else json.dumps(item) for item in items]}
+    return {"terms": [item if isinstance(item, str) else json.dumps(item, default=str) for item in items]}
 
 
 def _default(one: Field[Any]) -> Any:
