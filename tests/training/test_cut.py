@@ -53,7 +53,7 @@ def test_layers(options, inputs, tmp_path, capsys, monkeypatch):
 
 
 def test_width_and_a_cache(options, tmp_path, monkeypatch):
-    """The teacher is freed once it is cached: the second student is made of it nevertheless, and is the same one."""
+    """The teacher is freed once it is cached: the second student is made before, and is the same one."""
     begun, given = [], []
     original = cut.cut_student
 
@@ -66,7 +66,7 @@ def test_width_and_a_cache(options, tmp_path, monkeypatch):
     states: list[dict[str, torch.Tensor]] = []
     monkeypatch.setattr("fastkd.training.setup.cut_student", cut_student)
     found = run(options, ce_baseline=True, student_width=12, cache_dir=str(tmp_path / "cache"))
-    assert [teacher is None for teacher in given] == [False, True]
+    assert [teacher is None for teacher in given] == [False, False]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     config = loaded(tmp_path / "out").config
     assert (config.hidden_size, config.num_attention_heads, config.intermediate_size) == (12, 1, 16)
