@@ -1,7 +1,7 @@
 """A student made of its teacher: half as wide, of the channels, heads and neurons that are most active on the text.
 
-It begins with what the teacher knows; distillation repairs what the cut has broken. `fastkd.students.keep_layers(teacher,
-"every:2")` leaves out blocks in the same way, and both can be combined.
+It begins with what the teacher knows; distillation repairs what the cut has broken. Blocks are left out in the same way,
+by `fastkd.students.keep_layers(teacher, "every:2")`, and both can be combined.
 Run it with: python examples/students.py
 """
 
