@@ -1,6 +1,6 @@
 """A student made of its teacher: half as wide, of the channels, heads and neurons that are most active on the text.
 
-It begins with what the teacher knows; distillation repairs what the cut has broken. Blocks are left out in the same way,
+It begins with what the teacher knows; distillation repairs what the cut has broken. Blocks are left out likewise,
 by `fastkd.students.keep_layers(teacher, "every:2")`, and both can be combined.
 Run it with: python examples/students.py
 """
