@@ -17,8 +17,11 @@ BF16 := $(if $(shell grep -m1 -owE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/n
 demo-layers: $(VENV)/demo
 	$(BIN)/fastkd distill examples/layers.yaml --output runs/demo-layers --overwrite $(BF16)
 
+# Several processes of several threads each share the cores: those that wait for work must not turn in circles there.
+PASSIVE := OMP_WAIT_POLICY=passive
+
 test: $(VENV)/test lint docs sanitize triton-versions
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PASSIVE) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
 	$(BIN)/ruff check
@@ -37,7 +40,7 @@ SANITIZED_TESTS := cpu_kernels numerics_edges sparse_numerics select statistics 
 runtime = $(shell $(CXX) -print-file-name=$(1))
 
 sanitize: $(VENV)/test $(SANITIZED)
-	FASTKD_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD=$(call runtime,libasan.so):$(call runtime,libstdc++.so) \
+	$(PASSIVE) FASTKD_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD=$(call runtime,libasan.so):$(call runtime,libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	  $(BIN)/python -m pytest --capture=sys -m "not large" $(SANITIZED_TESTS:%=tests/test_%.py)
 
@@ -51,7 +54,7 @@ $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 OLDEST_TRITON := 3.5.1
 NEWEST_TRITON := 3.9.0
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks triton_mixture row_scalars host_time))
-with_triton = PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
+with_triton = $(PASSIVE) PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/triton/$(NEWEST_TRITON)/installed
 	$(call with_triton,$(OLDEST_TRITON)) tests/test_triton_versions.py

@@ -216,4 +216,4 @@ def _largest(norms: Tensor, count: int) -> Tensor:
 
 
 def _rows(heads: Tensor, size: int) -> Tensor:
-    return (heads[:, None] * size + torch.arange(size, device=heads.device)).flatten()
+    return (heads[:, None] * size + torch.arange(size, dtype=torch.int64, device=heads.device)).flatten()

@@ -139,7 +139,7 @@ class Routed(_Several):
             rows_of.setdefault(number, []).append(row)
         models, parts = list(self._models.values()), []
         for number, rows in sorted(rows_of.items()):
-            index = torch.tensor(rows, device=tensors[0].device)
+            index = torch.tensor(rows, dtype=torch.int64, device=tensors[0].device)
             some = {
                 name: one.index_select(0, index) if isinstance(one, Tensor) and one.shape[:1] == (count,) else one
                 for name, one in inputs.items()

@@ -119,7 +119,7 @@ def _token_dropout(model: nn.Module, inputs: Inputs, rate: float) -> Iterator[In
     _token_ids(inputs, "token_dropout")
 
     def zeroed(_module: nn.Module, _args: Any, embedded: Tensor) -> Tensor:
-        dropped = torch.rand(embedded.shape[:-1], device=embedded.device) < rate
+        dropped = torch.rand(embedded.shape[:-1], dtype=torch.float32, device=embedded.device) < rate
         return embedded.masked_fill(dropped.unsqueeze(-1), 0.0)
 
     handle = _embedding(model).register_forward_hook(zeroed)
@@ -132,8 +132,8 @@ def _token_dropout(model: nn.Module, inputs: Inputs, rate: float) -> Iterator[In
 @contextlib.contextmanager
 def _token_replacement(model: nn.Module, inputs: Inputs, rate: float) -> Iterator[Inputs]:
     ids, mask = _token_ids(inputs, "token_replacement"), inputs.get("attention_mask")
-    drawn = torch.randint(ids.numel(), ids.shape, device=ids.device)
-    replaced = torch.rand(ids.shape, device=ids.device) < rate
+    drawn = torch.randint(ids.numel(), ids.shape, dtype=torch.int64, device=ids.device)
+    replaced = torch.rand(ids.shape, dtype=torch.float32, device=ids.device) < rate
     if isinstance(mask, Tensor) and mask.shape == ids.shape:  # padding neither replaces nor is replaced
         text = mask.bool()
         replaced = replaced & text & text.flatten()[drawn]

@@ -109,7 +109,7 @@ class LearnedLayers(nn.Module):
 
     def __init__(self, students: int, teachers: int) -> None:
         super().__init__()
-        self.scores = nn.Parameter(torch.zeros(students, teachers))
+        self.scores = nn.Parameter(torch.zeros(students, teachers, dtype=torch.float32, device="cpu"))
 
     def shares(self, temperature: float) -> Tensor:
         """`[students, teachers]`, fp32 or float64; each row sums to 1."""

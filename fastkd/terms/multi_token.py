@@ -64,8 +64,10 @@ class MultiTokenHeads(nn.Module):
         self.hidden_size, self.vocab_size = int(config.hidden_size), int(config.vocab_size)
         self.blocks = nn.ModuleList(_body(config) for _ in range(n))
         std = getattr(config, "initializer_range", 0.02)
+        like = next(self.blocks.parameters())
         self.outputs = nn.ParameterList(
-            torch.randn(self.vocab_size, self.hidden_size) * std for _ in range(0 if share_output else n)
+            torch.randn(self.vocab_size, self.hidden_size, dtype=like.dtype, device=like.device) * std
+            for _ in range(0 if share_output else n)
         )
 
     def __len__(self) -> int:
@@ -280,4 +282,4 @@ class _NoPositions(nn.Module):
         self.width = width
 
     def forward(self, positions: Tensor) -> Tensor:
-        return torch.zeros((), device=positions.device).expand(*positions.shape, self.width)
+        return torch.zeros((), dtype=torch.float32, device=positions.device).expand(*positions.shape, self.width)

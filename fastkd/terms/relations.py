@@ -119,7 +119,7 @@ class Products:
         found = found.view(batch, count, queries, -1) * self.scaling
         if self.softcap is not None:
             found = (found / self.softcap).tanh() * self.softcap
-        keys, here = torch.arange(b.shape[2], device=b.device), chunk.queries[:, None]
+        keys, here = torch.arange(b.shape[2], dtype=torch.int64, device=b.device), chunk.queries[:, None]
         seen = here >= keys
         if self.real is not None:  # a query sees itself: rows without any key would be NaN
             seen = seen & (self.real[chunk.batch, None, None] | (here == keys))
@@ -208,6 +208,6 @@ def _chunks(counted: Tensor, heads: int) -> Iterator[Chunk]:
         return
     rows = max(room // keys, 1)
     for first in range(0, batch, rows):
-        for some in torch.arange(keys, device=device).split(min(max(room, 1), keys)):
+        for some in torch.arange(keys, dtype=torch.int64, device=device).split(min(max(room, 1), keys)):
             part = slice(first, first + rows)
             yield Chunk(part, some, counted[part, some])

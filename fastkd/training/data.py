@@ -270,7 +270,7 @@ def _mixed(
         return mix(kind, weights, min(eval_windows, without_repeats([len(one) for one in kind], weights)), seed=seed)
 
     drawn: dict[str, Any] = {"seed": seed, "repeat": options.mix_repeat, "names": names}
-    places = [torch.full((len(one),), place, device="cpu") for place, one in enumerate(train)]
+    places = [torch.full((len(one),), place, dtype=torch.int64, device="cpu") for place, one in enumerate(train)]
     mixed, origins = (mix(kind, weights, total, **drawn) for kind in (train, places))
     return mixed, judged(validation), judged(held_out), origins
 

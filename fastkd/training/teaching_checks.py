@@ -76,7 +76,10 @@ def _check_named(options: Options, tokenizer: Any) -> None:
     if wanted.teacher_mode == "multi_view":
         input_error(lambda: teachers.MultiView(wanted.views) if wanted.views else None, "views")
     if wanted.ema_device:
-        input_error(lambda: torch.empty(0, device=wanted.ema_device), f"ema_device is {wanted.ema_device!r}")
+        input_error(
+            lambda: torch.empty(0, dtype=torch.float32, device=wanted.ema_device),
+            f"ema_device is {wanted.ema_device!r}",
+        )
     if wanted.peer:
         models = peer_of(options.models, wanted.peer)
         checks.check_tokenizers(tokenizer, loading.student_tokenizer(models, tokenizer))

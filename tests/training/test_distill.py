@@ -173,7 +173,7 @@ def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
 
     write = lessons.lessons_of
     stages = {
-        "lessons": (lessons, "lessons_of", lambda setup: (write(setup), interrupt())),
+        "lessons": (lessons, "lessons_of", lambda setup, student: (write(setup, student), interrupt())),
         "ce-only": (module, "_as_long", interrupt),
         "results": (report, "write", interrupt),
     }
