@@ -36,6 +36,7 @@ class TrainsBeside(Trainer):
         """Take both, after Trainer's own `__init__`. Raises ValueError where they could not be trained."""
         self.terms, self.teacher = terms.to(self.args.device), teacher
         self._check_trained()
+        self._given_optimizer = self.optimizer is not None  # at a second `train()` there is one too
         self._stepped = True  # no gradients are to be kept
         self.add_callback(_Follow(self))
 
@@ -81,7 +82,7 @@ class TrainsBeside(Trainer):
                 for name, weight in module.named_parameters()
                 if id(weight) in wanted and id(weight) not in held
             ]
-            if wanted and not new and settings:
+            if settings and self._given_optimizer:
                 raise ValueError(
                     f"the teacher has learning_rate={settings['lr']}, but an optimizer was given: set the rate there"
                 )

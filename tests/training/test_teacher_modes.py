@@ -187,6 +187,23 @@ def test_accumulated_batches_are_one(tmp_path):
             torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-6)
 
 
+def test_a_rate_of_its_own_needs_the_trainers_optimizer(tmp_path):
+    """Which a second training has already; one that is given has rates of its own."""
+    peer = gpt2(1, 24, 0.0)
+    found = trainer(tmp_path, gpt2(0), kd=KD, teacher=Mutual(peer, KD, learning_rate=1e-3), max_steps=1)
+    before = weights(peer).clone()
+    found.train()
+    once = weights(peer).clone()
+    found.train()
+    assert not torch.equal(before, once)
+    assert not torch.equal(once, weights(peer))
+    student, peer = gpt2(0), gpt2(1, 24, 0.0)
+    given = torch.optim.SGD([*student.parameters(), *peer.parameters()], 0.1)
+    mode = Mutual(peer, KD, learning_rate=1e-3)
+    with pytest.raises(ValueError, match="an optimizer was given"):
+        trainer(tmp_path, student, kd=KD, teacher=mode, max_steps=1, optimizers=(given, None)).train()
+
+
 @pytest.mark.parametrize("name", ["ema", "online", "multi_view"])
 def test_bf16_autocast(name, tmp_path):
     """Accelerate replaces the forward of a student, of which a copy must not be the student's."""
