@@ -104,7 +104,7 @@ class KDTrainer(TrainsBeside):
         routed = asks_for_router_loss(self.model) and not any(isinstance(term, RouterTerm) for term in terms)
         all_terms = Terms([first, *terms, *([RouterTerm(self.model)] if routed else [])], self.model)
         mode = _mode(teacher)
-        if not (all_terms.need_teacher or isinstance(mode, (Frozen, Cached))):
+        if not (all_terms.need_teacher or soft_weight or isinstance(mode, (Frozen, Cached))):
             raise ValueError(f"no term reads the teacher, so {type(mode).__name__} would take no part: take it away")
         mode.check(self.model, all_terms.needs, self.kd.vocab_size)
         all_terms.check(self.model, mode.model)

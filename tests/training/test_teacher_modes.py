@@ -187,6 +187,17 @@ def test_accumulated_batches_are_one(tmp_path):
             torch.testing.assert_close(one, four, rtol=1e-5, atol=1e-6)
 
 
+def test_a_teacher_may_be_listened_to_later(tmp_path):
+    """Its weight rises from 0; without that it takes no part, and is refused."""
+    silent = fastkd.KDLoss(soft_weight=0.0, hard_weight=1.0)
+    rising = Course(0.0, 0.5, "linear")
+    found = trainer(tmp_path, gpt2(0), kd=silent, teacher=EMA(), soft_weight=rising, max_steps=3)
+    found.train()
+    assert logged(found, "soft_weight")[-1] > 0
+    with pytest.raises(ValueError, match="EMA would take no part"):
+        trainer(tmp_path, gpt2(0), kd=silent, teacher=EMA())
+
+
 def test_a_rate_of_its_own_needs_the_trainers_optimizer(tmp_path):
     """Which a second training has already; one that is given has rates of its own."""
     peer = gpt2(1, 24, 0.0)
