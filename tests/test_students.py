@@ -11,31 +11,10 @@ import torch
 import fastkd
 from fastkd.students import keep_layers, narrow, parse_layers
 from fastkd.students.activity import observed
-from tests.causal_lms import DECODER, V, batch, build, llama
+from tests.causal_lms import V, batch, build, llama
+from tests.students import DEEP, GPT2, MODELS, blocks, logits, shares_memory, skipping, tiny
 
 transformers = pytest.importorskip("transformers")
-
-DEEP = {**DECODER, "num_hidden_layers": 4, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
-GPT2 = {"vocab_size": V, "n_embd": 32, "n_layer": 4, "n_head": 4, "n_positions": 32, "bos_token_id": 1}
-GPT2 |= {"eos_token_id": 2, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-EXPERTS = {"moe_intermediate_size": 8, "num_experts": 4, "num_experts_per_tok": 2}
-TYPES = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-MODELS = {
-    "gpt2": GPT2,
-    "llama": {**DEEP, "tie_word_embeddings": True},  # as SmolLM2
-    "qwen2": {**DEEP, "use_sliding_window": True, "sliding_window": 3, "layer_types": TYPES},
-    "qwen3": DEEP,
-    "gemma2": {**DEEP, "sliding_window": 3, "layer_types": TYPES},
-    "gemma3_text": {**DEEP, "sliding_window": 3, "layer_types": TYPES},
-    "mixtral": {**DEEP, "num_local_experts": 4},
-    "qwen3_moe": {**DEEP, **EXPERTS, "decoder_sparse_step": 2, "mlp_only_layers": []},
-    "qwen2_moe": {**DEEP, **EXPERTS, "shared_expert_intermediate_size": 12, "mlp_only_layers": [1]},
-}
-
-
-def tiny(kind):
-    """In float32, which is what products of experts take."""
-    return build(kind, **MODELS[kind]).float()
 
 
 @pytest.fixture(params=MODELS)
@@ -43,19 +22,10 @@ def model(request):
     return tiny(request.param)
 
 
-def logits(model, inputs):
-    with torch.no_grad():
-        return model(**inputs, use_cache=False).logits
-
-
 def generated(model, use_cache):
     ids = torch.arange(3, 9).view(1, -1)
     kwargs = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     return model.generate(ids, use_cache=use_cache, **kwargs)
-
-
-def shares_memory(first, second):
-    return {one.data_ptr() for one in first.parameters()} & {one.data_ptr() for one in second.parameters()}
 
 
 @pytest.mark.parametrize(
@@ -130,10 +100,7 @@ def test_a_block_less_is_the_model_without_it(model):
     inputs, kept = batch("right"), [0, 3]
     student = keep_layers(model, kept)
     assert [len(blocks(one)) for one in (student, model)] == [2, 4]
-    skipping = copy.deepcopy(model)
-    for index in {1, 2}:
-        blocks(skipping)[index].register_forward_hook(lambda module, given, kwargs, out: given[0], with_kwargs=True)
-    expected = logits(skipping, inputs)
+    expected = logits(skipping(model, [1, 2]), inputs)
     torch.testing.assert_close(logits(student, inputs), expected, rtol=1e-5, atol=1e-5)
     assert (expected - logits(model, inputs)).abs().max() > 1e-3
 
@@ -227,10 +194,6 @@ def half_dead(model):
 
 def centred(values, axis):
     return values - values.mean(axis, keepdim=True)
-
-
-def blocks(model):
-    return model.base_model.h if hasattr(model.base_model, "h") else model.base_model.layers
 
 
 def choice(count, size):

@@ -6,8 +6,8 @@ Models are duck-typed; transformers is not imported.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator
+from copy import deepcopy
 from typing import Any
 
 import torch
@@ -38,7 +38,7 @@ def check_model(model: Any) -> None:
 
 def model_configuration(model: Any) -> Any:
     """A copy of the model's configuration, which says nothing of how its weights were stored."""
-    config = copy.deepcopy(model.config)
+    config = deepcopy(model.config)
     vars(config).pop("quantization_config", None)
     return config
 
@@ -64,12 +64,13 @@ def whole(module: str, parameter: str, tensor: Tensor, shape: torch.Size) -> Ten
     return tensor
 
 
-def made_of(model: Any, config: Any, source: Callable[[str], str] = str, cut: Cut = whole) -> Any:
+def made_of(model: Any, config: Any, source: Callable[[str], str] = str, cut: Cut = whole, *, copy: bool = True) -> Any:
     """A model of this configuration and of `model`'s class, mode and devices, with copies of `model`'s tensors.
 
     Args:
         source: the name of a module of the student → that of the teacher's, from which its tensors come.
         cut: what of a tensor is taken. Its result is copied; tensors that are tied in the teacher are tied again.
+        copy: False leaves out the copy: for a model that is looked at, and not kept.
 
     Buffers that are not saved, such as Gemma's scale of embeddings, are those of the configuration: what is loaded from
     a saved student has these.
@@ -104,11 +105,11 @@ def made_of(model: Any, config: Any, source: Callable[[str], str] = str, cut: Cu
                             f"{name}.{key} of the student is {list(ours[key].shape)}, but {origin}.{key} of the "
                             f"teacher gives {list(taken.shape)}"
                         )
-                    taken = taken.clone(memory_format=torch.contiguous_format)
+                    taken = taken.clone(memory_format=torch.contiguous_format) if copy else taken
                     copies[id(given[key])] = nn.Parameter(taken) if kind == "_parameters" else taken
                 ours[key] = copies[id(given[key])]
     if getattr(model, "generation_config", None) is not None:
-        student.generation_config = copy.deepcopy(model.generation_config)
+        student.generation_config = deepcopy(model.generation_config)
     return student.train(model.training)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from fastkd.arguments import integer
 from fastkd.students.blocks import blocks_of, check_model, made_of, model_configuration
 
-__all__ = ["keep_layers", "parse_layers", "spread"]
+__all__ = ["keep_layers", "kept_blocks", "parse_layers", "spread"]
 
 _FORMS = "indices from 0 such as 0,2,4 or 0-8,10,29, or uniform:N, last:N or every:N"
 
@@ -102,8 +102,13 @@ def keep_layers(model: Any, layers: Sequence[int] | str) -> Any:
             a block another form in its new place, such as a scale by its index.
     """
     check_model(model)
+    count = len(blocks_of(model)[1])
+    return kept_blocks(model, parse_layers(layers, count) if isinstance(layers, str) else checked(layers, count))
+
+
+def kept_blocks(model: Any, kept: Sequence[int], *, copy: bool = True) -> Any:
+    """As `keep_layers`, of indices that are checked; without `copy` the weights are the model's own memory."""
     name, blocks = blocks_of(model)
-    kept = parse_layers(layers, len(blocks)) if isinstance(layers, str) else checked(layers, len(blocks))
     config = model_configuration(model)
     _keep(config.get_text_config(), kept)
     moved = re.compile(rf"{re.escape(name)}\.(\d+)(?=\.|$)")
@@ -112,7 +117,7 @@ def keep_layers(model: Any, layers: Sequence[int] | str) -> Any:
         return moved.sub(lambda found: f"{name}.{kept[int(found[1])]}", module)
 
     try:
-        student = made_of(model, config, source)
+        student = made_of(model, config, source, copy=copy)
     except ValueError as error:
         raise ValueError(f"{type(model).__name__} makes other blocks in other places: {error}") from error
     for place, index in enumerate(kept):

@@ -69,8 +69,8 @@ class KDTrainer(TrainsBeside):
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
     `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name.
-    `tokens_per_second` is of all devices, without the time of evaluations and checkpoints. Losses are read from the
-    device when they are logged, not at every step.
+    `tokens_per_second` is of all devices, from the first step on, without the time of evaluations and checkpoints.
+    Losses are read from the device when they are logged, not at every step.
 
     TRL's data preparation comes with `class K(KDTrainer, SFTTrainer): pass`, which takes SFTTrainer's arguments too.
 
@@ -115,7 +115,8 @@ class KDTrainer(TrainsBeside):
         self._counted: tuple[Tensor | None, int | None] = None, None  # labels of the batch at hand, how many count
         self._sums: dict[str, Tensor] = {}  # of what the teacher logs, since the last line of logs
         self._logged = False  # whether anything was summed since then
-        self._tokens, self._steps_logged, self._since, self._paused = 0, 0, time.perf_counter(), 0.0
+        self._tokens, self._steps_logged, self._paused = 0, 0, 0.0
+        self._since: float | None = None  # when the first step since the last line of logs began
 
     def distillation_loss(
         self, model: nn.Module, inputs: dict[str, Any], teacher: Outputs, labels: Tensor, num_items: Any
@@ -220,6 +221,7 @@ class KDTrainer(TrainsBeside):
             logs |= {"ratio": hard / soft} if soft and hard is not None else {}
             logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}
             tokens = self._tokens * self.accelerator.num_processes
+            assert self._since is not None
             logs["tokens_per_second"] = tokens / (now - self._since - self._paused)
             self._sums, self._logged, self._tokens = {}, False, 0
             self._since, self._paused = now, 0.0
@@ -231,7 +233,7 @@ class KDTrainer(TrainsBeside):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As Trainer's."""
-        self._since = time.perf_counter()
+        self._since = None  # what callbacks do before the first step is no training
         return super().train(*args, **kwargs)
 
     def get_train_dataloader(self) -> Any:
@@ -264,6 +266,8 @@ class KDTrainer(TrainsBeside):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
         """As Trainer's. The number of tokens that count is for the loss: no model gets it."""
+        if self._since is None:
+            self._since, self._paused = time.perf_counter(), 0.0
         inputs = dict(inputs)
         self._live = inputs.pop(COUNT, None)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import time
 
 import pytest
 import torch
@@ -105,6 +106,21 @@ def test_a_step_is_the_gradient_of_the_loss(tmp_path):
     expected = (parts.loss.item(), parts.soft.item(), parts.hard.item(), (parts.hard / parts.soft).item())
     assert [line[name] for name in ("loss", "soft", "hard", "ratio")] == pytest.approx(expected, rel=1e-5)
     assert line["tokens_per_second"] > 0
+
+
+def test_speed_is_of_the_steps_alone(tmp_path):
+    """What a callback does before the first step, such as drawing samples, is no training."""
+
+    class Slow(transformers.TrainerCallback):
+        def on_train_begin(self, *args, **kwargs):
+            time.sleep(1)
+
+    found = trainer(tmp_path, model(0), teacher=teacher(), max_steps=1, callbacks=[Slow()])
+    started = time.perf_counter()
+    found.train()
+    line = found.state.log_history[0]
+    tokens = next(iter(found.get_train_dataloader()))["input_ids"].numel()
+    assert tokens / line["tokens_per_second"] < time.perf_counter() - started - 1
 
 
 def test_accumulation_is_exact(tmp_path):
