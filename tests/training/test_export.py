@@ -8,6 +8,7 @@ import transformers
 
 import fastkd
 from fastkd.cli import main
+from fastkd.training import loading
 
 tokenizers = pytest.importorskip("tokenizers")
 TEXT = "the film was a slow and quiet story of two old friends who lost their way home in snow"
@@ -67,6 +68,28 @@ def test_gguf_comes_back_equal(tmp_path, tokenizer, kind, settings):
     text = "two friends, and the snow!\n"
     assert read(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert read.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_gguf_teacher_is_asked_for_its_configuration_once(tmp_path, tokenizer, monkeypatch):
+    """To read it takes seconds, and a run needs it several times; a file that is another is read again."""
+    pytest.importorskip("gguf")
+    place = tmp_path / "new" / "model.gguf"
+    reads = []
+    read = transformers.AutoConfig.from_pretrained
+    monkeypatch.setattr(
+        transformers.AutoConfig, "from_pretrained", lambda *args, **kwargs: reads.append(args) or read(*args, **kwargs)
+    )
+    for layers, times in ((2, 1), (3, 2)):
+        student("gpt2", tokenizer, n_layer=layers).save_pretrained(tmp_path / f"student-{layers}")
+        tokenizer.save_pretrained(tmp_path / f"student-{layers}")
+        written = tmp_path / f"written-{layers}"
+        assert main(["export", str(tmp_path / f"student-{layers}"), "--to", "gguf", "--output", str(written)]) == 0
+        place.parent.mkdir(exist_ok=True)
+        place.write_bytes((written / "model.gguf").read_bytes())
+        first = loading.teacher_config(str(place))
+        first.n_layer = 99  # whoever changes what it gets changes nothing for others
+        assert loading.teacher_config(str(place)).n_layer == layers
+        assert reads.count((str(place.parent),)) == times
 
 
 def test_hf_is_the_same_model(tmp_path, tokenizer):
