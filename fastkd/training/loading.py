@@ -43,21 +43,25 @@ def device_of(options: ModelOptions) -> torch.device:
 
 def load_tokenizer(name: str) -> Any:
     """The tokenizer that belongs to a teacher or student. Raises InputError where there is none."""
-    return gpt2_tokenizer() if name == TRAINED_TEACHER else _load(AutoTokenizer, name)
+    return gpt2_tokenizer() if name == TRAINED_TEACHER else _read_once(AutoTokenizer, name)
 
 
 def teacher_config(name: str) -> Any:
     """The configuration of the teacher of this name. Raises InputError where it cannot be loaded."""
+    return _read_once(AutoConfig, name)
+
+
+def _read_once(auto_class: Any, name: str) -> Any:
+    """A GGUF file's configuration or tokenizer, kept: transformers converts all of the tokenizer for either."""
     path = _place(name)
     if path.suffix != ".gguf" or not path.exists():
-        return _load(AutoConfig, name)
-    return copy.deepcopy(_gguf_config(name, path.stat().st_mtime_ns))
+        return _load(auto_class, name)
+    return copy.deepcopy(_gguf(auto_class, name, path.stat().st_mtime_ns))
 
 
 @functools.cache
-def _gguf_config(name: str, changed: int) -> Any:
-    """Kept until the file has `changed`: transformers reads all of its tokenizer too, which takes seconds."""
-    return _load(AutoConfig, name)
+def _gguf(auto_class: Any, name: str, changed: int) -> Any:
+    return _load(auto_class, name)
 
 
 def load_teacher(options: ModelOptions, device: torch.device) -> Any:
