@@ -24,32 +24,38 @@ def prompt_ids(tokenizer: Any, prompt: str, model: Any) -> Tensor:
 
 @torch.no_grad()
 def samples(model: Any, tokenizer: Any, options: EvaluationOptions, seed: int) -> list[str]:
-    """A continuation of each prompt. Moves no random numbers of the caller's; the model is in eval mode meanwhile."""
-    if not options.sample_tokens:
+    """A continuation of each prompt, of all at once: a small batch takes as long as one prompt.
+
+    Moves no random numbers of the caller's; the model is in eval mode meanwhile.
+    """
+    if not options.sample_tokens or not options.prompts:
         return []
     training = model.training
     model.eval()
     room = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    found = []
+    rows = [prompt_ids(tokenizer, prompt, model)[0] for prompt in options.prompts]
+    ids = _left_padded(rows, tokenizer.eos_token_id)
+    longest = ids.shape[1] + options.sample_tokens
     with torch.random.fork_rng():
-        for place, prompt in enumerate(options.prompts):
-            torch.manual_seed(seed + place)  # with one seed for all, prompts would be continued nearly alike
-            ids = prompt_ids(tokenizer, prompt, model)
-            longest = ids.shape[1] + options.sample_tokens
-            drawn = model.generate(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                max_length=longest if room is None else min(longest, room),
-                do_sample=True,
-                top_p=options.top_p,
-                top_k=0,
-                temperature=1.0,
-                use_cache=True,
-                pad_token_id=tokenizer.eos_token_id,
-            )
-            found.append(tokenizer.decode(drawn[0, ids.shape[1] :], skip_special_tokens=True))
+        torch.manual_seed(seed)
+        drawn = model.generate(
+            input_ids=ids,
+            attention_mask=_left_padded([torch.ones_like(row) for row in rows], 0),
+            max_length=longest if room is None else min(longest, room),
+            do_sample=True,
+            top_p=options.top_p,
+            top_k=0,
+            temperature=1.0,
+            use_cache=True,
+            pad_token_id=tokenizer.eos_token_id,
+        )
     model.train(training)
-    return found
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in drawn[:, ids.shape[1] :]]
+
+
+def _left_padded(rows: Sequence[Tensor], value: int) -> Tensor:
+    """`[rows, longest]`: padded on the left, where generation does not continue."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value, padding_side="left")
 
 
 @torch.no_grad()
