@@ -85,7 +85,8 @@ def test_windows_are_those_that_distill_trains_on(flags, inputs, tmp_path, docum
 def test_interrupted_command_goes_on(flags, tmp_path):
     """Ctrl-C while the teacher runs: a message, status 130, and the same command completes the cache."""
     slow = (
-        "import sys, time, fastkd.cache.writer as writer; from fastkd.cli import main; run = writer._run\n"
+        "import signal, sys, time, fastkd.cache.writer as writer; from fastkd.cli import main; run = writer._run\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in a shell's background ignore it
         "def slow(*arguments): time.sleep(0.2); return run(*arguments)\n"
         "writer._run = slow; sys.exit(main(sys.argv[1:]))"
     )
