@@ -24,9 +24,10 @@ def prompt_ids(tokenizer: Any, prompt: str, model: Any) -> Tensor:
 
 @torch.no_grad()
 def samples(model: Any, tokenizer: Any, options: EvaluationOptions, seed: int) -> list[str]:
-    """A continuation of each prompt, of all at once: a small batch takes as long as one prompt.
+    """A continuation of each prompt. All are drawn at once, for which each step reads the weights once.
 
-    Moves no random numbers of the caller's; the model is in eval mode meanwhile.
+    As many tokens follow all prompts, so a long one leaves less room to the others too. Moves no random numbers of the
+    caller's; the model is in eval mode meanwhile.
     """
     if not options.sample_tokens or not options.prompts:
         return []
