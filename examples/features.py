@@ -28,7 +28,7 @@ def main() -> list[float]:
             inputs = {"input_ids": ids}
             with torch.no_grad():
                 theirs = outputs_of(teacher, inputs, terms.teachers_needs)
-            loss = terms(outputs_of(student, inputs, terms.needs), theirs, Batch(labels=ids, inputs=inputs))
+            loss = terms(outputs_of(student, inputs, terms.students_needs), theirs, Batch(labels=ids, inputs=inputs))
             loss.backward()
             optimizer.step()
             optimizer.zero_grad()

@@ -37,6 +37,8 @@ DECODER = {
 KINDS = {"gpt2": GPT2, "llama": DECODER, "qwen2": DECODER, "qwen3": DECODER}
 #: Blocks of another width of attention in each layer; no rotary embedding in every fourth.
 LISTED = {"gemma3_text": {**DECODER, "sliding_window": 4}, "smollm3": {**DECODER, "no_rope_layers": [1, 0]}}
+#: Embeddings are scaled, wherever they come from.
+LISTED |= {"granite": {**DECODER, "embedding_multiplier": 12.0}}
 
 
 def causal_lm(kind: str, std: float = 0.4, **changed):
@@ -173,6 +175,30 @@ def test_no_head_sees_what_it_is_to_predict(kind):
             for one, two in zip(before, after, strict=True):
                 assert torch.equal(one.hidden[:, :changed], two.hidden[:, :changed])
                 assert not torch.allclose(one.hidden[:, changed], two.hidden[:, changed], atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_heads_of_16_bits_stay_in_them(kind, dtype):
+    model = causal_lm(kind)
+    exact, short = heads_of(model, 1), fastkd.MultiTokenHeads(model.config, 1).eval()
+    short.load_state_dict(exact.state_dict())
+    hidden = torch.randn(1, TOKENS, WIDTH)
+    (found,) = short.to(dtype)(hidden)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.float(), exact(hidden)[0], rtol=0.1, atol=0.1)
+
+
+def test_a_body_that_changes_its_input_is_refused(monkeypatch):
+    """Hidden states of the trunk are no embeddings: what is done to these would be done to them."""
+    before = transformers.LlamaModel.forward
+    monkeypatch.setattr(
+        transformers.LlamaModel,
+        "forward",
+        lambda self, *args, inputs_embeds, **options: before(self, *args, inputs_embeds=inputs_embeds * 2, **options),
+    )
+    with pytest.raises(ValueError, match="LlamaModel changes its inputs_embeds before the first block"):
+        fastkd.MultiTokenHeads(causal_lm("llama").config, 1)
 
 
 def test_no_gradient_comes_from_later_positions():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastkd.terms import AttentionTerm, Batch
+from fastkd.terms import AttentionTerm, Batch, relations
 from tests import compare
-from tests.features import VOCAB, batch, built, frozen, gpt2, gradients, llama, transformers, value_of
+from tests.features import VOCAB, batch, both, built, frozen, gpt2, gradients, llama, transformers, value_of
 
 SMALL = {"vocab_size": VOCAB, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
 SMALL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 32, "initializer_range": 0.3}
@@ -51,6 +51,63 @@ def test_a_window_that_is_shorter_than_the_rows_is_refused():
         with pytest.raises(ValueError, match=r"window of 10 tokens is shorter than rows of 11: .*'attention'"):
             value_of(term, *models, batch())
     AttentionTerm("last:1", relation="qk").check(short, long)
+
+
+WINDOWED = {
+    "qwen2_moe": {"use_sliding_window": True, "sliding_window": 10, "max_window_layers": 2},
+    "phimoe": {"sliding_window": 10},
+    "llama4_text": {"attention_chunk_size": 10, "layer_types": ["chunked_attention"] * 2},
+}
+
+
+@pytest.mark.parametrize("kind", WINDOWED)
+def test_a_window_that_only_the_mask_has_is_seen_too(kind):
+    settings = transformers.AutoConfig.for_model(
+        kind, **SMALL, num_experts=2, num_local_experts=2, num_experts_per_tok=1, **WINDOWED[kind]
+    )
+    model, plain = built(settings, "sdpa"), frozen(llama(heads=2))
+    term = AttentionTerm("last", relation="qk")
+    term.check(model, plain)
+    with pytest.raises(ValueError, match="window of 10 tokens is shorter than rows of 11"):
+        value_of(term, model, plain, batch())
+
+
+def test_eager_attention_that_is_not_looked_up_is_refused(monkeypatch):
+    """Most models of transformers 5.0 call it without a look into the table."""
+    monkeypatch.delattr(transformers.AttentionInterface, "get_interface")
+    eager, fused = gpt2(), gpt2(attention="sdpa")
+    with pytest.raises(ValueError, match=r"before transformers 5\.1: upgrade it, or take attn_implementation='sdpa'"):
+        AttentionTerm(relation="qk").check(fused, frozen(eager))
+    AttentionTerm(relation="qk").check(fused, frozen(gpt2(attention="sdpa")))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_gradients_of_keys_are_not_summed_in_16_bits(dtype, monkeypatch):
+    """Every chunk of queries adds to them. Their error is that of one rounding, whatever the number of chunks."""
+    shape = 1, 6, 256, 8  # six heads: dividing by them rounds too
+    given = [torch.randn(shape).to(dtype) for _ in range(4)]
+    live = torch.ones(1, 256, dtype=torch.bool)
+    monkeypatch.setitem(relations.CHUNK_BYTES, "cpu", 4 * 6 * 256 * 2)  # two queries
+
+    def gradients_in(wanted):
+        a, b, *teacher = (one.to(wanted) for one in given)
+        a.requires_grad_(), b.requires_grad_()
+        sides = (relations.Products(*pair, 8**-0.5, None) for pair in ((a, b), teacher))
+        relations.divergence_of_rows(*sides, live).backward()
+        return a.grad.double(), b.grad.double()
+
+    for exact, found in zip(gradients_in(torch.float64), gradients_in(dtype), strict=True):
+        assert (found - exact).norm() <= torch.finfo(dtype).eps * 0.5 * exact.norm()
+
+
+def test_probabilities_of_fp16_are_refused_also_where_autocast_is_of_it():
+    """Trainer hands the term fp32 copies of them, whose gradients are rounded to fp16 all the same."""
+    student, teacher, given = gpt2(), frozen(llama()), batch()
+    term = AttentionTerm()
+    term.check(student, teacher)
+    models = both(term, student, teacher, given)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="gradients of fp16 probabilities"):
+        term(*models, given)
 
 
 def test_sinks_are_refused():
@@ -102,9 +159,13 @@ def test_models_without_the_table_are_refused_before_the_first_step(relation):
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-@pytest.mark.parametrize("relation", ["qk", "values"])
+@pytest.mark.parametrize("relation", ["attention", "qk", "values"])
 def test_reentrant_checkpointing_is_refused(relation):
-    student, teacher, given = gpt2(attention="sdpa").train(), frozen(llama()), batch()
+    student, teacher, given = (
+        gpt2(attention="eager" if relation == "attention" else "sdpa").train(),
+        frozen(llama()),
+        batch(),
+    )
     early, late = AttentionTerm(relation=relation), AttentionTerm(relation=relation)
     late.check(student, teacher)
     student.gradient_checkpointing_enable({"use_reentrant": True})
@@ -117,7 +178,6 @@ def test_reentrant_checkpointing_is_refused(relation):
             refused()
     student.gradient_checkpointing_enable({"use_reentrant": False})
     early.check(student, teacher)
-    AttentionTerm("last").check(gpt2(), teacher)
 
 
 def test_dropout_of_a_teacher_that_is_trained_is_refused():

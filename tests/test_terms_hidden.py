@@ -167,6 +167,21 @@ def test_parts_of_a_step_add_up():
     assert sum(parts).item() == pytest.approx(whole.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mixture_of_layers_is_not_rounded_to_16_bits(dtype):
+    """The teacher's states have 16 bits; their mixture, and what follows of it, has as many as the student's."""
+    x, shares, *layers = torch.randn(20, 12), torch.tensor([0.5, 0.3, 0.2]), *torch.randn(3, 20, 12).to(dtype)
+    how, counted = rows_apart.Comparison("mse", True), torch.ones(20, dtype=torch.bool)
+    found = {}
+    for wanted in (torch.float64, torch.float32):
+        ours, part = x.to(wanted).requires_grad_(), shares.to(wanted).requires_grad_()
+        theirs = [one.double() for one in layers] if wanted == torch.float64 else layers
+        value = rows_apart.distance(ours, theirs, None, counted, how, shares=part)
+        found[wanted] = value, *torch.autograd.grad(value, (ours, part))
+    for exact, near in zip(found[torch.float64], found[torch.float32], strict=True):
+        assert (near - exact).norm() <= 1e-6 * exact.norm()
+
+
 def test_without_gradients_there_are_none():
     student, teacher, given = gpt2(), frozen(llama()), batch()
     term = HiddenStateTerm()

@@ -50,7 +50,7 @@ class _Loop:
         inputs = {"input_ids": self.ids, "attention_mask": torch.ones_like(self.ids)}
         batch = Batch(self.ids, inputs)
         teacher = self.mode.outputs(self.student, inputs, needs=self.terms.teachers_needs)
-        student = outputs_of(self.student, inputs, self.terms.needs)
+        student = outputs_of(self.student, inputs, self.terms.students_needs)
         loss = self.terms(student, teacher, batch) + sum(self.mode.loss(student, batch).values())
         loss.backward()
         self.optimizer.step()

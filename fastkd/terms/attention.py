@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from fastkd.projection.sides import autocast_dtype
 from fastkd.rows import kept_dtype
 from fastkd.terms.architecture import Architecture, architecture_of
 from fastkd.terms.hidden import same_batch
@@ -83,6 +84,7 @@ class AttentionTerm(Term):
             raise ValueError(f"term {self.name!r} reads the teacher's attention, which no cache has: take a model")
         ours, theirs = architecture_of(student), architecture_of(teacher)
         self.pairs = layer_pairs(self.layers, ours.blocks, theirs.blocks)
+        self.students_blocks = frozenset(block for block, _ in self.pairs)
         self.teachers_blocks = self.blocks_read(ours, theirs)
         heads = [one.kv_heads if self.relation == "values" else one.heads for one in (ours, theirs)]
         self._check_heads(*heads)
@@ -92,7 +94,7 @@ class AttentionTerm(Term):
         else:
             check_recordable(student)
             check_recordable(teacher)
-            self._check_checkpointing(student)
+        self._check_checkpointing(student)
         for whose, model in (("student", student), ("teacher", teacher)):
             if self.relation != "values" and _has_sinks(model):
                 raise ValueError(
@@ -137,7 +139,7 @@ class AttentionTerm(Term):
                 )
 
     def _check_checkpointing(self, student: nn.Module) -> None:
-        """Reentrant checkpointing runs blocks without a graph, so what is recorded within has no gradient."""
+        """Reentrant checkpointing runs blocks without a graph, so what is computed within has no gradient."""
         for module in student.modules():
             options = getattr(getattr(module, "_gradient_checkpointing_func", None), "keywords", None)
             reentrant = isinstance(options, dict) and options.get("use_reentrant", True)
@@ -156,7 +158,7 @@ class AttentionTerm(Term):
         for block, other in self.pairs:
             ours, theirs = self._rows(student, block, batch), self._rows(teacher, other, batch)
             x, y = ours.tensors[0], theirs.tensors[0]
-            if isinstance(ours, Products) and not x.requires_grad and student.model is not None:
+            if not x.requires_grad and student.model is not None:
                 self._check_checkpointing(student.model)  # it may be enabled after `check`, as Trainer does
             same_batch(self.name, "attentions", _batch_of(x), _batch_of(y), batch)
             self._check_heads(ours.heads, theirs.heads)
@@ -169,7 +171,11 @@ class AttentionTerm(Term):
             found = outputs.attentions
             if block >= len(found):
                 raise ValueError(f"term {self.name!r} needs attentions of block {block}, but {len(found)} have some")
-            if found[block].dtype == torch.float16 and found[block].requires_grad:
+            # Trainer casts what the student returns to fp32; gradients within it are of autocast's dtype all the same.
+            if (
+                torch.float16 in (found[block].dtype, autocast_dtype(found[block].device))
+                and found[block].requires_grad
+            ):
                 raise ValueError(
                     f"term {self.name!r}: gradients of fp16 probabilities overflow: train in bf16, or take "
                     "relation='qk'"

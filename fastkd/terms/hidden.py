@@ -119,6 +119,7 @@ class HiddenStateTerm(Term):
         if not self._made:
             self._make(ours, theirs, len(pairs), next(student.parameters()))
         self.pairs, self._made = pairs, made
+        self.students_blocks = frozenset(block for block, _ in pairs)
         self.teachers_blocks = self.blocks_read(ours, theirs)
 
     def _pairs(self, ours: Architecture, theirs: Architecture) -> list[tuple[int, tuple[int, ...]]]:

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from fastkd import arguments
 from fastkd.losses import KDLoss, KDParts
 from fastkd.terms.architecture import text_config
 from fastkd.terms.routed import RoutedLogits, rows_of
@@ -23,7 +24,8 @@ class KDTerm(Term):
         temperature, soft_weight: how they change over the training, if they do. The hard weight changes too, so that
             the sum of both weights stays the same.
 
-    Logs `soft` (T² included) and `hard`, unweighted. Raises ValueError for a loss that is no mean.
+    Logs `soft` (T² included) and `hard`, unweighted. Raises ValueError for a loss that is no mean, or a course that
+    starts or ends at no temperature, or at more than the sum of both weights.
     """
 
     def __init__(
@@ -37,6 +39,16 @@ class KDTerm(Term):
         self.kd = kd
         self._courses = {"temperature": temperature, "soft_weight": soft_weight}
         self._total = kd.soft_weight + kd.hard_weight
+        for which in ("start", "end"):
+            if temperature is not None:
+                arguments.temperature(f"the {which} of temperature", getattr(temperature, which))
+            if soft_weight is not None:
+                value = arguments.number(f"the {which} of soft_weight", getattr(soft_weight, which))
+                if value > self._total * (1 + 1e-9):  # room for rounding of 0.7 + 0.3
+                    raise ValueError(
+                        f"the {which} of soft_weight is {value}, more than soft_weight + hard_weight = {self._total:g} "
+                        "of the loss, whose sum stays the same"
+                    )
 
     @property
     def needs_teacher(self) -> bool:

@@ -64,7 +64,8 @@ def feature_memory(
         terms: one or several. Terms of your own count as reading all blocks, and without gradients.
         student, teacher: causal language models, or their configurations.
         batch, tokens: rows of a batch and their length.
-        dtype: of both models' activations.
+        dtype: of both models' activations. Under the mixed precision of Trainer the student returns fp32, so its
+            gradients are of that.
 
     Raises ValueError for layers that do not exist, and for numbers below 1.
     """

@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 from fastkd import arguments
 from fastkd.losses import KDLoss, KDParts
 from fastkd.sources import Projection
+from fastkd.students.blocks import blocks_of
 from fastkd.terms.architecture import text_config
 from fastkd.terms.term import IGNORED, Batch, Course, Outputs, Term
 
@@ -261,6 +262,9 @@ def _body(config: Any) -> nn.Module:
     one.num_hidden_layers = 1
     one.vocab_size = 1  # the embedding is made only to be dropped
     one.pad_token_id = one.bos_token_id = one.eos_token_id = None
+    for name in ("embedding_multiplier", "embedding_scale"):  # Granite and others scale what is no embedding here
+        if isinstance(getattr(one, name, None), int | float):
+            setattr(one, name, 1.0)
     body: Any = AutoModel.from_config(one, dtype=torch.get_default_dtype())
     body.set_input_embeddings(None)
     for name, child in list(body.named_modules()):
@@ -271,15 +275,43 @@ def _body(config: Any) -> nn.Module:
                 f"{type(body).__name__} embeds positions with {name}, a {type(child).__name__}, which cannot be left "
                 "out: multi-token heads of this architecture have to be written by hand"
             )
+    _check_passed_on(body)
     return body  # type: ignore[no-any-return]
 
 
+def _check_passed_on(body: Any) -> None:
+    """Raise ValueError for a body that does to `inputs_embeds`, before its block, what only embeddings need."""
+    like = next(body.parameters())
+    given = torch.linspace(-1, 1, int(body.config.hidden_size), dtype=like.dtype, device=like.device).view(1, 1, -1)
+    reached: list[Tensor] = []
+
+    def look(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        reached.append(args[0] if args else options["hidden_states"])
+
+    hook = blocks_of(body)[1][0].register_forward_pre_hook(look, with_kwargs=True)
+    was_training = body.training
+    try:
+        with torch.no_grad():
+            body.eval()(inputs_embeds=given, use_cache=False)
+    finally:
+        hook.remove()
+        body.train(was_training)
+    if not (given.is_meta or torch.equal(reached[0], given)):
+        raise ValueError(
+            f"{type(body).__name__} changes its inputs_embeds before the first block, which hidden states of the trunk "
+            "cannot go through: multi-token heads of this architecture have to be written by hand"
+        )
+
+
 class _NoPositions(nn.Module):
-    """In the place of an embedding of positions: 0, since hidden states of the trunk have them."""
+    """In the place of an embedding of positions: 0, since hidden states of the trunk have them.
+
+    Of a dtype below every other, so that the sum with the hidden states stays in theirs.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.width = width
 
     def forward(self, positions: Tensor) -> Tensor:
-        return torch.zeros((), dtype=torch.float32, device=positions.device).expand(*positions.shape, self.width)
+        return torch.zeros((), dtype=torch.bool, device=positions.device).expand(*positions.shape, self.width)

@@ -39,7 +39,26 @@ class Heads:
 
 def check_recordable(model: nn.Module) -> None:
     """Raise ValueError for a model that does not look its attention function up in transformers' table."""
-    _looked_up(model)
+    tables, names = _looked_up(model)
+    if "eager" in names and not all(hasattr(table, "get_interface") for table in tables.values()):
+        raise ValueError(  # only the others were looked up
+            f"{type(model).__name__} with attn_implementation='eager' cannot be recorded before transformers 5.1: "
+            "upgrade it, or take attn_implementation='sdpa'"
+        )
+
+
+#: What a block's kind of attention calls its window in the configuration.
+_WINDOWS = {"sliding_attention": "sliding_window", "chunked_attention": "attention_chunk_size"}
+
+
+def _window(module: nn.Module, number: int) -> int | None:
+    """The window of a block that the attention function is not told of, since the mask alone has it."""
+    config = getattr(module, "config", None)
+    kinds = getattr(config, "layer_types", None)
+    # Without kinds (PhiMoE) the window is of all blocks; Mistral, Qwen 2 and others say it to the function too.
+    field = _WINDOWS.get(kinds[number]) if kinds else "sliding_window"
+    window = getattr(config, field, None) if field else None
+    return window if isinstance(window, int) else None
 
 
 def _looked_up(model: nn.Module) -> tuple[dict[int, Any], set[str]]:
@@ -69,7 +88,8 @@ def recorded(model: nn.Module, blocks: Collection[int] | None = None) -> Iterato
             if id(module) in known and isinstance(number, int) and (blocks is None or number in blocks):
                 scaling = options.get("scaling")
                 scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
-                found[number] = Heads(query, key, value, scaling, options.get("softcap"), options.get("sliding_window"))
+                window = options.get("sliding_window") or _window(module, number)
+                found[number] = Heads(query, key, value, scaling, options.get("softcap"), window)
             # Eager attention is no row of the table, but a function beside each model.
             forward = original or sys.modules[type(module).__module__].__dict__["eager_attention_forward"]
             return forward(module, query, key, value, *args, **options)

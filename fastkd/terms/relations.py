@@ -174,7 +174,11 @@ def _value_and_gradients(
     first = student.tensors[0]
     dtype = row_dtype(first.dtype)
     value = torch.zeros((), dtype=dtype, device=first.device)
-    gradients = [torch.zeros_like(one, dtype=kept_dtype(one.dtype)) for one in student.tensors] if wanted else []
+    # A chunk writes rows of its own into the first; into the others, of keys, every chunk adds: not in 16 bits.
+    gradients = [
+        torch.zeros_like(one, dtype=dtype if number else kept_dtype(one.dtype))
+        for number, one in enumerate(student.tensors if wanted else ())
+    ]
     for chunk in _chunks(counted, max(student.heads, teacher.heads)):
         leaves = [part.detach().to(dtype).requires_grad_(wanted) for part in student.parts(chunk)]
         taught = teacher.logits([part.detach().to(dtype) for part in teacher.parts(chunk)], chunk, heads)
@@ -188,10 +192,9 @@ def _value_and_gradients(
         if wanted:
             parts = torch.autograd.grad(found, leaves)
             for part, (gradient, place) in zip(parts, student.places(gradients, chunk), strict=True):
-                gradient[place] += part.to(gradient.dtype)
-    for gradient in gradients:
-        gradient.div_(heads)
-    return value / heads, gradients
+                gradient[place] += (part / heads).to(gradient.dtype)
+    kept = [one.to(kept_dtype(given.dtype)) for one, given in zip(gradients, student.tensors, strict=False)]
+    return value / heads, kept
 
 
 def _chunks(counted: Tensor, heads: int) -> Iterator[Chunk]:

@@ -169,7 +169,7 @@ def _mixed(teachers: Sequence[Tensor], chunk: Any, shares: Tensor | None, dtype:
         return teachers[0][chunk].to(dtype)
     mixed = teachers[0][chunk].to(dtype) * shares[0]
     for share, teacher in zip(shares[1:], teachers[1:], strict=True):
-        mixed += teacher[chunk] * share
+        mixed += teacher[chunk].to(dtype) * share  # a scalar share would leave 16 bits at 16
     return mixed
 
 

@@ -17,11 +17,11 @@ student's, and keeps them in checkpoints. A term needs no trainer: in a loop of 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,18 @@ TEACHERS = ("teacher_loss", "peer_loss")
 
 @dataclass(frozen=True)
 class Course:
-    """A value over the course of training: from `start` at the first step to `end` after the last."""
+    """A value over the course of training: from `start` at the first step to `end` after the last.
+
+    Raises ValueError for an unknown shape.
+    """
 
     start: float
     end: float
     shape: Shape
+
+    def __post_init__(self) -> None:
+        if self.shape not in get_args(Shape):
+            raise ValueError(f"the shape of a course must be one of {', '.join(get_args(Shape))}, got {self.shape!r}")
 
     def at(self, progress: float) -> float:
         """The value when a share of the training, in [0, 1], is done."""
@@ -89,7 +96,7 @@ class Outputs:
     def hidden_states(self) -> tuple[Tensor, ...]:
         """`[batch, tokens, H]` each: the embedding's, then those after each block. ValueError where there are none.
 
-        None in the place of what no term reads of a teacher.
+        None in the place of what no term reads.
         """
         found: tuple[Tensor, ...] = self._found("hidden_states")
         return found
@@ -142,7 +149,8 @@ def outputs_of(model: nn.Module, inputs: Mapping[str, Any], needs: Sequence[Need
 
     Args:
         model, inputs: as `fastkd.project` takes them, which says what it raises.
-        needs: `terms.needs`; for a teacher `terms.teachers_needs`, and nothing is kept of blocks that no term reads.
+        needs: `terms.needs` of any model. `terms.students_needs` and `terms.teachers_needs` keep nothing of the blocks
+            that no term reads.
     """
     blocks: Mapping[Need, frozenset[int]] = needs.blocks if isinstance(needs, Needs) else {}
     asked: dict[str, Any] = {f"output_{need}": True for need in needs if need != "projections"}
@@ -222,7 +230,8 @@ class Term(nn.Module):
 
     #: What `forward` reads of both models' outputs, beside the logits.
     needs: tuple[Need, ...] = ()
-    #: The teacher's blocks of which `needs` are read, if not all: of others nothing is kept.
+    #: The blocks of which `needs` are read, if not all: of others nothing is kept.
+    students_blocks: frozenset[int] | None = None
     teachers_blocks: frozenset[int] | None = None
 
     @property
@@ -321,11 +330,19 @@ class Terms(nn.ModuleList):
         return tuple(dict.fromkeys(need for term in self._terms for need in term.needs))
 
     @property
+    def students_needs(self) -> Needs:
+        """The same of the student: without the blocks that no term reads, once `check` has been called."""
+        return self._without_idle(lambda term: term.students_blocks)
+
+    @property
     def teachers_needs(self) -> Needs:
-        """The same of the teacher: without the blocks that no term reads, once `check` has been called."""
+        """The same of the teacher."""
+        return self._without_idle(lambda term: term.teachers_blocks)
+
+    def _without_idle(self, blocks_of: Callable[[Term], frozenset[int] | None]) -> Needs:
         found: dict[Need, frozenset[int]] = {}
         for need in self.needs:
-            read = [term.teachers_blocks for term in self._terms if need in term.needs]
+            read = [blocks_of(term) for term in self._terms if need in term.needs]
             known = [blocks for blocks in read if blocks is not None]
             if len(known) == len(read):
                 found[need] = frozenset().union(*known)

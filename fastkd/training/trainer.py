@@ -127,14 +127,15 @@ class KDTrainer(TrainsBeside):
         """
         if isinstance(model, FSDPModule):
             model.unshard()  # the output head, which stays whole until its gradient is reduced
-        student = outputs_of(model, inputs, self.terms.needs)
+        student = outputs_of(model, inputs, self.terms.students_needs)
         counted, live = self._counted
         # An override of this method may mask others.
         batch = Batch(labels, inputs, num_items, live if labels is counted else None)
-        loss: Tensor = self.terms(student, teacher, batch)
-        for name, value in self.teacher.loss(student, batch).items():
-            loss = loss + value
-            self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
+        with self.accelerator.autocast():  # Trainer sees to the student's own forward alone
+            loss: Tensor = self.terms(student, teacher, batch)
+            for name, value in self.teacher.loss(student, batch).items():
+                loss = loss + value
+                self._sums[name] = self._sums.get(name, 0.0) + value.detach().float()
         return loss
 
     def soft_targets(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
@@ -144,7 +145,7 @@ class KDTrainer(TrainsBeside):
             return Outputs(None)
         if taken.get("teacher") is not None and isinstance(self.teacher, Frozen):
             return Cached().outputs(model, inputs, taken)  # batches win over a live teacher
-        with self.accelerator.autocast():  # of the student alone Trainer sees to it
+        with self.accelerator.autocast():
             return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.teachers_needs)
 
     def compute_loss(
@@ -207,7 +208,8 @@ class KDTrainer(TrainsBeside):
             if isinstance(model, FSDPModule):
                 model.unshard()
             logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size)
-            found = fastkd.row_statistics(logits, labels).label_logprob
+            with self.accelerator.autocast():
+                found = fastkd.row_statistics(logits, labels).label_logprob
         counted = labels != -100
         return None, -torch.where(counted, found, 0.0).sum(1), counted.sum(1)
 
