@@ -181,10 +181,11 @@ def ablation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     The best is on top.
     """
     figure = Figure(figsize=(9, 1.5 + 0.4 * len(rows)), layout="constrained")
-    names = [_kind(row) for row in rows]
+    grids = {_grid(row) for row in rows if row["teacher"] != "–"}
+    names = [_kind(row, len(grids) > 1) for row in rows]
     for axes, (name, title) in zip(
         figure.subplots(1, 2, sharey=True),
-        (("perplexity", "validation perplexity"), ("kl", "KL(teacher ‖ student) at T = 1, nats")),
+        (("perplexity", "validation perplexity"), ("kl", "KL to the teacher, nats")),
         strict=True,
     ):
         values, spread = [row[name] for row in rows], [row.get(f"{name}_spread", 0.0) for row in rows]
@@ -195,12 +196,16 @@ def ablation(rows: Sequence[Mapping[str, Any]]) -> Figure:
     return figure
 
 
-def _kind(row: Mapping[str, Any]) -> str:
+def _kind(row: Mapping[str, Any], with_grid: bool) -> str:
     """What tells a row of a sweep from others, as a label."""
     if row["teacher"] == "–":
         return "labels alone"
-    grid = f"soft {row['soft_weight']:g}, T {row['temperature']:g}"
-    return figure_text(f"{row['teacher']}, {row['terms']}\n{grid}")
+    terms = "" if row["terms"] == "none" else f" + {row['terms']}"
+    return figure_text(f"{row['teacher']}{terms}") + (f"\n{_grid(row)}" if with_grid else "")
+
+
+def _grid(row: Mapping[str, Any]) -> str:
+    return f"soft {row['soft_weight']:g}, T {row['temperature']:g}"
 
 
 def progressive(rows: Sequence[Mapping[str, Any]]) -> Figure:
@@ -208,7 +213,8 @@ def progressive(rows: Sequence[Mapping[str, Any]]) -> Figure:
     figure, axes = _figure()
     places = range(len(rows))
     axes.plot(places, [row["val_loss"] for row in rows], "o-", color=_COLOURS[STUDENT], label="student of the stage")
-    axes.set_xticks(places, [figure_text(f"{row['stage']}\n{row['parameters'] / 1e6:,.3g} M") for row in rows])
+    names = [f"{figure_text(row['stage'])}\n{row['parameters'] / 1e6:,.3g} M" for row in rows]
+    axes.set_xticks(places, names)
     axes.margins(x=0.15)
     axes.set(xlabel="stage, parameters of its student", ylabel="validation cross-entropy, nats per token")
     return _with_legend_above(figure, axes)

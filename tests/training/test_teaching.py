@@ -14,7 +14,7 @@ from fastkd.cli import main
 from fastkd.teachers import Mutual
 from fastkd.training.commands import sweep as command
 from fastkd.training.configuration import Parser, dump
-from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
+from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, set_title, term_set
 from tests.training.conftest import changed, run
 from tests.training.test_resume import interrupt_after, outcome
 
@@ -198,6 +198,11 @@ def test_two_of_the_same_weights_are_refused(options, inputs):
 def test_sets_of_a_sweep():
     assert term_set("none") == []
     assert term_set("hidden+attention") == ["hidden", "attention"]
+    assert set_title(term_set("hidden+attention")) == "hidden + attention"
+    assert set_title(term_set("none")) == "none"
+    assert set_title(
+        term_set('[{"type": "attention", "relation": "qk", "weight": 0.5}, "hidden", {"type": "hidden"}]')
+    ) == ("attention (relation qk, weight 0.5) + hidden + hidden")
     assert term_set('["hidden", {"type": "attention"}]') == ["hidden", '{"type": "attention"}']
     with pytest.raises(InputError, match="no JSON"):
         term_set("[hidden")

@@ -29,6 +29,7 @@ from fastkd.training.options import (
     expand_home,
     option,
     set_text,
+    set_title,
     term_set,
     unfolded_sets,
 )
@@ -65,7 +66,7 @@ class Cell(NamedTuple):
 
     distillation: DistillationOptions
     teaching: TeachingOptions
-    terms: str  # their names and mappings, joined by +, or none
+    terms: str  # as they are shown, or none
     assistant: str = ""  # learns from the teacher first, and then teaches the student
 
     @property
@@ -164,7 +165,7 @@ class SweepOptions(ModeOptions):
         if not live.needs_teacher:
             yield Cell(cached, TeachingOptions(), "none")
             return
-        sets = [("+".join(terms) or "none", terms) for terms in map(term_set, self.terms)]
+        sets = [(set_title(terms), terms) for terms in map(term_set, self.terms)]
         for mode in self.teacher_mode:
             for name, terms in sets if mode == self.teacher_mode[0] else sets[:1]:
                 plain = mode in ("frozen", "cached") and not terms

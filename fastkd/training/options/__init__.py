@@ -30,6 +30,7 @@ from fastkd.training.options.teaching import (
     TeachingOptions,
     named_terms,
     set_text,
+    set_title,
     term_set,
     unfolded_sets,
 )
@@ -67,6 +68,7 @@ __all__ = [
     "named_terms",
     "option",
     "set_text",
+    "set_title",
     "term_set",
     "unfolded_sets",
 ]

@@ -15,6 +15,7 @@ __all__ = [
     "TeachingOptions",
     "named_terms",
     "set_text",
+    "set_title",
     "term_set",
     "unfolded",
     "unfolded_sets",
@@ -158,6 +159,21 @@ def set_text(terms: Sequence[str]) -> str:
     if not terms:
         return "none"
     return json.dumps([json.loads(one) if one.lstrip().startswith("{") else one for one in terms])
+
+
+def set_title(terms: Sequence[str]) -> str:
+    """A set as tables and figures show it: hidden + attention (relation qk)."""
+    return " + ".join(map(_title, terms)) or "none"
+
+
+def _title(term: str) -> str:
+    if not term.lstrip().startswith("{"):
+        return term
+    given = json.loads(term)
+    rest = [
+        f"{name} {one if isinstance(one, str) else json.dumps(one)}" for name, one in given.items() if name != "type"
+    ]
+    return f"{given['type']} ({', '.join(rest)})" if rest else str(given["type"])
 
 
 def unfolded_sets(given: Any) -> dict[str, Any]:
