@@ -315,6 +315,14 @@ def test_the_term_holds_no_parameter_of_the_student():
     assert all(VOCAB not in weight.shape for weight in term.parameters())
 
 
+def test_two_terms_would_save_one_file():
+    from fastkd.terms import Terms
+
+    terms = [fastkd.MultiTokenTerm(1), fastkd.MultiTokenTerm(2, name="further")]
+    with pytest.raises(ValueError, match="'multi_token' and 'further' would overwrite each other's multi_token_heads"):
+        Terms(terms)
+
+
 def test_bad_input_is_refused():
     student = causal_lm("llama")
     for n in (0, -1):

@@ -174,8 +174,12 @@ class MultiTokenTerm(Term):
         temperature: T of the KL.
         name: what is logged, with `<name>_hard` and `<name>_soft` (T² included), means over heads, unweighted.
 
+    A training has one such term, whose heads are saved beside the student: two are refused.
+
     Raises TypeError or ValueError for wrong arguments, and before the first step for heads of another student.
     """
+
+    files = (HEADS_FILE,)
 
     def __init__(
         self,
