@@ -201,6 +201,14 @@ def test_a_body_that_changes_its_input_is_refused(monkeypatch):
         fastkd.MultiTokenHeads(causal_lm("llama").config, 1)
 
 
+def test_heads_on_the_meta_device_are_not_run():
+    """As the command checks terms, before any model is loaded."""
+    config = causal_lm("llama").config
+    with torch.device("meta"):
+        heads = fastkd.MultiTokenHeads(config, 1)
+    assert next(heads.parameters()).is_meta
+
+
 def test_no_gradient_comes_from_later_positions():
     heads = heads_of(causal_lm("llama"), 2)
     hidden = torch.randn(1, TOKENS, WIDTH, requires_grad=True)
@@ -339,6 +347,14 @@ def test_the_term_holds_no_parameter_of_the_student():
     term = fastkd.MultiTokenTerm(heads_of(student))
     assert len(Terms([term], student).trained) == len(list(term.heads.parameters()))
     assert all(VOCAB not in weight.shape for weight in term.parameters())
+
+
+def test_two_terms_would_save_one_file():
+    from fastkd.terms import Terms
+
+    terms = [fastkd.MultiTokenTerm(1), fastkd.MultiTokenTerm(2, name="further")]
+    with pytest.raises(ValueError, match="'multi_token' and 'further' would overwrite each other's multi_token_heads"):
+        Terms(terms)
 
 
 def test_bad_input_is_refused():

@@ -267,8 +267,8 @@ def test_buffers_are_copied():
         assert mode.model.seen is not student.seen
 
 
-def test_an_average_in_16_bits_is_kept_in_32():
-    """Steps of a thousandth are below a rounding of bfloat16."""
+def test_an_average_in_16_bits_is_kept_in_32(tmp_path):
+    """And saved so. Steps of a thousandth are below a rounding of bfloat16."""
     student, mode = gpt2(0), EMA(0.999, warmup=False, dtype=torch.bfloat16)
     wide = EMA(0.999, warmup=False)
     student.register_buffer("frequencies", torch.tensor([1 / 3]))
@@ -282,6 +282,9 @@ def test_an_average_in_16_bits_is_kept_in_32():
     run = list(mode.model.parameters())
     assert {weight.dtype for weight in run} == {torch.bfloat16}
     assert mode.model.frequencies.dtype == torch.float32  # rounded frequencies would be others
+    mode.save(tmp_path)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ema")
+    assert torch.equal(weights(saved), weights(wide.model))
     for rounded, weight in zip(run, wide.model.parameters(), strict=True):
         assert torch.equal(rounded, weight.bfloat16())
     assert mode.outputs(student, inputs(0)).projection.hidden.dtype == torch.bfloat16

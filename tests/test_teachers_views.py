@@ -89,6 +89,24 @@ def test_one_more_forward_a_batch():
     assert len(calls) == 2
 
 
+@pytest.mark.parametrize("make", [lambda: gpt2(0), llama])
+def test_every_weight_learns_under_autocast(make):
+    """Both forwards are in one context and in 16 bits. The first one caches nothing, which would have no graph."""
+    student, seen = make(), set()
+
+    def watch(_module, _args, found):
+        seen.add((torch.is_grad_enabled(), torch.is_autocast_cache_enabled(), found.dtype))
+
+    for module in student.modules():
+        if type(module).__name__ in ("Conv1D", "Linear") and module is not student.lm_head:
+            module.register_forward_hook(watch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, _ = loss_of(MultiView(), student, 0, KDTerm())
+    loss.backward()
+    assert not [name for name, weight in student.named_parameters() if weight.grad is None]
+    assert seen == {(False, False, torch.bfloat16), (True, True, torch.bfloat16)}
+
+
 def test_dropped_tokens_have_no_embedding():
     """Of a model without positions that sees one token a row: its logits are those of a zero vector, or the plain."""
     student = double(gpt2(0)).eval()

@@ -104,8 +104,8 @@ class EMA(_Copy):
         dtype: of the weights that are run, a floating one; None: the student's. An average in 16 bits would not move,
             since its steps are below a rounding. So it is kept in fp32 then, beside the rounded weights that are run.
 
-    `save` writes the average to `ema/`. Raises TypeError or ValueError for wrong arguments; `check` for a sharded
-    student, and for another one than it follows.
+    `save` writes the average to `ema/`, in fp32 where it is kept so. Raises TypeError or ValueError for wrong
+    arguments; `check` for a sharded student, and for another one than it follows.
     """
 
     def __init__(
@@ -198,8 +198,17 @@ class EMA(_Copy):
     def save(self, directory: Path) -> None:
         """The average, in Hugging Face format, in `ema/`."""
         model: Any = self._copy
-        if model is not None:
+        if model is None:
+            return
+        run = {name: weight.data for name, weight in model.named_parameters()}
+        try:
+            # Not as `state_dict`: the configuration that is written says which dtype the model's own weights have.
+            for name, average in self._average.items():
+                model.get_parameter(name).data = average
             model.save_pretrained(directory / "ema")
+        finally:
+            for name, rounded in run.items():
+                model.get_parameter(name).data = rounded
 
 
 class Snapshot(_Copy):

@@ -74,6 +74,9 @@ class MultiView(TeacherMode):
         model, self.calls = unwrapped(student), self.calls + 1
         with contextlib.ExitStack() as within:
             within.enter_context(_drawn_aside(self._seed(), device))
+            # Under autocast, weights that are cast here have no graph before PyTorch 2.11. Kept, they would serve the
+            # student's own forward in the same context, and its weights would get no gradient.
+            within.enter_context(_autocast_that_keeps_nothing(device.type))
             for view, rate in self._views:
                 inputs = within.enter_context(view.within(model, inputs, rate))
             return outputs_of(model, inputs, needs)
@@ -90,6 +93,12 @@ class MultiView(TeacherMode):
     def restore(self, kept: Mapping[str, Any]) -> None:
         """Take up what `kept` gave."""
         self.calls = int(kept["calls"])
+
+
+def _autocast_that_keeps_nothing(device: str) -> torch.autocast:
+    """Autocast as it is, on or off, without its cache of weights."""
+    enabled, dtype = torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+    return torch.autocast(device, dtype, enabled, cache_enabled=False)
 
 
 @contextlib.contextmanager

@@ -233,6 +233,8 @@ class Term(nn.Module):
     #: The blocks of which `needs` are read, if not all: of others nothing is kept.
     students_blocks: frozenset[int] | None = None
     teachers_blocks: frozenset[int] | None = None
+    #: Names of the files that `save` writes, which no other term of a trainer may write.
+    files: tuple[str, ...] = ()
 
     @property
     def needs_teacher(self) -> bool:
@@ -282,7 +284,7 @@ class Term(nn.Module):
         """
 
     def save(self, directory: Path) -> None:
-        """Write what a run leaves of it beside the student, such as heads of its own. By default nothing."""
+        """Write `files`: what a run leaves of it beside the student, such as heads of its own. By default nothing."""
 
     def blocks_read(self, student: Architecture, teacher: Architecture) -> frozenset[int] | None:
         """The blocks of the teacher whose `needs` are read, of such models; None: all."""
@@ -298,7 +300,8 @@ class Term(nn.Module):
 class Terms(nn.ModuleList):
     """The terms of one trainer. Calling it gives Σ weight · value of a batch, and sums up the values for the logs.
 
-    Raises TypeError for what is no Term, ValueError for two of one name and for a term with a module of the student.
+    Raises TypeError for what is no Term, ValueError for two of one name or that save one file, and for a term with a
+    module of the student.
     """
 
     def __init__(self, terms: Sequence[Term], student: nn.Module | None = None) -> None:
@@ -309,6 +312,12 @@ class Terms(nn.ModuleList):
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:
             raise ValueError(f"two terms are named {', '.join(twice)}: give one another `name`, to be logged as")
+        writers: dict[str, str] = {}
+        for term in terms:
+            for file in term.files:
+                first = writers.setdefault(file, term.name)
+                if first != term.name:
+                    raise ValueError(f"terms {first!r} and {term.name!r} would overwrite each other's {file}: keep one")
         students = {id(weight) for weight in student.parameters()} if student is not None else set()
         for term in terms:
             if any(id(weight) in students for weight in term.parameters()):

@@ -61,7 +61,11 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: Any, windows: Tensor, batch_size: int, vocab_size: int | None = None) -> Predictions:
-    """Run `model` over `windows` [n, length], in eval mode. Only the first `vocab_size` ids count, if given."""
+    """Run `model` over `windows` [n, length], in eval mode. Only the first `vocab_size` ids count, if given.
+
+    The head shares the model's memory: to keep the predictions of a model that is trained further, give that one's head
+    other memory first.
+    """
     training = model.training
     model.eval()
     found = []

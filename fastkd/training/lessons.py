@@ -20,7 +20,7 @@ from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
 from fastkd.training.teaching import teacher_of, terms_of
 
-__all__ = ["Lessons", "labels_alone", "lessons_of"]
+__all__ = ["Lessons", "free", "labels_alone", "lessons_of"]
 
 
 @dataclass(frozen=True)
@@ -47,20 +47,25 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
     """
     options, teaching, corpus = setup.options.distillation, setup.options.teaching, setup.materials.corpus
     if not setup.options.learns:
+        free(setup)
         return labels_alone(corpus)
     if not options.cache_dir:
         mode = teacher_of(setup, student)
         terms = terms_of(setup, student, mode)
+        if not (options.needs_teacher or any(term.needs_teacher for term in terms)):
+            del mode  # which has the teacher
+            free(setup)
+            return Lessons(Windows(corpus.train), collate, terms=terms)
         if teaching.of_itself:
-            _free(setup)
+            free(setup)
         columns = {}
         if "corpus" in mode.columns:
             assert corpus.origins is not None  # as many corpora as teachers are asked for
             columns["corpus"] = corpus.origins
-        listens = options.needs_teacher or any(term.needs_teacher for term in terms)
-        return Lessons(Windows(corpus.train, **columns), collate, mode, terms, listens)
+        return Lessons(Windows(corpus.train, **columns), collate, mode, terms, listens=True)
     terms = terms_of(setup, student, Cached())
     if not options.needs_teacher:
+        free(setup)
         return Lessons(Windows(corpus.train), collate, terms=terms)
     vocab_size, tokenizer = setup.judge.vocab_size, setup.materials.tokenizer
     cache = write(
@@ -82,11 +87,12 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
     except CacheError as error:
         raise InputError(str(error)) from error
     print(f"cache: {cache.sequences:,} windows in {cache.directory}, {cache.bytes / 2**20:,.1f} MiB")
-    _free(setup)
+    free(setup)
     return Lessons(Windows(corpus.train), Collator(cache), terms=terms, listens=True)
 
 
-def _free(setup: Setup) -> None:
+def free(setup: Setup) -> None:
+    """Let go of the teacher, and of what only circles of references still hold, such as a trainer that is done."""
     setup.teacher = None
     gc.collect()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +50,8 @@ class KDTrainer(TrainsBeside):
     """Trains a causal language model on a teacher's predictions and the labels.
 
     Args:
-        model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where batches carry a teacher.
+        model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where examples bring
+            something for the teacher, such as its name.
         kd: the loss, `KDLoss()` by default. A copy is used, with `shift=True` and `return_parts=True`.
         teacher: a frozen model in eval mode with the student's vocabulary, on the student's device; or one of
             `fastkd.teachers`, which learn or follow the student. Or None: then batches bring the teacher's predictions
@@ -106,6 +107,7 @@ class KDTrainer(TrainsBeside):
         mode = _mode(teacher)
         if not (all_terms.need_teacher or soft_weight or isinstance(mode, (Frozen, Cached))):
             raise ValueError(f"no term reads the teacher, so {type(mode).__name__} would take no part: take it away")
+        self._check_columns(mode)
         mode.check(self.model, all_terms.needs, self.kd.vocab_size)
         all_terms.check(self.model, mode.model)
         self._stand_beside(all_terms, mode)
@@ -117,6 +119,19 @@ class KDTrainer(TrainsBeside):
         self._logged = False  # whether anything was summed since then
         self._tokens, self._steps_logged, self._paused = 0, 0, 0.0
         self._since: float | None = None  # when the first step since the last line of logs began
+
+    def _check_columns(self, mode: TeacherMode) -> None:
+        """Raise ValueError where Trainer would take from the examples what they bring for the teacher."""
+        if not (mode.columns and self.args.remove_unused_columns):
+            return
+        self._set_signature_columns_if_needed()  # the columns that stay
+        brought = _columns(self.train_dataset)
+        lost = [name for name in mode.columns if name in brought and name not in (self._signature_columns or ())]
+        if lost:
+            raise ValueError(
+                f"{type(mode).__name__} reads {', '.join(map(repr, lost))} of each batch, but Trainer takes from the "
+                "examples what is no argument of the student: set remove_unused_columns=False"
+            )
 
     def distillation_loss(
         self, model: nn.Module, inputs: dict[str, Any], teacher: Outputs, labels: Tensor, num_items: Any
@@ -297,6 +312,15 @@ def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:
     if teacher is None:
         return Cached()
     return teacher if isinstance(teacher, TeacherMode) else Frozen(teacher)
+
+
+def _columns(dataset: Any) -> Collection[str]:
+    """What the examples of a dataset have; nothing where that is seen in the first batch alone."""
+    names = getattr(dataset, "column_names", None)
+    if names is None and dataset and not isinstance(dataset, IterableDataset):
+        example = dataset[0]
+        names = example if isinstance(example, dict) else None  # of others Trainer takes nothing
+    return names or ()
 
 
 def _predicting(logits: fastkd.Projection, vocab_size: int | None) -> fastkd.Projection:

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,8 @@ import transformers
 import yaml
 
 from fastkd.cli import main
+from fastkd.training import fit as fitting
+from fastkd.training import lessons, loading
 from fastkd.training.options import InputError
 from tests.training.conftest import CONTEXT, STUDENT, WORDS, changed, run
 
@@ -96,10 +99,49 @@ def test_labels_alone_teach_the_next_token(options, tmp_path):
     assert all(line["soft"] == 0 < line["hard"] for line in lines)
 
 
+LABELS = {"soft_weight": 0.0, "hard_weight": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "needed"),
+    [
+        (LABELS, False),
+        ({**LABELS, "terms": ["multi_token"]}, False),
+        ({**LABELS, "terms": ["multi_token"], "cache_dir": "cache"}, False),
+        ({}, True),
+        ({"teacher_mode": "mixture"}, True),
+        ({"teacher_mode": "ema"}, False),
+    ],
+)
+def test_a_teacher_that_is_not_needed_is_freed(options, tmp_path, monkeypatch, values, needed):
+    """`needed`: whether --teacher's model is, while the student trains. Labels alone need none, nor what was beside."""
+    teachers, modes, held = [], [], []
+
+    def watched(place, name, note):
+        original = getattr(place, name)
+
+        def call(*given):
+            found = original(*given)
+            note(found)
+            return found
+
+        monkeypatch.setattr(place, name, call)
+
+    def fit(*given, original=fitting.fit):
+        held.append([any(one() is not None for one in some) for some in (teachers, modes)])
+        return original(*given)
+
+    watched(loading, "load_teacher", lambda found: teachers.append(weakref.ref(found)))
+    watched(lessons, "lessons_of", lambda found: modes.extend([weakref.ref(found.teacher)] if found.teacher else []))
+    monkeypatch.setattr(fitting, "fit", fit)
+    monkeypatch.chdir(tmp_path)
+    more = {"more_teachers": [options.models.teacher]} if values.get("teacher_mode") == "mixture" else {}
+    run(options, max_steps=2, eval_steps=2, eval_windows=4, sample_tokens=2, ce_baseline=True, **values, **more)
+    assert held == [[needed, bool(modes)], [False, False]]
+
+
 def test_trained_teacher(options, tmp_path, monkeypatch, inputs):
     """The whole pipeline without any model: a teacher is trained first, on the labels, and kept."""
-    from fastkd.training import loading
-
     tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "teacher")
     monkeypatch.setattr(loading, "gpt2_tokenizer", lambda: tokenizer)
     monkeypatch.setattr(loading, "_TRAINED", {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 1, "n_head": 2})
@@ -162,7 +204,7 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
 @pytest.mark.parametrize("stage", ["lessons", "ce-only", "results"])
 def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
     """While the cache is written, after the student is trained, or while results are written: resumed, it is whole."""
-    from fastkd.training import lessons, report
+    from fastkd.training import report
     from fastkd.training.commands import distill as module
 
     settings = {"ce_baseline": True, "cache_dir": str(tmp_path / "out" / "cache"), "max_steps": 12, "eval_steps": 5}

@@ -282,6 +282,28 @@ def test_wrong_teachers_are_refused_before_the_first_step(tmp_path):
         trainer(tmp_path, student, teacher=Routed([teacher()])).train()
 
 
+def test_columns_that_trainer_takes_away_are_refused(tmp_path):
+    """Where the examples have them, and only there: a collator may bring them."""
+    datasets = pytest.importorskip("datasets")
+
+    def made(data, teacher=None, **settings):
+        mode = teacher or MAKERS["routed"][0]()
+        return trainer(
+            tmp_path, gpt2(0), kd=KD, teacher=mode, data=data, remove_unused_columns=True, max_steps=1, **settings
+        )
+
+    rows = [Corpora(windows())[index] for index in range(8)]
+    listed = datasets.Dataset.from_list([{name: list(row[name]) for name in ("input_ids", "labels")} for row in rows])
+    numbered = listed.add_column("corpus", [row["corpus"] for row in rows])
+    for data in (Corpora(windows()), numbered, numbered.to_iterable_dataset()):
+        with pytest.raises(ValueError, match=r"Routed reads 'corpus' of each batch.*set remove_unused_columns=False"):
+            made(data)
+    plain = Ragged(windows())
+    made(plain, data_collator=lambda examples: {**collate(examples), "corpus": [0] * len(examples)}).train()
+    made(plain, Cached(), data_collator=WithTeacher()).train()
+    made(Corpora(windows()), Frozen(teacher())).train()
+
+
 def both(rank: int, folder: str) -> None:
     for name in ("online", "ema"):
         torch.manual_seed(rank)  # the first process' start counts

@@ -15,6 +15,7 @@ from fastkd.teachers import Mutual
 from fastkd.training.commands import sweep as command
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, set_title, term_set
+from fastkd.training.setup import gather, with_teacher
 from tests.training.conftest import changed, run
 from tests.training.test_resume import interrupt_after, outcome
 
@@ -69,6 +70,18 @@ def test_every_mode_is_resumed_to_the_bit(options, inputs, tmp_path, monkeypatch
         assert (tmp_path / "whole" / folder / "tokenizer.json").is_file()
     if mode in ("mutual", "online"):
         assert any(line.get("peer_loss" if mode == "mutual" else "teacher_loss", 0) > 0 for line in history)
+
+
+def test_a_teacher_that_is_trained_judges_as_it_was(options, inputs, tmp_path):
+    """What was found with it is what is found with the same teacher read anew."""
+    found = run(changed(asked(options, inputs, "online"), teacher_learning_rate=3e-2))["models"]
+    judge = with_teacher(options, gather(options)).judge
+    for name, folder in (("student", "out"), ("teacher after training", "out/trained-teacher")):
+        model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / folder, dtype=torch.float32)
+        again = judge.judge(name, model.eval()).held_out
+        assert again.kl > 0.01
+        for measure in ("kl", "top1_agreement", "probability_correlation"):
+            assert found[name][measure] == pytest.approx(getattr(again, measure), rel=1e-5)
 
 
 def test_a_schedule_reaches_the_second_student(options, monkeypatch):

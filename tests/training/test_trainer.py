@@ -60,7 +60,7 @@ def trainer(path, student, *, kd=None, data=None, kind=KDTrainer, **settings):
         output_dir=str(path),
         use_cpu=True,
         report_to="none",
-        remove_unused_columns=False,
+        remove_unused_columns=wanted.pop("remove_unused_columns", False),
         logging_steps=1,
         lr_scheduler_type="constant",
         optim="sgd",

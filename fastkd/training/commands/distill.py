@@ -93,6 +93,9 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         seconds = {"cache": time.perf_counter() - clock}
         work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
         fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
+        listens = given.listens
+        del given  # a teacher, a second student or an average: the rest is done without them
+        training.lessons.free(setup)
         students = {judge.STUDENT: training.adapters.merged(student, some, work / "student")}
         if options.evaluation.ce_baseline:
             alone = early or setup.student()
@@ -120,7 +123,7 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
         for name, (kept, _) in beside.items():
             models = replace(options.models, teacher=str(kept), teacher_dtype="float32", teacher_quantization="none")
             contenders.append(setup.judge.judge(name, training.loading.load_teacher(models, materials.device)))
-        cost = _flops(setup, fitted[judge.STUDENT], given)
+        cost = _flops(setup, fitted[judge.STUDENT], listens)
         lines = [*judge.verdict(contenders, before), *_cost_lines(cost)]
         seconds |= {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
@@ -191,7 +194,7 @@ def _fit(setup: Setup, student: Any, given: Lessons, options: Options, directory
     return training.fit.fit(student, setup.materials.tokenizer, setup.materials.corpus, given, kd, options, directory)
 
 
-def _flops(setup: Setup, student: Fitted, given: Lessons) -> dict[str, float]:
+def _flops(setup: Setup, student: Fitted, listens: bool) -> dict[str, float]:
     """Of the teacher's forwards, once per window where there is a cache, and of the student's training.
 
     Nothing where others than the teacher teach, or where it learns.
@@ -202,7 +205,7 @@ def _flops(setup: Setup, student: Fitted, given: Lessons) -> dict[str, float]:
     read = setup.materials.corpus.train.numel() if options.cache_dir else student.tokens
     trained = training.evaluation.flops(student.tokens, 0, student.parameters)
     return {
-        "teacher": training.evaluation.flops(0, teacher, 0, read) if given.listens else 0.0,
+        "teacher": training.evaluation.flops(0, teacher, 0, read) if listens else 0.0,
         "student": trained,
     }
 
