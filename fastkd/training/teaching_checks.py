@@ -15,7 +15,7 @@ from fastkd.terms import Term, Terms, terms_named
 from fastkd.training import checks, loading
 from fastkd.training.options import InputError, ModelOptions, Options, named_terms
 
-__all__ = ["asked_terms", "check_teaching", "check_terms", "input_error", "more_teachers", "peer_of"]
+__all__ = ["asked_terms", "check_teaching", "check_terms", "input_error", "more_teachers", "others", "peer_of"]
 
 Result = TypeVar("Result")
 
@@ -67,12 +67,11 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
     _check_named(options, tokenizer)
     for models in more_teachers(options):
         checks.check_tokenizers(loading.load_tokenizer(models.teacher), tokenizer)
-        checks.check_context(options.data.max_length, teacher=loading.teacher_config(models.teacher))
 
 
 def _check_named(options: Options, tokenizer: Any) -> None:
     """What options of modes name is there."""
-    wanted, length = options.teaching, options.data.max_length
+    wanted = options.teaching
     if wanted.teacher_mode == "multi_view":
         input_error(lambda: teachers.MultiView(wanted.views) if wanted.views else None, "views")
     if wanted.ema_device:
@@ -81,9 +80,8 @@ def _check_named(options: Options, tokenizer: Any) -> None:
             f"ema_device is {wanted.ema_device!r}",
         )
     if wanted.peer:
-        models = peer_of(options.models, wanted.peer)
-        checks.check_tokenizers(tokenizer, loading.student_tokenizer(models, tokenizer))
-        checks.check_context(length, peer=loading.student_config(models, len(tokenizer), tokenizer))
+        peer = peer_of(options.models, wanted.peer)
+        checks.check_tokenizers(tokenizer, loading.student_tokenizer(peer, tokenizer))
 
 
 def check_terms(options: Options, student: Any, teacher: Any, tokenizer: Any) -> None:
@@ -96,9 +94,7 @@ def check_terms(options: Options, student: Any, teacher: Any, tokenizer: Any) ->
     needs = {need for term in terms for need in term.needs}
     if wanted.of_itself:
         teacher = student
-    if wanted.peer:
-        models = peer_of(options.models, wanted.peer)
-        teacher = loading.student_config(models, loading.vocabulary_size(student), tokenizer)
+    teacher = others(options, student, tokenizer).get("peer", teacher)
     settings = {"attn_implementation": "eager"} if "attentions" in needs else {}
     with torch.device("meta"):
         ours, theirs = (
@@ -118,6 +114,16 @@ def asked_terms(options: Options) -> list[Term]:
 def more_teachers(options: Options) -> list[ModelOptions]:
     """What loads each of the teachers after the first."""
     return [replace(options.models, teacher=name) for name in options.teaching.more_teachers]
+
+
+def others(options: Options, student: Any, tokenizer: Any) -> dict[str, Any]:
+    """Configurations of the models beside the teacher that judges and the student, by what they are called."""
+    named = enumerate(more_teachers(options), 2)
+    found = {f"teacher {number}": loading.teacher_config(models.teacher) for number, models in named}
+    if options.teaching.peer:
+        models = peer_of(options.models, options.teaching.peer)
+        found["peer"] = loading.student_config(models, loading.vocabulary_size(student), tokenizer)
+    return found
 
 
 def peer_of(models: ModelOptions, peer: str) -> ModelOptions:

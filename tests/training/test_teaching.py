@@ -15,7 +15,7 @@ from fastkd.teachers import Mutual
 from fastkd.training.commands import sweep as command
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, term_set
-from tests.training.conftest import changed, run
+from tests.training.conftest import STUDENT, changed, run
 from tests.training.test_resume import interrupt_after, outcome
 
 
@@ -187,6 +187,31 @@ def test_teachers_of_another_tokenizer_are_refused(options, inputs, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="the tokenizers differ in 1 tokens"):
         run(options, teacher_mode="mixture", more_teachers=[str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("mode", ["mixture", "routed", "mutual"])
+def test_a_model_beside_the_teacher_may_be_padded(options, inputs, tmp_path, mode):
+    """Its head has four rows more than the tokenizer has tokens."""
+    other = transformers.AutoModelForCausalLM.from_pretrained(inputs / "teacher")
+    other.resize_token_embeddings(other.config.vocab_size + 4, mean_resizing=False)
+    other.save_pretrained(tmp_path / "padded")
+    transformers.AutoTokenizer.from_pretrained(inputs / "teacher").save_pretrained(tmp_path / "padded")
+    padded = str(tmp_path / "padded")
+    given = {"peer": padded} if mode == "mutual" else {"more_teachers": [padded]}
+    found = run(changed(asked(options, inputs, mode), max_steps=2, **given))
+    assert all(line["soft"] > 0 for line in found["training"]["student"]["history"] if "loss" in line)
+
+
+def test_models_beside_the_teacher_have_positions_for_the_text(options, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastkd.training.setup.load_corpus", lambda *_: pytest.fail("text was read"))
+    (tmp_path / "short.json").write_text(json.dumps(STUDENT | {"n_positions": 8}))
+    with pytest.raises(InputError, match="max_length 16 is more than the peer's 8 positions"):
+        run(options, teacher_mode="mutual", peer=str(tmp_path / "short.json"))
+    config = transformers.AutoConfig.from_pretrained(inputs / "teacher", max_position_embeddings=8)
+    for one in (config, transformers.AutoTokenizer.from_pretrained(inputs / "teacher")):
+        one.save_pretrained(tmp_path / "short")
+    with pytest.raises(InputError, match="max_length 16 is more than the teacher 2's 8 positions"):
+        run(options, teacher_mode="mixture", more_teachers=[str(tmp_path / "short")])
 
 
 def test_two_of_the_same_weights_are_refused(options, inputs):
