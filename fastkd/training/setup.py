@@ -20,7 +20,7 @@ from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
-from fastkd.training.teaching_checks import check_teaching, check_terms, others
+from fastkd.training.teaching_checks import check_length, check_teaching, check_terms, others
 
 __all__ = ["Materials", "Setup", "check", "gather", "with_teacher"]
 
@@ -102,6 +102,7 @@ def gather(options: Options) -> Materials:
             f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
             f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
         )
+    check_length(options, len(corpus.train))
     print(visible(f"data: {corpus.description()}"))
     return Materials(device, tokenizer, corpus)
 

@@ -268,6 +268,7 @@ BAD = [
     ({"batch_size": 10_000}, "stage 'second': "),
     ({"max_length": 24}, "stage 'second': max_length 24 is more than the student's 16 positions"),
     ({"lora_rank": 4, "lora_targets": ["nowhere"]}, "stage 'second': "),
+    ({"teacher_mode": "snapshot"}, "4 steps in 1 epoch(s), and a snapshot is taken at each epoch's end"),
 ]
 
 

@@ -165,8 +165,15 @@ def test_contradictions_are_refused(values, message):
         ({"terms": ["hidden"], "cache_dir": "cache"}, "which no cache has"),
         ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
         ({"teacher_mode": "online", "teacher_quantization": "8bit"}, "cannot be trained"),
-        ({"teacher_mode": "snapshot", "snapshot_every": 6}, "one every 6, but the run ends no later"),
-        ({"teacher_mode": "snapshot", "max_steps": None, "epochs": 1.0}, "one every epoch, but the run ends no later"),
+        ({"teacher_mode": "snapshot", "snapshot_every": 6}, "6 steps in 1 .* a snapshot is taken every 6 steps"),
+        ({"teacher_mode": "snapshot", "max_steps": None, "epochs": 1.0}, "a snapshot is taken at each epoch's end"),
+        ({"teacher_mode": "snapshot"}, r"6 steps in 1 epoch\(s\), and a snapshot is taken at each epoch's end"),
+        (
+            {"teacher_mode": "snapshot", "snapshot_every": 1000, "max_steps": None, "epochs": 3.0},
+            r"steps in 3 epoch\(s\), and a snapshot is taken every 1000 steps",
+        ),
+        ({"teacher_mode": "mixture", "more_teachers": ["a"], "divergence": "mse"}, "Mixed cannot serve this loss"),
+        ({"teacher_mode": "multi_view", "terms": ["attention"]}, "the view attention_dropout drops"),
         ({"terms": ["hiden"]}, "did you mean 'hidden'"),
         ({"terms": ['{"type": "hidden", "weight": -1}']}, "got -1"),
         ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),
@@ -174,7 +181,8 @@ def test_contradictions_are_refused(values, message):
         ({"teacher_mode": "routed", "more_teachers": ["a"]}, "2 teachers for 1 corpora"),
     ],
 )
-def test_what_cannot_be_taught_is_refused_before_any_training(options, tmp_path, values, message):
+def test_what_cannot_be_taught_is_refused_before_any_work(options, tmp_path, monkeypatch, values, message):
+    monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     with pytest.raises(InputError, match=message):
         run(options, **values)
     assert not (tmp_path / "out").exists()
@@ -316,6 +324,13 @@ def test_cells_of_a_sweep_leave_the_teacher_as_it_was(sweep_flags, monkeypatch):
     implementations = [kinds[2] for kinds in seen[:3]]
     assert implementations[1] == "eager"
     assert implementations[0] == implementations[2] != "eager"
+
+
+def test_a_sweep_too_short_for_a_mode_is_refused_before_any_work(sweep_flags, inputs, monkeypatch, capsys):
+    monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}", "--teacher-mode", "frozen", "snapshot"]
+    assert main(["sweep", *flags]) == 2
+    assert "4 steps in 1 epoch(s), and a snapshot is taken at each epoch's end" in capsys.readouterr().err
 
 
 def test_an_ablation(sweep_flags, inputs, tmp_path, capsys):

@@ -180,27 +180,23 @@ def _check(stages: Sequence[Stage], common: Options, output: Path) -> None:
 
     Teachers that are not trained yet have a configuration and a tokenizer already, which is all that is looked at.
     """
-    read: list[tuple[Any, ...]] = []  # what decides which windows there are; they are looked at once
+    read: dict[str, int] = {}  # what decides which windows there are → how many; they are read once
     with tempfile.TemporaryDirectory() as scratch:
         for place, stage in enumerate(stages):
             if training.run.is_finished(output / stage.name):
                 continue
             known = training.run.is_finished(output / stages[place - 1].name) if place else True
             options = _at(stage, _teacher(stages, place, common, output if known else Path(scratch)), output)
-            windows = (
-                options.data,
-                options.evaluation.eval_windows,
-                options.training.seed,
-                options.training.batch_size,
-            )
+            settings = (options.evaluation.eval_windows, options.training.seed, options.training.batch_size)
+            windows = repr((options.data, *settings))
             try:
                 with contextlib.redirect_stdout(None):
                     _, tokenizer, config = training.setup.check(options)
                     if windows not in read:
-                        training.setup.gather(options)
+                        read[windows] = len(training.setup.gather(options).corpus.train)
+                    training.teaching_checks.check_length(options, read[windows])
             except InputError as error:
                 raise InputError(f"stage {stage.name!r}: {error}") from error
-            read.append(windows)
             for one in (config, tokenizer):
                 one.save_pretrained(Path(scratch) / stage.name)
 

@@ -210,6 +210,7 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
         for cell in cells:
             asked = options._replace(distillation=cell.distillation, teaching=cell.teaching)
             training.setup.check(asked)
+            training.teaching_checks.check_length(asked, len(materials.corpus.train))
             if cell.assistant:
                 training.loading.student_config(
                     _assisted(options.models, cell), len(materials.tokenizer), materials.tokenizer
