@@ -22,7 +22,7 @@ from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, O
 from fastkd.training.plain import visible
 from fastkd.training.teaching_checks import check_length, check_teaching, check_terms, others
 
-__all__ = ["Materials", "Setup", "check", "gather", "with_teacher"]
+__all__ = ["Materials", "Setup", "check", "configurations", "gather", "with_teacher"]
 
 
 class Materials(NamedTuple):
@@ -87,7 +87,7 @@ def check(options: Options) -> tuple[torch.device, Any, Any]:
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
     caching.check_cache(options, tokenizer)
     check_teaching(options, tokenizer)
-    _, student, teacher = _configurations(options, tokenizer)
+    _, student, teacher = configurations(options, tokenizer)
     check_terms(options, student, teacher, tokenizer)
     check_adapters(options.models, student)
     return device, tokenizer, student
@@ -109,7 +109,7 @@ def gather(options: Options) -> Materials:
 
 def with_teacher(options: Options, materials: Materials, *, on_validation: bool = False) -> Setup:
     """Load the teacher and judge it, on held-out or on validation text. Raises InputError."""
-    vocab_size, config, _ = _configurations(options, materials.tokenizer)
+    vocab_size, config, _ = configurations(options, materials.tokenizer)
     teacher = loading.load_teacher(options.models, materials.device)
     checks.check_frozen(teacher)
     caching.check_teacher(options, teacher)
@@ -136,7 +136,7 @@ def _training_device(options: Options) -> torch.device:
     return chosen.device
 
 
-def _configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any, Any]:
+def configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any, Any]:
     """(number of ids that count, or None for all; the student's configuration; the teacher's). Raises InputError."""
     models, trained = options.models, options.models.teacher == TRAINED_TEACHER
     teacher = loading.trained_config(tokenizer) if trained else loading.teacher_config(models.teacher)

@@ -326,11 +326,57 @@ def test_cells_of_a_sweep_leave_the_teacher_as_it_was(sweep_flags, monkeypatch):
     assert implementations[0] == implementations[2] != "eager"
 
 
+@pytest.mark.parametrize(
+    ("assistant", "terms", "message"),
+    [
+        ({"n_positions": 8}, "none", "student's place: max_length 16 is more than the student's 8 positions"),
+        ({"vocab_size": 5}, "none", "student's place: the student's vocabulary has 5 ids"),
+        ({}, '{"type": "hidden", "layers": [[0, 2]]}', "teacher's place: terms: "),
+        ("other tokenizer", "none", "student's place: the tokenizers differ in 1 tokens"),
+    ],
+)
+def test_an_assistant_that_cannot_learn_or_teach_is_refused_before_any_work(
+    sweep_flags, inputs, tmp_path, monkeypatch, capsys, assistant, terms, message
+):
+    monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    place = tmp_path / "assistant"
+    if isinstance(assistant, dict):
+        place.write_text(json.dumps(STUDENT | assistant))
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "teacher")
+        tokenizer.add_tokens(["unheard"])
+        for one in (tokenizer, transformers.AutoConfig.from_pretrained(inputs / "teacher")):
+            one.save_pretrained(place)
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}", f"--assistant={place}", "--alpha", "0.5"]
+    assert main(["sweep", *flags, "--terms", terms]) == 2
+    told = capsys.readouterr().err
+    assert f"the assistant {str(place)!r}, in the {message}" in told
+    assert not (tmp_path / "sweep").exists()
+
+
 def test_a_sweep_too_short_for_a_mode_is_refused_before_any_work(sweep_flags, inputs, monkeypatch, capsys):
     monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     flags = [*sweep_flags, f"--student={inputs / 'student.json'}", "--teacher-mode", "frozen", "snapshot"]
     assert main(["sweep", *flags]) == 2
     assert "4 steps in 1 epoch(s), and a snapshot is taken at each epoch's end" in capsys.readouterr().err
+
+
+def test_cells_of_a_sweep_may_have_padded_teachers(sweep_flags, inputs, tmp_path, monkeypatch):
+    """The ids that count are those of each cell's own models."""
+    seen, size = [], transformers.AutoConfig.from_pretrained(inputs / "teacher").vocab_size
+
+    def fit(setup, student, given, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        seen.append(setup.counted)
+
+    monkeypatch.setattr(command, "_fit", fit)
+    config = transformers.AutoConfig.from_pretrained(inputs / "teacher", vocab_size=size + 4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "padded")
+    transformers.AutoTokenizer.from_pretrained(inputs / "teacher").save_pretrained(tmp_path / "padded")
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}", "--alpha", "0.5"]
+    flags += ["--teacher-mode", "frozen", "mixture", f"--more-teachers={tmp_path / 'padded'}"]
+    assert main(["sweep", *flags, f"--assistant={tmp_path / 'padded'}"]) == 0
+    assert seen == [None, size, size, size]  # frozen, mixture, the assistant, and the student that it teaches
 
 
 def test_an_ablation(sweep_flags, inputs, tmp_path, capsys):
