@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd import training
-from fastkd.training.configuration import Parser, dump
+from fastkd.training.configuration import Parser, dump, dump_over
 from fastkd.training.options import GROUPS, InputError, Options, ProgressiveOptions, TrainingOptions
 from fastkd.training.plain import visible
 
@@ -254,7 +254,11 @@ def _distill(options: Options, name: str, output: Path) -> None:
     directory = output / name
     command = [sys.executable, "-m", "fastkd.cli", "distill"]
     if training.run.is_begun(directory):
-        command += [str(directory / training.run.CONFIG_FILE), "--resume"]
+        file = directory / training.run.CONFIG_FILE
+        # The output may have been moved, and with it the teacher, whose weights the stage knows by their fingerprint.
+        training.run.write_whole(file, dump_over(file, teacher=options.models.teacher))
+        place = f"--output={options.training.output}"
+        command += [str(file), f"--device={options.models.device}", place, "--resume"]
     else:
         file = output / training.run.CHECKPOINTS / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
