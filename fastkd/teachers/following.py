@@ -238,8 +238,7 @@ class Snapshot(_Copy):
             when = "at each epoch's end" if self.every == "epoch" else f"every {self.every} steps"
             raise ValueError(
                 f"the training has {steps} steps in {epochs} epoch(s), and a snapshot is taken {when}: the student's "
-                "own start would teach it to the end. Take fewer steps from one to the next, as in "
-                "Snapshot(every=100), or train longer"
+                "own start would teach it to the end. Take them more often, or train longer"
             )
 
     @torch.no_grad()

@@ -24,6 +24,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastkd.divergences import Divergence
+from fastkd.served import refusal
 from fastkd.terms import Batch, Need, Outputs
 
 __all__ = ["NOTHING", "TeacherMode", "check_models", "detached", "mapped", "unwrapped"]
@@ -35,8 +37,9 @@ NOTHING: Mapping[str, Any] = MappingProxyType({})
 class TeacherMode(nn.Module):
     """One row of the table of teachers. A mode defines `outputs`, and what else of the following it needs.
 
-    A training calls `check` and `begin` before its first step; for each batch `follow`, `outputs` once and then `loss`
-    once; after each optimizer step `stepped`; at checkpoints `kept` and, to resume, `restore`; at the end `save`.
+    A training calls `check`, `check_loss` and `begin` before its first step; for each batch `follow`, `outputs` once
+    and then `loss` once; after each optimizer step `stepped`; at checkpoints `kept` and, to resume, `restore`; at the
+    end `save`.
     """
 
     #: Keys of a batch that are for the mode and not for models.
@@ -45,6 +48,8 @@ class TeacherMode(nn.Module):
     learning_rate: float | None = None
     #: The model whose outputs terms read, or one like it; None where no single model teaches.
     model: nn.Module | None = None
+    #: What its predictions are, in the table `fastkd.served.SERVES`; None: logits, which serve any loss.
+    kind: str | None = None
 
     def outputs(
         self,
@@ -79,6 +84,13 @@ class TeacherMode(nn.Module):
 
         `vocab_size`: how many columns of the vocabulary count, where it is padded to different widths.
         """
+
+    @classmethod
+    def check_loss(cls, divergence: Divergence) -> None:
+        """Raise ValueError, before the first step, for a divergence that the predictions cannot serve."""
+        reason = None if cls.kind is None else refusal(cls.kind, divergence)
+        if reason is not None:
+            raise ValueError(f"{cls.__name__} cannot serve this loss: {reason}")
 
     def ready(self, student: nn.Module) -> None:
         """Make what is made of the student, where no batch will come. By default nothing."""

@@ -60,8 +60,10 @@ class Mixed(_Several):
 
     Raises ValueError where there are no models, for one that is trainable or in training mode, and for weights that are
     not as above; `check` for a model that is the student or has another vocabulary, and for terms that need hidden
-    states or attentions.
+    states or attentions; `check_loss` for `mse`, which needs logits.
     """
+
+    kind = "mixture"
 
     def __init__(
         self, models: Mapping[str, nn.Module] | Sequence[nn.Module], weights: Sequence[float] | None = None

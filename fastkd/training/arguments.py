@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -9,9 +10,9 @@ from transformers import TrainingArguments
 import fastkd
 from fastkd.terms import Course
 from fastkd.training.loading import device_of
-from fastkd.training.options import DistillationOptions, InputError, Options
+from fastkd.training.options import DistillationOptions, InputError, Options, TrainingOptions
 
-__all__ = ["arguments", "courses", "distillation_loss"]
+__all__ = ["arguments", "courses", "distillation_loss", "steps_and_epochs", "steps_of_epoch"]
 
 #: Options of a training that Trainer has under the same name.
 _SAME = (
@@ -42,6 +43,18 @@ def courses(options: DistillationOptions) -> dict[str, Course | None]:
         "soft_weight": (options.weights[0], options.final_soft_weight, options.weight_schedule),
     }
     return {name: None if end is None else Course(start, end, shape) for name, (start, end, shape) in ends.items()}
+
+
+def steps_of_epoch(training: TrainingOptions, windows: int) -> int:
+    """Optimizer steps of a pass over so many windows. An incomplete batch is dropped; the last step may have fewer."""
+    return max(1, -(-(windows // training.batch_size) // training.gradient_accumulation_steps))
+
+
+def steps_and_epochs(training: TrainingOptions, windows: int) -> tuple[int, int]:
+    """How long Trainer will train on so many windows: optimizer steps, and how many epochs are begun."""
+    each = steps_of_epoch(training, windows)
+    steps = training.max_steps or math.ceil((training.epochs or 1.0) * each)
+    return steps, -(-steps // each)
 
 
 def arguments(options: Options, directory: Path, *, resumed: bool = False) -> TrainingArguments:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -48,19 +49,22 @@ def check_tokenizers(teacher: Any, student: Any) -> None:
     )
 
 
-def common_vocabulary(teacher: Any, student: Any, tokenizer: Any) -> int | None:
-    """How many ids count where the output heads of two configurations are padded differently; None: all of them."""
-    theirs, ours = loading.vocabulary_size(teacher), loading.vocabulary_size(student)
-    for name, size in (("teacher", theirs), ("student", ours)):
+def common_vocabulary(configs: Mapping[str, Any], tokenizer: Any) -> int | None:
+    """How many ids count where the output heads of models are padded differently; None: all of them.
+
+    `configs`: what each model is called in a message → its configuration.
+    """
+    sizes = {name: loading.vocabulary_size(config) for name, config in configs.items()}
+    for name, size in sizes.items():
         if size < len(tokenizer):
             raise InputError(
                 f"the {name}'s vocabulary has {size} ids, but the tokenizer {len(tokenizer)} tokens: they are no pair"
             )
-    return None if theirs == ours else len(tokenizer)
+    return None if len(set(sizes.values())) == 1 else len(tokenizer)
 
 
-def check_context(max_length: int, **configs: Any) -> None:
-    """The windows fit the positions of each model, where these are limited."""
+def check_context(max_length: int, configs: Mapping[str, Any]) -> None:
+    """The windows fit the positions of each model, by what it is called, where these are limited."""
     for name, config in configs.items():
         positions = getattr(config.get_text_config(), "max_position_embeddings", None)
         if positions is not None and max_length > positions:

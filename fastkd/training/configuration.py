@@ -23,7 +23,7 @@ from fastkd.training.options.data import weighted
 from fastkd.training.options.progressive import as_texts
 from fastkd.training.options.teaching import unfolded
 
-__all__ = ["Parser", "differences", "dump", "load"]
+__all__ = ["Parser", "differences", "dump", "dump_over", "load"]
 
 #: Options that exclude each other: one on the command line drops the others of a YAML file.
 _RIVALS = (
@@ -235,7 +235,16 @@ def load(path: str | Path) -> dict[Any, Any]:
 
 def dump(groups: Iterable[Any]) -> str:
     """YAML of all options, as `Parser` reads it."""
-    return "".join(yaml.safe_dump(asdict(group), sort_keys=False, allow_unicode=True) for group in groups)
+    return "".join(map(_text, map(asdict, groups)))
+
+
+def dump_over(path: str | Path, **values: Any) -> str:
+    """YAML of the options in a file, as `dump` wrote it, with other values of some."""
+    return _text(load(path) | values)
+
+
+def _text(mapping: dict[Any, Any]) -> str:
+    return str(yaml.safe_dump(mapping, sort_keys=False, allow_unicode=True))
 
 
 def differences(earlier: dict[str, Any], groups: Iterable[Any], ignored: Iterable[str]) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 from transformers import EarlyStoppingCallback, PrinterCallback, ProgressCallback, TrainerCallback, set_seed
 
 import fastkd
-from fastkd.training.arguments import arguments, courses
+from fastkd.training.arguments import arguments, courses, steps_of_epoch
 from fastkd.training.callbacks import DrawSamples, ShowProgress, StopOnInterrupt, ValidateAtEnd
 from fastkd.training.checkpoints import Sealer, checkpoint_of, last_whole, state_of
 from fastkd.training.data import Corpus, Windows, collate
@@ -139,5 +139,5 @@ def _is_last(checkpoint: Path, options: Options) -> bool:
 def _windows_seen(steps: int, windows: int, options: Options) -> int:
     """How many windows so many steps took: the last step of an epoch may have fewer batches than the others."""
     batches, accumulated = windows // options.training.batch_size, options.training.gradient_accumulation_steps
-    epochs, rest = divmod(steps, -(-batches // accumulated))
+    epochs, rest = divmod(steps, steps_of_epoch(options.training, windows))
     return (epochs * batches + rest * accumulated) * options.training.batch_size

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from fastkd.training.options import InputError
 
-__all__ = ["anchored", "check_writable"]
+__all__ = ["anchored", "check_writable", "paths_in"]
 
 #: Options that are paths; and those that are one where something has that name, and a name of the Hub elsewhere.
 _PATHS = ("output", "cache_dir")
-_MAY_BE_PATHS = ("teacher", "student", "peer", "more_teachers", "data", "mix_data", "out_of_domain")
+_MAY_BE_PATHS = ("teacher", "student", "peer", "assistant", "more_teachers", "data", "mix_data", "out_of_domain")
 
 
 def anchored(group: Any) -> Any:
@@ -28,6 +29,18 @@ def anchored(group: Any) -> Any:
             changes[one.name] = [_found(name) for name in value] if isinstance(value, list) else _found(value)
     changes = {name: value for name, value in changes.items() if value != getattr(group, name)}
     return replace(group, **changes) if changes else group
+
+
+def paths_in(groups: Iterable[Any]) -> Iterator[tuple[str, str]]:
+    """What groups of options read from disk: (name of the option, path), where something is there."""
+    for group in groups:
+        for one in fields(group):
+            if one.name in _MAY_BE_PATHS:
+                value = getattr(group, one.name)
+                several = isinstance(value, list)
+                for number, path in enumerate(value if several else [value], 1):
+                    if path and os.path.exists(path):
+                        yield f"{one.name} {number}" if several else one.name, path
 
 
 def _found(name: str) -> str:

@@ -28,7 +28,7 @@ from typing import Any
 from fastkd.training.configuration import differences, dump, load
 from fastkd.training.lock import check_one_process, locked
 from fastkd.training.options import InputError, Options, TrainingOptions
-from fastkd.training.places import anchored
+from fastkd.training.places import anchored, paths_in
 
 __all__ = [
     "CHECKPOINTS",
@@ -219,7 +219,8 @@ class Run:
                 raise InputError(
                     f"--overwrite would replace {self.output}, which is or holds {name}: name another output"
                 )
-        for name, path in self._inputs(config).items():
+        given = [("the configuration", os.path.expanduser(config))] if config else []
+        for name, path in (*paths_in(self._groups), *given):
             if _inside(path, self.output) is not None or Path(path).resolve() == place:
                 raise InputError(
                     f"{name} {path} is in the output {self.output}, which --overwrite would replace: move "
@@ -245,19 +246,6 @@ class Run:
             )
         if beside.exists():
             _delete_run(beside)
-
-    def _inputs(self, config: str | None) -> dict[str, str]:
-        """What the run reads, by name, where it is there."""
-        models, data, teaching = self.options.models, self.options.data, self.options.teaching
-        named = {"teacher": models.teacher, "student": models.student, "data": data.data}
-        named |= {f"mix_data {number}": name for number, name in enumerate(data.mix_data, 1)}
-        named |= {f"more_teachers {number}": name for number, name in enumerate(teaching.more_teachers, 1)}
-        named |= {
-            "peer": teaching.peer,
-            "out_of_domain": data.out_of_domain,
-            "the configuration": os.path.expanduser(config or ""),
-        }
-        return {name: path for name, path in named.items() if path and os.path.exists(path)}
 
     def _make_directory(self) -> None:
         try:

@@ -20,9 +20,9 @@ from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.judge import Judge
 from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
-from fastkd.training.teaching_checks import check_teaching, check_terms
+from fastkd.training.teaching_checks import check_length, check_teaching, check_terms, others
 
-__all__ = ["Materials", "Setup", "check", "gather", "with_teacher"]
+__all__ = ["Materials", "Setup", "check", "configurations", "gather", "with_teacher"]
 
 
 class Materials(NamedTuple):
@@ -44,7 +44,7 @@ class Setup:
 
     options: Options
     materials: Materials
-    counted: int | None  # ids that count, where the output heads of teacher and student are padded differently
+    counted: int | None  # ids that count, where the output heads of the models are padded differently
     student_config: Any
     teacher: Any  # None once it is not needed any more
     judge: Judge
@@ -87,12 +87,7 @@ def check(options: Options) -> tuple[torch.device, Any, Any]:
     checks.check_tokenizers(tokenizer, loading.student_tokenizer(options.models, tokenizer))
     caching.check_cache(options, tokenizer)
     check_teaching(options, tokenizer)
-    if options.models.teacher != TRAINED_TEACHER:
-        teacher = loading.teacher_config(options.models.teacher)
-        _, student = _configurations(options, tokenizer)
-    else:
-        teacher = loading.trained_config(tokenizer)
-        student = _student_configuration(options.models, teacher, tokenizer)
+    _, student, teacher = configurations(options, tokenizer)
     check_terms(options, student, teacher, tokenizer)
     check_adapters(options.models, student)
     return device, tokenizer, student
@@ -107,13 +102,14 @@ def gather(options: Options) -> Materials:
             f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
             f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
         )
+    check_length(options, len(corpus.train))
     print(visible(f"data: {corpus.description()}"))
     return Materials(device, tokenizer, corpus)
 
 
 def with_teacher(options: Options, materials: Materials, *, on_validation: bool = False) -> Setup:
     """Load the teacher and judge it, on held-out or on validation text. Raises InputError."""
-    vocab_size, config = _configurations(options, materials.tokenizer)
+    vocab_size, config, _ = configurations(options, materials.tokenizer)
     teacher = loading.load_teacher(options.models, materials.device)
     checks.check_frozen(teacher)
     caching.check_teacher(options, teacher)
@@ -140,15 +136,14 @@ def _training_device(options: Options) -> torch.device:
     return chosen.device
 
 
-def _configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any]:
-    """(number of ids that count, or None for all; the student's configuration)."""
-    teacher = loading.teacher_config(options.models.teacher)
-    student = _student_configuration(options.models, teacher, tokenizer)
-    checks.check_context(options.data.max_length, student=student, teacher=teacher)
-    return checks.common_vocabulary(teacher, student, tokenizer), student
-
-
-def _student_configuration(models: ModelOptions, teacher: Any, tokenizer: Any) -> Any:
+def configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any, Any]:
+    """(number of ids that count, or None for all; the student's configuration; the teacher's). Raises InputError."""
+    models, trained = options.models, options.models.teacher == TRAINED_TEACHER
+    teacher = loading.trained_config(tokenizer) if trained else loading.teacher_config(models.teacher)
     if models.cut:
-        return cut_configuration(models, teacher)
-    return loading.student_config(models, loading.vocabulary_size(teacher), tokenizer)
+        student = cut_configuration(models, teacher)
+    else:
+        student = loading.student_config(models, loading.vocabulary_size(teacher), tokenizer)
+    configs = {"student": student, "teacher": teacher, **others(options, student, tokenizer)}
+    checks.check_context(options.data.max_length, configs)
+    return checks.common_vocabulary(configs, tokenizer), student, teacher

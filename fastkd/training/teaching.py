@@ -15,7 +15,7 @@ from fastkd.terms import Term, Terms
 from fastkd.training import loading
 from fastkd.training.arguments import courses, distillation_loss
 from fastkd.training.setup import Setup
-from fastkd.training.teaching_checks import asked_terms, input_error, more_teachers, peer_of
+from fastkd.training.teaching_checks import asked_terms, input_error, more_teachers, multi_view, peer_of, snapshots
 
 __all__ = ["fingerprints", "teacher_of", "terms_of"]
 
@@ -72,15 +72,6 @@ def _ema(setup: Setup, student: Any) -> TeacherMode:
     return teachers.EMA(wanted.ema_decay, device=wanted.ema_device or None, dtype=dtype)
 
 
-def _snapshot(setup: Setup, student: Any) -> TeacherMode:
-    return teachers.Snapshot(setup.options.teaching.snapshot_every or "epoch")
-
-
-def _multi_view(setup: Setup, student: Any) -> TeacherMode:
-    views = setup.options.teaching.views
-    return teachers.MultiView(views) if views else teachers.MultiView()
-
-
 def _mixture(setup: Setup, student: Any) -> TeacherMode:
     return teachers.Mixed(_several(setup), setup.options.teaching.teacher_weights or None)
 
@@ -102,8 +93,8 @@ _MODES: dict[str, Callable[[Setup, Any], TeacherMode]] = {
     "online": _online,
     "mutual": _mutual,
     "ema": _ema,
-    "snapshot": _snapshot,
-    "multi_view": _multi_view,
+    "snapshot": lambda setup, student: snapshots(setup.options.teaching),
+    "multi_view": lambda setup, student: multi_view(setup.options.teaching),
     "mixture": _mixture,
     "routed": _routed,
 }

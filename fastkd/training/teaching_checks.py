@@ -11,11 +11,24 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fastkd import teachers
+from fastkd.divergences import resolve
 from fastkd.terms import Term, Terms, terms_named
 from fastkd.training import checks, loading
-from fastkd.training.options import InputError, ModelOptions, Options, named_terms
+from fastkd.training.arguments import steps_and_epochs
+from fastkd.training.options import InputError, ModelOptions, Options, TeachingOptions, named_terms
 
-__all__ = ["asked_terms", "check_teaching", "check_terms", "input_error", "more_teachers", "peer_of"]
+__all__ = [
+    "asked_terms",
+    "check_length",
+    "check_teaching",
+    "check_terms",
+    "input_error",
+    "more_teachers",
+    "multi_view",
+    "others",
+    "peer_of",
+    "snapshots",
+]
 
 Result = TypeVar("Result")
 
@@ -36,13 +49,9 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
         raise InputError(
             f"teacher_mode is {mode!r}, but soft_weight is 0 and no term learns from a teacher: nothing is taught"
         )
-    every, steps, epochs = wanted.snapshot_every, options.training.max_steps, options.training.epochs
-    never = every >= steps if every and steps else not every and epochs is not None and epochs <= 1
-    if mode == "snapshot" and never:
-        raise InputError(
-            f"teacher_mode is 'snapshot' with one every {every or 'epoch'}, but the run ends no later than the first: "
-            "the student's own start would teach it to the end. Lower --snapshot-every, or train longer"
-        )
+    if options.distillation.needs_teacher:
+        divergence = resolve(options.distillation.divergence)
+        input_error(lambda: teachers.MODES[mode].check_loss(divergence), f"teacher_mode is {mode!r}")
     for term in terms:
         if cache and term.needs:
             raise InputError(
@@ -67,44 +76,52 @@ def check_teaching(options: Options, tokenizer: Any) -> None:
     _check_named(options, tokenizer)
     for models in more_teachers(options):
         checks.check_tokenizers(loading.load_tokenizer(models.teacher), tokenizer)
-        checks.check_context(options.data.max_length, teacher=loading.teacher_config(models.teacher))
 
 
 def _check_named(options: Options, tokenizer: Any) -> None:
     """What options of modes name is there."""
-    wanted, length = options.teaching, options.data.max_length
+    wanted = options.teaching
     if wanted.teacher_mode == "multi_view":
-        input_error(lambda: teachers.MultiView(wanted.views) if wanted.views else None, "views")
+        input_error(lambda: multi_view(wanted), "views")
     if wanted.ema_device:
         input_error(
             lambda: torch.empty(0, dtype=torch.float32, device=wanted.ema_device),
             f"ema_device is {wanted.ema_device!r}",
         )
     if wanted.peer:
-        models = peer_of(options.models, wanted.peer)
-        checks.check_tokenizers(tokenizer, loading.student_tokenizer(models, tokenizer))
-        checks.check_context(length, peer=loading.student_config(models, len(tokenizer), tokenizer))
+        peer = peer_of(options.models, wanted.peer)
+        checks.check_tokenizers(tokenizer, loading.student_tokenizer(peer, tokenizer))
+
+
+def check_length(options: Options, windows: int) -> None:
+    """A training on so many windows is long enough for its teacher. Raises InputError."""
+    wanted = options.teaching
+    if wanted.teacher_mode == "snapshot":
+        steps, epochs = steps_and_epochs(options.training, windows)
+        what = f"teacher_mode is 'snapshot' and snapshot_every {wanted.snapshot_every}"
+        input_error(lambda: snapshots(wanted).begin(steps, epochs), what)
 
 
 def check_terms(options: Options, student: Any, teacher: Any, tokenizer: Any) -> None:
     """Terms and mode serve models of these configurations, made without weights. Raises InputError."""
     wanted, terms = options.teaching, asked_terms(options)
-    if not terms or options.distillation.cache_dir:
+    views = multi_view(wanted) if wanted.teacher_mode == "multi_view" else None
+    if options.distillation.cache_dir or not (terms or views):
         return
     if wanted.more_teachers and any(term.needs for term in terms):
         raise InputError(f"teacher_mode is {wanted.teacher_mode!r}, and the terms need features of one teacher")
     needs = {need for term in terms for need in term.needs}
     if wanted.of_itself:
         teacher = student
-    if wanted.peer:
-        models = peer_of(options.models, wanted.peer)
-        teacher = loading.student_config(models, loading.vocabulary_size(student), tokenizer)
+    teacher = others(options, student, tokenizer).get("peer", teacher)
     settings = {"attn_implementation": "eager"} if "attentions" in needs else {}
     with torch.device("meta"):
         ours, theirs = (
             AutoModelForCausalLM.from_config(copy.deepcopy(config), trust_remote_code=False, **settings)
             for config in (student, teacher)
         )
+        if views is not None:
+            input_error(lambda: views.check(ours, tuple(needs)), "teacher_mode is 'multi_view'")
         input_error(lambda: Terms(terms, ours).check(ours, theirs), "terms")
 
 
@@ -118,6 +135,26 @@ def asked_terms(options: Options) -> list[Term]:
 def more_teachers(options: Options) -> list[ModelOptions]:
     """What loads each of the teachers after the first."""
     return [replace(options.models, teacher=name) for name in options.teaching.more_teachers]
+
+
+def multi_view(wanted: TeachingOptions) -> teachers.MultiView:
+    """The mode of this name. Raises ValueError for views that are none."""
+    return teachers.MultiView(wanted.views) if wanted.views else teachers.MultiView()
+
+
+def snapshots(wanted: TeachingOptions) -> teachers.Snapshot:
+    """The mode `snapshot`."""
+    return teachers.Snapshot(wanted.snapshot_every or "epoch")
+
+
+def others(options: Options, student: Any, tokenizer: Any) -> dict[str, Any]:
+    """Configurations of the models beside the teacher that judges and the student, by what they are called."""
+    named = enumerate(more_teachers(options), 2)
+    found = {f"teacher {number}": loading.teacher_config(models.teacher) for number, models in named}
+    if options.teaching.peer:
+        models = peer_of(options.models, options.teaching.peer)
+        found["peer"] = loading.student_config(models, loading.vocabulary_size(student), tokenizer)
+    return found
 
 
 def peer_of(models: ModelOptions, peer: str) -> ModelOptions:

@@ -109,6 +109,8 @@ class KDTrainer(TrainsBeside):
             raise ValueError(f"no term reads the teacher, so {type(mode).__name__} would take no part: take it away")
         self._check_columns(mode)
         mode.check(self.model, all_terms.needs, self.kd.vocab_size)
+        if self.kd.soft_weight or soft_weight:
+            mode.check_loss(self.kd.divergence)
         all_terms.check(self.model, mode.model)
         self._stand_beside(all_terms, mode)
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.

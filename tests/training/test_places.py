@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from fastkd.cli import main
+from fastkd.training.commands.sweep import SweepOptions
 from fastkd.training.configuration import dump
-from fastkd.training.options import DataOptions, InputError, ModelOptions, TrainingOptions
+from fastkd.training.options import DataOptions, InputError, ModelOptions, TeachingOptions, TrainingOptions
 from fastkd.training.places import anchored, check_writable
 from tests.training.conftest import changed, run
 
@@ -24,6 +25,15 @@ def test_paths_are_kept_absolute_and_names_as_they_are(tmp_path: Path, monkeypat
     assert anchored(TrainingOptions(output="runs/new")).output == str(tmp_path / "runs" / "new")
     models = ModelOptions(teacher="gpt2")
     assert anchored(models) is models
+    assert anchored(SweepOptions(assistant="text.txt")).assistant == str(tmp_path / "text.txt")
+    teaching = anchored(TeachingOptions(teacher_mode="mixture", more_teachers=["user/model", "text.txt"]))
+    assert teaching.more_teachers == ["user/model", str(tmp_path / "text.txt")]
+
+
+def test_every_one_of_several_teachers_may_be_in_the_home_directory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/of")
+    found = TeachingOptions(teacher_mode="mixture", more_teachers=["~/one", "user/model", "~/two"])
+    assert found.more_teachers == ["/home/of/one", "user/model", "/home/of/two"]
 
 
 def test_a_run_is_resumed_and_judged_from_any_directory(options, inputs, tmp_path, monkeypatch, capsys):

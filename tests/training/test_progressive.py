@@ -186,6 +186,37 @@ def test_a_stage_that_fails_is_resumed_and_the_finished_ones_are_not_run_again(
     assert once == again
 
 
+@pytest.mark.parametrize("at", ["first", "second"])
+def test_an_interrupted_stage_is_resumed_where_it_was_moved_to(asked, in_process, tmp_path, monkeypatch, at):
+    """On another device too; the stage's own file has the earlier place, and so has its teacher's."""
+    from fastkd.training import report
+
+    output, moved = tmp_path / "stages", tmp_path / "moved"
+    write = report.write
+    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")  # figures take most of the time
+
+    def interrupted(staging, *given):
+        if staging.parent.name == at:
+            raise KeyboardInterrupt
+        return write(staging, *given)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(report, "write", interrupted)
+        assert main(["progressive", asked()]) == 130
+    output.rename(moved)
+    file, place = str(moved / "config.yaml"), str(moved)
+    assert load(moved / at / "config.yaml")["device"] == "cpu"
+    monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)  # auto is the processor here too
+    assert main(["progressive", file, "--resume", "--output", place, "--device", "auto"]) == 0
+    assert in_process[-1] == ("--resume" if at == "second" else "second")
+    assert not output.exists()
+    states = [json.loads((moved / name / "run.json").read_text()) for name in ("first", "second")]
+    assert all(state["finished"] for state in states)
+    used = json.loads((moved / at / "metrics.json").read_text())["options"]
+    assert used["models"]["device"] == "auto"
+    assert used["training"]["output"] == str(moved / at)
+
+
 def test_stages_without_a_row_are_read_from_their_runs(asked, in_process, tmp_path, monkeypatch):
     """A process that dies after a stage, before its row is written, loses neither."""
     results, calls = command.training.run.Run.results, []
@@ -268,6 +299,7 @@ BAD = [
     ({"batch_size": 10_000}, "stage 'second': "),
     ({"max_length": 24}, "stage 'second': max_length 24 is more than the student's 16 positions"),
     ({"lora_rank": 4, "lora_targets": ["nowhere"]}, "stage 'second': "),
+    ({"teacher_mode": "snapshot"}, "4 steps in 1 epoch(s), and a snapshot is taken at each epoch's end"),
 ]
 
 

@@ -286,6 +286,11 @@ def test_an_output_that_holds_an_input_is_not_replaced(options, inputs, tmp_path
             run(options, overwrite=True, **settings)
     assert main(["distill", str(out / "config.yaml"), "--overwrite"]) == 2
     assert "the configuration" in capsys.readouterr().err
+    modes = {"peer": "mutual", "more_teachers": "mixture", "assistant": "frozen"}
+    for name, mode in modes.items():  # a sweep takes them in a group of its own
+        flags = ["--output", str(out), "--overwrite", "--teacher-mode", mode, f"--{name}", str(out / "teacher")]
+        assert main(["sweep", *flags]) == 2
+        assert f"{out / 'teacher'} is in the output" in capsys.readouterr().err
     for cache, message in ((out, "is the output"), (out / "checkpoints" / "cache", "the run's own")):
         for overwrite in (True, False):
             with pytest.raises(InputError, match=message):

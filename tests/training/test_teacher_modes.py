@@ -278,6 +278,9 @@ def test_wrong_teachers_are_refused_before_the_first_step(tmp_path):
     frozen = other.eval().requires_grad_(False)
     refused(Mixed([teacher(), frozen]), f"of {VOCAB} and teacher 1 one of {VOCAB + 4}")
     refused(Routed({"a": teacher(), "b": frozen}), f"of {VOCAB} and teacher 'b' one of {VOCAB + 4}")
+    mixed, mse = Mixed([teacher()]), fastkd.KDLoss(1.0, divergence="mse")
+    with pytest.raises(ValueError, match=r"Mixed cannot serve this loss: MSE.* compares raw logits"):
+        trainer(tmp_path, student, kd=mse, teacher=mixed)
     with pytest.raises(ValueError, match="names the teacher of each row"):
         trainer(tmp_path, student, teacher=Routed([teacher()])).train()
 

@@ -16,7 +16,7 @@ from fastkd.training.commands import sweep as command
 from fastkd.training.configuration import Parser, dump
 from fastkd.training.options import GROUPS, TAKES, InputError, TeachingOptions, named_terms, set_title, term_set
 from fastkd.training.setup import gather, with_teacher
-from tests.training.conftest import changed, run
+from tests.training.conftest import STUDENT, changed, run
 from tests.training.test_resume import interrupt_after, outcome
 
 
@@ -178,8 +178,15 @@ def test_contradictions_are_refused(values, message):
         ({"terms": ["hidden"], "cache_dir": "cache"}, "which no cache has"),
         ({"teacher_mode": "ema", "soft_weight": 0.0}, "nothing is taught"),
         ({"teacher_mode": "online", "teacher_quantization": "8bit"}, "cannot be trained"),
-        ({"teacher_mode": "snapshot", "snapshot_every": 6}, "one every 6, but the run ends no later"),
-        ({"teacher_mode": "snapshot", "max_steps": None, "epochs": 1.0}, "one every epoch, but the run ends no later"),
+        ({"teacher_mode": "snapshot", "snapshot_every": 6}, "6 steps in 1 .* a snapshot is taken every 6 steps"),
+        ({"teacher_mode": "snapshot", "max_steps": None, "epochs": 1.0}, "a snapshot is taken at each epoch's end"),
+        ({"teacher_mode": "snapshot"}, r"6 steps in 1 epoch\(s\), and a snapshot is taken at each epoch's end"),
+        (
+            {"teacher_mode": "snapshot", "snapshot_every": 1000, "max_steps": None, "epochs": 3.0},
+            r"steps in 3 epoch\(s\), and a snapshot is taken every 1000 steps",
+        ),
+        ({"teacher_mode": "mixture", "more_teachers": ["a"], "divergence": "mse"}, "Mixed cannot serve this loss"),
+        ({"teacher_mode": "multi_view", "terms": ["attention"]}, "the view attention_dropout drops"),
         ({"terms": ["hiden"]}, "did you mean 'hidden'"),
         ({"terms": ['{"type": "hidden", "weight": -1}']}, "got -1"),
         ({"terms": ['{"type": "hidden", "layer": "uniform"}']}, "did you mean 'layers'"),
@@ -187,7 +194,8 @@ def test_contradictions_are_refused(values, message):
         ({"teacher_mode": "routed", "more_teachers": ["a"]}, "2 teachers for 1 corpora"),
     ],
 )
-def test_what_cannot_be_taught_is_refused_before_any_training(options, tmp_path, values, message):
+def test_what_cannot_be_taught_is_refused_before_any_work(options, tmp_path, monkeypatch, values, message):
+    monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
     with pytest.raises(InputError, match=message):
         run(options, **values)
     assert not (tmp_path / "out").exists()
@@ -200,6 +208,31 @@ def test_teachers_of_another_tokenizer_are_refused(options, inputs, tmp_path):
     other.save_pretrained(tmp_path / "other")
     with pytest.raises(InputError, match="the tokenizers differ in 1 tokens"):
         run(options, teacher_mode="mixture", more_teachers=[str(tmp_path / "other")])
+
+
+@pytest.mark.parametrize("mode", ["mixture", "routed", "mutual"])
+def test_a_model_beside_the_teacher_may_be_padded(options, inputs, tmp_path, mode):
+    """Its head has four rows more than the tokenizer has tokens."""
+    other = transformers.AutoModelForCausalLM.from_pretrained(inputs / "teacher")
+    other.resize_token_embeddings(other.config.vocab_size + 4, mean_resizing=False)
+    other.save_pretrained(tmp_path / "padded")
+    transformers.AutoTokenizer.from_pretrained(inputs / "teacher").save_pretrained(tmp_path / "padded")
+    padded = str(tmp_path / "padded")
+    given = {"peer": padded} if mode == "mutual" else {"more_teachers": [padded]}
+    found = run(changed(asked(options, inputs, mode), max_steps=2, **given))
+    assert all(line["soft"] > 0 for line in found["training"]["student"]["history"] if "loss" in line)
+
+
+def test_models_beside_the_teacher_have_positions_for_the_text(options, inputs, tmp_path, monkeypatch):
+    monkeypatch.setattr("fastkd.training.setup.load_corpus", lambda *_: pytest.fail("text was read"))
+    (tmp_path / "short.json").write_text(json.dumps(STUDENT | {"n_positions": 8}))
+    with pytest.raises(InputError, match="max_length 16 is more than the peer's 8 positions"):
+        run(options, teacher_mode="mutual", peer=str(tmp_path / "short.json"))
+    config = transformers.AutoConfig.from_pretrained(inputs / "teacher", max_position_embeddings=8)
+    for one in (config, transformers.AutoTokenizer.from_pretrained(inputs / "teacher")):
+        one.save_pretrained(tmp_path / "short")
+    with pytest.raises(InputError, match="max_length 16 is more than the teacher 2's 8 positions"):
+        run(options, teacher_mode="mixture", more_teachers=[str(tmp_path / "short")])
 
 
 def test_two_of_the_same_weights_are_refused(options, inputs):
@@ -309,6 +342,59 @@ def test_cells_of_a_sweep_leave_the_teacher_as_it_was(sweep_flags, monkeypatch):
     implementations = [kinds[2] for kinds in seen[:3]]
     assert implementations[1] == "eager"
     assert implementations[0] == implementations[2] != "eager"
+
+
+@pytest.mark.parametrize(
+    ("assistant", "terms", "message"),
+    [
+        ({"n_positions": 8}, "none", "student's place: max_length 16 is more than the student's 8 positions"),
+        ({"vocab_size": 5}, "none", "student's place: the student's vocabulary has 5 ids"),
+        ({}, '{"type": "hidden", "layers": [[0, 2]]}', "teacher's place: terms: "),
+        ("other tokenizer", "none", "student's place: the tokenizers differ in 1 tokens"),
+    ],
+)
+def test_an_assistant_that_cannot_learn_or_teach_is_refused_before_any_work(
+    sweep_flags, inputs, tmp_path, monkeypatch, capsys, assistant, terms, message
+):
+    monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    place = tmp_path / "assistant"
+    if isinstance(assistant, dict):
+        place.write_text(json.dumps(STUDENT | assistant))
+    else:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "teacher")
+        tokenizer.add_tokens(["unheard"])
+        for one in (tokenizer, transformers.AutoConfig.from_pretrained(inputs / "teacher")):
+            one.save_pretrained(place)
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}", f"--assistant={place}", "--alpha", "0.5"]
+    assert main(["sweep", *flags, "--terms", terms]) == 2
+    told = capsys.readouterr().err
+    assert f"the assistant {str(place)!r}, in the {message}" in told
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_sweep_too_short_for_a_mode_is_refused_before_any_work(sweep_flags, inputs, monkeypatch, capsys):
+    monkeypatch.setattr("fastkd.training.loading.load_teacher", lambda *_: pytest.fail("a teacher was loaded"))
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}", "--teacher-mode", "frozen", "snapshot"]
+    assert main(["sweep", *flags]) == 2
+    assert "4 steps in 1 epoch(s), and a snapshot is taken at each epoch's end" in capsys.readouterr().err
+
+
+def test_cells_of_a_sweep_may_have_padded_teachers(sweep_flags, inputs, tmp_path, monkeypatch):
+    """The ids that count are those of each cell's own models."""
+    seen, size = [], transformers.AutoConfig.from_pretrained(inputs / "teacher").vocab_size
+
+    def fit(setup, student, given, directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        seen.append(setup.counted)
+
+    monkeypatch.setattr(command, "_fit", fit)
+    config = transformers.AutoConfig.from_pretrained(inputs / "teacher", vocab_size=size + 4)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "padded")
+    transformers.AutoTokenizer.from_pretrained(inputs / "teacher").save_pretrained(tmp_path / "padded")
+    flags = [*sweep_flags, f"--student={inputs / 'student.json'}", "--alpha", "0.5"]
+    flags += ["--teacher-mode", "frozen", "mixture", f"--more-teachers={tmp_path / 'padded'}"]
+    assert main(["sweep", *flags, f"--assistant={tmp_path / 'padded'}"]) == 0
+    assert seen == [None, size, size, size]  # frozen, mixture, the assistant, and the student that it teaches
 
 
 def test_an_ablation(sweep_flags, inputs, tmp_path, capsys):

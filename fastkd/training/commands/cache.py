@@ -113,8 +113,8 @@ def write_cache(options: CacheOptions, models: ModelOptions, data: DataOptions) 
     device = loading.device_of(models)
     config, tokenizer = loading.teacher_config(models.teacher), loading.load_tokenizer(models.teacher)
     checks.check_tokenizers(tokenizer, tokenizer)
-    checks.common_vocabulary(config, config, tokenizer)
-    checks.check_context(data.max_length, teacher=config)
+    checks.common_vocabulary({"teacher": config}, tokenizer)
+    checks.check_context(data.max_length, {"teacher": config})
     if options.documents == "all":
         windows = training.data.all_windows(data, tokenizer)
     else:

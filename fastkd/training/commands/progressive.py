@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastkd import training
-from fastkd.training.configuration import Parser, dump
+from fastkd.training.configuration import Parser, dump, dump_over
 from fastkd.training.options import GROUPS, InputError, Options, ProgressiveOptions, TrainingOptions
 from fastkd.training.plain import visible
 
@@ -180,27 +180,23 @@ def _check(stages: Sequence[Stage], common: Options, output: Path) -> None:
 
     Teachers that are not trained yet have a configuration and a tokenizer already, which is all that is looked at.
     """
-    read: list[tuple[Any, ...]] = []  # what decides which windows there are; they are looked at once
+    read: dict[str, int] = {}  # what decides which windows there are → how many; they are read once
     with tempfile.TemporaryDirectory() as scratch:
         for place, stage in enumerate(stages):
             if training.run.is_finished(output / stage.name):
                 continue
             known = training.run.is_finished(output / stages[place - 1].name) if place else True
             options = _at(stage, _teacher(stages, place, common, output if known else Path(scratch)), output)
-            windows = (
-                options.data,
-                options.evaluation.eval_windows,
-                options.training.seed,
-                options.training.batch_size,
-            )
+            settings = (options.evaluation.eval_windows, options.training.seed, options.training.batch_size)
+            windows = repr((options.data, *settings))
             try:
                 with contextlib.redirect_stdout(None):
                     _, tokenizer, config = training.setup.check(options)
                     if windows not in read:
-                        training.setup.gather(options)
+                        read[windows] = len(training.setup.gather(options).corpus.train)
+                    training.teaching_checks.check_length(options, read[windows])
             except InputError as error:
                 raise InputError(f"stage {stage.name!r}: {error}") from error
-            read.append(windows)
             for one in (config, tokenizer):
                 one.save_pretrained(Path(scratch) / stage.name)
 
@@ -258,7 +254,11 @@ def _distill(options: Options, name: str, output: Path) -> None:
     directory = output / name
     command = [sys.executable, "-m", "fastkd.cli", "distill"]
     if training.run.is_begun(directory):
-        command += [str(directory / training.run.CONFIG_FILE), "--resume"]
+        file = directory / training.run.CONFIG_FILE
+        # The output may have been moved, and with it the teacher, whose weights the stage knows by their fingerprint.
+        training.run.write_whole(file, dump_over(file, teacher=options.models.teacher))
+        place = f"--output={options.training.output}"
+        command += [str(file), f"--device={options.models.device}", place, "--resume"]
     else:
         file = output / training.run.CHECKPOINTS / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)

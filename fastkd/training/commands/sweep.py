@@ -210,11 +210,10 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
         materials = training.setup.gather(options)
         for cell in cells:
             asked = options._replace(distillation=cell.distillation, teaching=cell.teaching)
-            training.setup.check(asked)
+            _, tokenizer, ours = training.setup.check(asked)
+            training.teaching_checks.check_length(asked, len(materials.corpus.train))
             if cell.assistant:
-                training.loading.student_config(
-                    _assisted(options.models, cell), len(materials.tokenizer), materials.tokenizer
-                )
+                _check_assistant(asked, cell, ours, tokenizer)
         output = run.begin(**materials.fingerprints())
         setup = training.setup.with_teacher(options, materials, on_validation=True)
         student = setup.student()
@@ -235,6 +234,18 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
     print(visible(f"saved to {run.output}: results.csv, results.md{'' if failed else ', ' + ', '.join(draw)}"))
     training.report.warn(failed, f"{run.output / 'results.csv'} has all that it would show")
     return rows
+
+
+def _check_assistant(asked: Options, cell: Cell, student: Any, tokenizer: Any) -> None:
+    """All that is checked of a student, and then of a teacher: it is both, after all other cells. Raises InputError."""
+    place = "in the student's place"
+    try:
+        _, _, assistant = training.setup.check(asked._replace(models=_assisted(asked.models, cell)))
+        place = "in the teacher's place"
+        training.checks.common_vocabulary({"teacher": assistant, "student": student}, tokenizer)
+        training.teaching_checks.check_terms(asked, student, assistant, tokenizer)
+    except InputError as error:
+        raise InputError(f"the assistant {cell.assistant!r}, {place}: {error}") from error
 
 
 def _rows(setup: Setup, cells: list[Cell], seeds: list[int], work: Path) -> list[dict[str, Any]]:
@@ -261,12 +272,16 @@ def _measured(setup: Setup, cell: Cell, seed: int, directory: Path) -> dict[str,
         setup,
         options=options._replace(distillation=cell.distillation, teaching=cell.teaching, training=optimisation),
     )
+    tokenizer = setup.materials.tokenizer
+    mine.counted, _, _ = training.setup.configurations(mine.options, tokenizer)  # a cell may have teachers of its own
     student = mine.student()  # before the teacher is another: it may be made of it
     attention = setup.teacher.config._attn_implementation
     if cell.teaching.teacher_mode == "online":
         mine.teacher = copy.deepcopy(setup.teacher)  # the next cell needs it as it was
     if cell.assistant:
         mine.teacher = _assistant(mine, cell, directory / "assistant")
+        configs = {"teacher": mine.teacher.config, "student": mine.student_config}
+        mine.counted = training.checks.common_vocabulary(configs, tokenizer)
     _fit(mine, student, training.lessons.lessons_of(mine, student), directory)
     if setup.teacher.config._attn_implementation != attention:  # a term has asked for another
         setup.teacher.set_attn_implementation(attention)
@@ -277,10 +292,8 @@ def _measured(setup: Setup, cell: Cell, seed: int, directory: Path) -> dict[str,
 
 def _assistant(setup: Setup, cell: Cell, directory: Path) -> Any:
     """A model that has learnt from the teacher, to teach in its place."""
-    options, size = setup.options, training.loading.vocabulary_size(setup.student_config)
-    models = _assisted(options.models, cell)
-    config = training.loading.student_config(models, size, setup.materials.tokenizer)
-    mine = replace(setup, options=options._replace(models=models), student_config=config)
+    mine = replace(setup, options=setup.options._replace(models=_assisted(setup.options.models, cell)))
+    mine.counted, mine.student_config, _ = training.setup.configurations(mine.options, setup.materials.tokenizer)
     assistant = mine.student()
     _fit(mine, assistant, training.lessons.lessons_of(mine, assistant), directory)
     return assistant.eval().requires_grad_(False)

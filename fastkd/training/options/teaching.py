@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import Field, dataclass, fields
 from typing import Any, ClassVar, Literal
 
-from fastkd.training.options.base import InputError, at_least, check_finite, expand_home, option
+from fastkd.training.options.base import InputError, at_home, at_least, check_finite, expand_home, option
 
 __all__ = [
     "TAKES",
@@ -57,6 +57,7 @@ class ModeOptions:
 
     def __post_init__(self) -> None:
         expand_home(self, "peer")
+        object.__setattr__(self, "more_teachers", [at_home(name, "more_teachers") for name in self.more_teachers])
         check_finite(self)
         at_least(self, snapshot_every=0)
         if self.teacher_learning_rate is not None and self.teacher_learning_rate <= 0:
