@@ -216,7 +216,7 @@ def progressive(rows: Sequence[Mapping[str, Any]]) -> Figure:
     names = [f"{figure_text(row['stage'])}\n{row['parameters'] / 1e6:,.3g} M" for row in rows]
     axes.set_xticks(places, names)
     axes.margins(x=0.15)
-    axes.set(xlabel="stage, parameters of its student", ylabel="validation cross-entropy, nats per token")
+    axes.set(xlabel="stage, parameters of its student", ylabel="validation cross-entropy, nats")
     return _with_legend_above(figure, axes)
 
 
