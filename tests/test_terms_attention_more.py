@@ -17,6 +17,11 @@ def gemma2(**config):
     return built(transformers.Gemma2Config(**{**SMALL, "query_pre_attn_scalar": 1, **config}), "eager")
 
 
+def bloom():
+    settings = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4, initializer_range=0.3)
+    return built(settings, "eager")
+
+
 def both_ways(student, teacher, given):
     """Value and gradient by the attentions that the models return, and by queries and keys."""
     found = []
@@ -150,8 +155,7 @@ def test_masks_and_packed_rows_that_are_not_followed_are_refused(relation):
 
 @pytest.mark.parametrize("relation", ["qk", "values"])
 def test_models_without_the_table_are_refused_before_the_first_step(relation):
-    settings = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=2, n_head=4)
-    model, plain = built(settings, "eager"), llama()
+    model, plain = bloom(), llama()
     for models in ((model, plain), (plain, model)):
         with pytest.raises(ValueError, match="BloomForCausalLM has no attention that can be recorded"):
             AttentionTerm("last", relation=relation).check(*models)
@@ -161,23 +165,36 @@ def test_models_without_the_table_are_refused_before_the_first_step(relation):
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 @pytest.mark.parametrize("relation", ["attention", "qk", "values"])
 def test_reentrant_checkpointing_is_refused(relation):
-    student, teacher, given = (
-        gpt2(attention="eager" if relation == "attention" else "sdpa").train(),
-        frozen(llama()),
-        batch(),
-    )
+    attention = "eager" if relation == "attention" else "sdpa"
+    student, teacher, given = gpt2(attention=attention).train(), frozen(llama()), batch()
     early, late = AttentionTerm(relation=relation), AttentionTerm(relation=relation)
     late.check(student, teacher)
     student.gradient_checkpointing_enable({"use_reentrant": True})
     student.enable_input_require_grads()
-    for refused in (
-        lambda: early.check(student, teacher),
-        lambda: value_of(late, student, teacher, given),  # where it was enabled later, as Trainer does
-    ):
+    at_once = [] if relation == "attention" else [lambda: early.check(student, teacher)]
+    # Where it was enabled later, as Trainer does; and of probabilities, which some models return with their gradient.
+    for refused in (*at_once, lambda: value_of(late, student, teacher, given)):
         with pytest.raises(ValueError, match=r"reentrant gradient checkpointing .*'use_reentrant': False"):
             refused()
     student.gradient_checkpointing_enable({"use_reentrant": False})
     early.check(student, teacher)
+
+
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
+def test_blocks_that_return_their_probabilities_may_be_checkpointed_reentrantly():
+    student, teacher, given = bloom().train(), frozen(llama()), batch()
+    term = AttentionTerm("last")
+    found = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            student.gradient_checkpointing_enable({"use_reentrant": True})
+            student.enable_input_require_grads()
+        term.check(student, teacher)
+        student.zero_grad()
+        value_of(term, student, teacher, given).backward()
+        found.append(gradients(student))
+    assert found[0].norm() > 0
+    torch.testing.assert_close(*found)
 
 
 def test_dropout_of_a_teacher_that_is_trained_is_refused():

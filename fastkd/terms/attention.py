@@ -55,8 +55,9 @@ class AttentionTerm(Term):
     sum to 1; for `"attention"` fused implementations, and attention dropout of the student or of a teacher that is
     trained, whose rows are no probabilities; for `"qk"` and `"values"` models that do not look their attention up in
     transformers' table, and a student with reentrant gradient checkpointing. `forward` raises it for unequal batches or
-    sequences, for probabilities in fp16, whose gradients would overflow, and for `"qk"` and `"values"` for masks,
-    packed rows and windows that they do not follow.
+    sequences; for probabilities in fp16, their own dtype or autocast's, whose gradients would overflow; for those that
+    have no gradient under reentrant checkpointing; and for `"qk"` and `"values"` for masks, packed rows and windows
+    that they do not follow.
     """
 
     def __init__(
@@ -94,7 +95,7 @@ class AttentionTerm(Term):
         else:
             check_recordable(student)
             check_recordable(teacher)
-        self._check_checkpointing(student)
+            self._check_checkpointing(student)
         for whose, model in (("student", student), ("teacher", teacher)):
             if self.relation != "values" and _has_sinks(model):
                 raise ValueError(

@@ -11,6 +11,7 @@ tokens between t and its target.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 from dataclasses import replace
@@ -48,7 +49,8 @@ class MultiTokenHeads(nn.Module):
             `outputs[k − 1] [vocab, H]`.
 
     Raises TypeError for a config or n of the wrong type; ValueError for n < 1, for an encoder-decoder, for an
-    architecture that transformers has no body of, and for embeddings of positions that cannot be left out.
+    architecture that transformers has no body of, for embeddings of positions that cannot be left out, and for a body
+    that changes its `inputs_embeds` before the block.
     """
 
     def __init__(self, config: Any, n: int, *, share_output: bool = True) -> None:
@@ -283,6 +285,10 @@ def _body(config: Any) -> nn.Module:
     return body  # type: ignore[no-any-return]
 
 
+class _Reached(Exception):
+    """The block, which need not run: its attention may be a kernel of another device or dtype."""
+
+
 def _check_passed_on(body: Any) -> None:
     """Raise ValueError for a body that does to `inputs_embeds`, before its block, what only embeddings need."""
     like = next(body.parameters())
@@ -293,11 +299,12 @@ def _check_passed_on(body: Any) -> None:
 
     def look(block: nn.Module, args: tuple[Any, ...], options: dict[str, Any]) -> None:
         reached.append(args[0] if args else options["hidden_states"])
+        raise _Reached
 
     hook = blocks_of(body)[1][0].register_forward_pre_hook(look, with_kwargs=True)
     was_training = body.training
     try:
-        with torch.no_grad():
+        with torch.no_grad(), contextlib.suppress(_Reached):
             body.eval()(inputs_embeds=given, use_cache=False)
     finally:
         hook.remove()

@@ -187,11 +187,12 @@ def test_a_stage_that_fails_is_resumed_and_the_finished_ones_are_not_run_again(
 
 
 @pytest.mark.parametrize("at", ["first", "second"])
-def test_an_interrupted_stage_is_resumed_where_it_was_moved_to(asked, in_process, tmp_path, monkeypatch, at):
+def test_an_interrupted_stage_is_resumed_where_it_was_moved_to(asked, inputs, in_process, tmp_path, monkeypatch, at):
     """On another device too; the stage's own file has the earlier place, and so has its teacher's."""
     from fastkd.training import report
 
-    output, moved = tmp_path / "stages", tmp_path / "moved"
+    monkeypatch.chdir(inputs)
+    output, moved, begun = tmp_path / "stages", tmp_path / "moved", asked(teacher="teacher")
     write = report.write
     monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")  # figures take most of the time
 
@@ -202,9 +203,10 @@ def test_an_interrupted_stage_is_resumed_where_it_was_moved_to(asked, in_process
 
     with monkeypatch.context() as patched:
         patched.setattr(report, "write", interrupted)
-        assert main(["progressive", asked()]) == 130
+        assert main(["progressive", begun]) == 130
     output.rename(moved)
-    file, place = str(moved / "config.yaml"), str(moved)
+    # The file that it was begun with has a relative teacher, the one that it has left an absolute one.
+    file, place = begun if at == "first" else str(moved / "config.yaml"), str(moved)
     assert load(moved / at / "config.yaml")["device"] == "cpu"
     monkeypatch.setattr("torch.accelerator.current_accelerator", lambda **_: None)  # auto is the processor here too
     assert main(["progressive", file, "--resume", "--output", place, "--device", "auto"]) == 0

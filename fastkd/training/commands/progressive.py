@@ -165,7 +165,9 @@ def _own(stage: Stage, common: Options) -> dict[str, Any]:
 
 def _teacher(stages: Sequence[Stage], place: int, common: Options, output: Path) -> str:
     """Of the stage at a place: the student of the one before."""
-    return common.models.teacher if place == 0 else str((output / stages[place - 1].name).absolute())
+    if place == 0:
+        return str(training.places.anchored(common.models).teacher)
+    return str((output / stages[place - 1].name).absolute())
 
 
 def _at(stage: Stage, teacher: str, output: Path) -> Options:
