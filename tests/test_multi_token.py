@@ -201,7 +201,7 @@ def test_a_body_that_changes_its_input_is_refused(monkeypatch):
         fastkd.MultiTokenHeads(causal_lm("llama").config, 1)
 
 
-def test_heads_are_made_without_running_their_attention():
+def test_heads_are_made_without_running_their_attention(monkeypatch):
     """It may be a kernel of another device and dtype, to which the heads are moved once they are made."""
     config = causal_lm("llama").config
     config._attn_implementation = "of a GPU"
@@ -209,7 +209,7 @@ def test_heads_are_made_without_running_their_attention():
     def refuse(*given, **options):
         raise AssertionError("attention is run")
 
-    transformers.AttentionInterface.register("of a GPU", refuse)
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "of a GPU", refuse)
     heads = fastkd.MultiTokenHeads(config, 1)
     with pytest.raises(AssertionError, match="attention is run"):
         heads(torch.randn(1, TOKENS, WIDTH))

@@ -74,7 +74,7 @@ class MultiView(TeacherMode):
         model, self.calls = unwrapped(student), self.calls + 1
         with contextlib.ExitStack() as within:
             within.enter_context(_drawn_aside(self._seed(), device))
-            # Under autocast, weights that are cast here have no graph before PyTorch 2.11. Kept, they would serve the
+            # Under autocast, weights that are cast here have no graph in PyTorch 2.6. Kept, they would serve the
             # student's own forward in the same context, and its weights would get no gradient.
             within.enter_context(_autocast_that_keeps_nothing(device.type))
             for view, rate in self._views:
