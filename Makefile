@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 .PHONY: demo demo-layers test lint docs sanitize triton-versions gpu bench bench-quick bench-check bench-accept clean
 
 demo: $(VENV)/demo
-	$(BIN)/fastkd distill --output runs/demo --overwrite --cache-dir runs/demo/cache --ce-baseline
+	$(BIN)/fastkd distill examples/demo.yaml --output runs/demo --overwrite --cache-dir runs/demo/cache
 
 # A student of 20 of the teacher's 30 layers. In bfloat16 where the processor has units for it.
 BF16 := $(if $(shell grep -m1 -owE 'avx512_bf16|amx_bf16' /proc/cpuinfo 2>/dev/null),--bf16)

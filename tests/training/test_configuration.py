@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -76,6 +77,16 @@ def test_names_of_others_are_accepted(tmp_path):
         "mix_weights": [0.7],
     }
     assert {name: found[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(("target", "name"), [("demo", "demo"), ("demo-layers", "layers")])
+def test_what_make_runs_is_read_and_compared_with_the_labels_alone(target, name, monkeypatch):
+    root = Path(__file__).parents[2]
+    assert f"fastkd distill examples/{name}.yaml --output runs/{target} " in (root / "Makefile").read_text()
+    monkeypatch.chdir(root)
+    found = parse(f"examples/{name}.yaml")
+    assert found["output"] == f"runs/{target}"
+    assert found["ce_baseline"]
 
 
 def test_what_is_printed_is_read_again(tmp_path, capsys):

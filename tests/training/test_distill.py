@@ -20,7 +20,7 @@ import yaml
 from fastkd.cli import main
 from fastkd.training import fit as fitting
 from fastkd.training import lessons, loading
-from fastkd.training.options import InputError
+from fastkd.training.options import InputError, ModelOptions
 from tests.training.conftest import CONTEXT, STUDENT, WORDS, changed, run
 
 
@@ -138,6 +138,17 @@ def test_a_teacher_that_is_not_needed_is_freed(options, tmp_path, monkeypatch, v
     more = {"more_teachers": [options.models.teacher]} if values.get("teacher_mode") == "mixture" else {}
     run(options, max_steps=2, eval_steps=2, eval_windows=4, sample_tokens=2, ce_baseline=True, **values, **more)
     assert held == [[needed, bool(modes)], [False, False]]
+
+
+def test_the_small_student_begins_with_embeddings_of_unit_norm(inputs):
+    """With GPT-2's own 0.02 they have a third of it, and the demo's student learns little but frequencies."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(inputs / "teacher")
+    models = ModelOptions()
+    config = loading.student_config(models, 500, tokenizer)
+    torch.manual_seed(0)
+    rows = loading.load_student(models, config, torch.device("cpu")).get_input_embeddings().weight
+    assert rows.shape == (500, 256)
+    assert rows.norm(dim=1).mean().item() == pytest.approx(1, abs=0.02)
 
 
 def test_trained_teacher(options, tmp_path, monkeypatch, inputs):
