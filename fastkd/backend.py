@@ -312,8 +312,10 @@ def forced() -> str | None:
     blocks = _blocks.get()
     if blocks:
         return blocks[-1].name
-    with _lock:
-        return _process_wide[-1].name if _process_wide else None
+    try:
+        return _process_wide[-1].name
+    except IndexError:  # not asked before: another thread could take the last one away in between
+        return None
 
 
 @functools.cache
@@ -323,7 +325,7 @@ def warn_once(message: str) -> None:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
-    return _imported(_ROWS[forced() or _automatic(tensor)])
+    return _imported(_ROWS[forced() or automatic(tensor.dtype, tensor.device.type)])
 
 
 @functools.cache
@@ -331,10 +333,11 @@ def _imported(row: _Row) -> Backend:
     return cast(Backend, importlib.import_module(row.module))
 
 
-def _automatic(tensor: Tensor) -> str:
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+@functools.cache
+def automatic(dtype: torch.dtype, device: str) -> str:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return _LAST_RESORT  # float64: the kernels compute in fp32
-    wanted = _for_device(tensor.device.type)
+    wanted = _for_device(device)
     status = _status(wanted)
     if status.available:
         return wanted

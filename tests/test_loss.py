@@ -272,17 +272,22 @@ def test_no_tokens_at_all(backend: str) -> None:
 
 def test_student_without_grad_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastkd.kernels import cpu
+    from fastkd.kernels.cpu import at_once
 
     wanted = []
-    original = cpu.kd_rows
-    monkeypatch.setattr(cpu, "kd_rows", lambda *a: (wanted.append(a[-1] is not None), original(*a))[1])
+    rows, whole = cpu.kd_rows, at_once.kd_loss
+    monkeypatch.setattr(cpu, "kd_rows", lambda *a: (wanted.append(a[-1] is not None), rows(*a))[1])
     student, teacher, labels = batch()
-    loss = fastkd.KDLoss(2.0)(student.detach(), teacher, labels)
-    with torch.no_grad():
+    for dtype in (torch.float16, torch.float32):  # of which only the second is computed at once
+        monkeypatch.setattr(at_once, "kd_loss", lambda *a: (wanted.append(a[6] is not None), whole(*a))[1])
+        student = student.detach().to(dtype).requires_grad_()
+        wanted.clear()
+        loss = fastkd.KDLoss(2.0)(student.detach(), teacher, labels)
+        with torch.no_grad():
+            fastkd.KDLoss(2.0)(student, teacher, labels)
         fastkd.KDLoss(2.0)(student, teacher, labels)
-    fastkd.KDLoss(2.0)(student, teacher, labels)
-    assert not loss.requires_grad
-    assert wanted == [False, False, True]
+        assert not loss.requires_grad
+        assert wanted == [False, False, True]
 
 
 def test_teacher_never_gets_a_gradient(backend: str) -> None:

@@ -123,7 +123,29 @@ struct WeightedTotal {
   double soft_weight, hard_weight;
 };
 
-enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2 };
+// See fastkd/at_once.py. All of a loss but its values; pointers are unset.
+struct KDLoss {
+  KDRows rows;
+  RowScales scales;
+  int64_t soft, hard;    // whether the loss has these terms
+  int64_t masked_apart;  // whether masked rows count in the soft term
+  int64_t total;         // whether the loss is one number, not one of each row
+};
+
+// And its values. Tensors in main memory, of the forms that KDLoss says; nullptr: absent.
+struct LossValues {
+  void* student;
+  void* teacher;
+  const int64_t* labels;
+  const float* weights;
+  const float* upstream;  // [rows], by which the rows' gradients are multiplied
+  void* grad;
+  float* loss;
+  double divisor;
+  int64_t threads;
+};
+
+enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2, kRefused = 3 };
 
 // The kernels of one instruction set. Each returns an Outcome; `knows` whether there is a divergence of that name.
 struct Kernels {

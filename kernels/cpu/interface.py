@@ -8,6 +8,7 @@ from typing import Any
 __all__ = [
     "ENTRIES",
     "STRUCTURES",
+    "KDLoss",
     "KDRows",
     "LogSoftmax",
     "Matrix",
@@ -151,10 +152,21 @@ class WeightedTotal(ctypes.Structure):
     )
 
 
+class KDLoss(ctypes.Structure):
+    _fields_ = (
+        ("rows", KDRows),
+        ("scales", RowScales),
+        ("soft", ctypes.c_int64),
+        ("hard", ctypes.c_int64),
+        ("masked_apart", ctypes.c_int64),
+        ("total", ctypes.c_int64),
+    )
+
+
 #: The argument structs, by their names in C++.
 STRUCTURES = {
     structure.__name__: structure
-    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, RowScales, WeightedTotal)
+    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, RowScales, WeightedTotal, KDLoss)
 }
 
 #: Every entry point: what it returns, and what it takes.
@@ -164,6 +176,7 @@ ENTRIES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fastkd_knows": (ctypes.c_int, (ctypes.c_char_p,)),
     "fastkd_size": (ctypes.c_int64, (ctypes.c_char_p,)),
     "fastkd_kd_rows": (ctypes.c_int, (ctypes.POINTER(KDRows),)),
+    "fastkd_kd_loss": (ctypes.c_int, (ctypes.c_char_p, *[ctypes.c_void_p] * 7, ctypes.c_double, ctypes.c_int64)),
     "fastkd_mix_rows": (ctypes.c_int, (ctypes.POINTER(MixRows),)),
     "fastkd_row_statistics": (ctypes.c_int, (ctypes.POINTER(Statistics),)),
     "fastkd_log_softmax": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),

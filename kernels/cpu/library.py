@@ -34,8 +34,10 @@ from fastkd.kernels.cpu.interface import (
 from fastkd.rows import RowSpec, SparseRows, Tile, row_count, row_layout
 
 __all__ = [
+    "DTYPES",
     "advise_huge_pages",
     "kd_rows",
+    "loaded",
     "log_softmax",
     "log_softmax_backward",
     "mix_rows",
@@ -49,10 +51,11 @@ __all__ = [
     "weighted_total",
 ]
 
-_ABI = 6
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ABI = 9
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
 _OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
+_MAIN_MEMORY = torch.device("cpu")
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
 
 
@@ -104,7 +107,8 @@ def status() -> tuple[bool, str]:
     return library is not None, detail
 
 
-def _library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library. Raises RuntimeError where there is none."""
     library, detail = _load()
     if library is None:
         raise RuntimeError(f"the cpu backend is not available: {detail}")
@@ -112,7 +116,7 @@ def _library() -> ctypes.CDLL:
 
 
 def _call(name: str, arguments: ctypes.Structure) -> None:
-    outcome = getattr(_library(), name)(ctypes.byref(arguments))
+    outcome = getattr(loaded(), name)(ctypes.byref(arguments))
     if outcome == _OUT_OF_MEMORY:
         raise MemoryError(f"{name}: out of memory for the per-thread row buffers")
     if outcome == _UNKNOWN_DIVERGENCE:
@@ -123,18 +127,22 @@ def _call(name: str, arguments: ctypes.Structure) -> None:
 def _matrix(tensor: Tensor | None) -> Matrix:
     if tensor is None:
         return Matrix()
-    layout = row_layout(tensor)
-    if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or layout is None:
+    layout, dtype = row_layout(tensor), DTYPES.get(tensor.dtype)
+    if dtype is None or layout is None or not tensor.is_cpu:
         raise TypeError(
             f"the cpu backend takes float32, bfloat16 and float16 tensors in main memory, got {tensor.dtype} on "
             f"{tensor.device}; fastkd.use_backend('reference') takes any"
         )
-    return Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
+    return Matrix(tensor.data_ptr(), dtype, tensor.shape[-1], *layout[1:])
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for the library to write: fp32 in main memory, whatever dtype and device torch would take."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=_MAIN_MEMORY)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -154,9 +162,7 @@ def kd_rows(
     """See `fastkd.backend.Backend.kd_rows`."""
     rows = row_count(student)
     soft, hard = _new(rows), _new(rows)
-    labels, soft_scale, hard_scale = (
-        None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
-    )
+    labels, soft_scale, hard_scale = _contiguous(labels), _contiguous(soft_scale), _contiguous(hard_scale)
     sparse = SparseTeacher()
     if isinstance(teacher, SparseRows):
         sparse = SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
@@ -189,7 +195,7 @@ def kd_rows(
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
     """See `fastkd.backend.Backend.tile_state`."""
-    return _new(rows, _library().fastkd_size(b"state"), dtype=torch.uint8)
+    return _new(rows, loaded().fastkd_size(b"state"), dtype=torch.uint8)
 
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
@@ -214,7 +220,7 @@ def row_scales(
     rows, both = row_count(student), labels is not None and not mask_soft
     scales = _new(1 + both, rows)
     moved = _new(rows, dtype=torch.int64) if shift and labels is not None else None
-    labels = None if labels is None else labels.contiguous()
+    labels = _contiguous(labels)
     weights = None if weights is None else weights.to(torch.float32).contiguous()
     _call(
         "fastkd_row_scales",
@@ -268,7 +274,7 @@ def mix_rows(
 ) -> None:
     """See `fastkd.backend.Backend.mix_rows`."""
     count = len(teachers)
-    scale = None if scale is None else scale.contiguous()
+    scale = _contiguous(scale)
     _call(
         "fastkd_mix_rows",
         MixRows(
@@ -289,7 +295,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     rows = row_count(logits)
     log_sum_exp, entropy, label_logprob = (_new(rows) for _ in range(3))
     argmax = _new(rows, dtype=torch.int64)
-    labels = None if labels is None else labels.contiguous()
+    labels = _contiguous(labels)
     _call(
         "fastkd_row_statistics",
         Statistics(
