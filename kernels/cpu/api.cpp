@@ -51,7 +51,7 @@ const Choice& chosen() {
 
 // What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
 // functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
-FASTKD_API int fastkd_abi() { return 6; }
+FASTKD_API int fastkd_abi() { return 8; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
@@ -61,7 +61,8 @@ FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.kn
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"MixRows", sizeof(MixRows)}, {"Statistics", sizeof(Statistics)},
-      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)},
+      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)},
+      {"SparseInput", sizeof(SparseInput)}, {"RowScales", sizeof(RowScales)},
       {"WeightedTotal", sizeof(WeightedTotal)}, {"state", kStateBytes}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
@@ -81,6 +82,8 @@ FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
 }
 
 FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
+
+FASTKD_API int fastkd_sparse_rows(const SparseInput* call) { return chosen().kernels.sparse_rows(*call); }
 
 FASTKD_API int fastkd_row_scales(const RowScales* call) {
   row_scales(*call);
