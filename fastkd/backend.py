@@ -30,6 +30,9 @@ __all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "u
 class Backend(Protocol):
     """The functions a backend offers. Rows are the collapsed leading dimensions; row scalars are fp32 `[rows]`.
 
+    One may also offer `sparse_rows(targets, live, vocab_size, slack, nothing)`: what `sparse.sparse_rows` returns, or
+    None where anything has to be sorted or reported; the last two are that file's limits.
+
     One on a device that runs behind the host may also offer `scale_(grad, upstream)`: grad·upstream in place, without
     waiting for the device.
     """

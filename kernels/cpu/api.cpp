@@ -61,7 +61,8 @@ FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.kn
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"MixRows", sizeof(MixRows)}, {"Statistics", sizeof(Statistics)},
-      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)},
+      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)},
+      {"SparseInput", sizeof(SparseInput)}, {"RowScales", sizeof(RowScales)},
       {"WeightedTotal", sizeof(WeightedTotal)}, {"KDLoss", sizeof(KDLoss)}, {"state", kStateBytes}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
@@ -88,6 +89,8 @@ FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
 }
 
 FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
+
+FASTKD_API int fastkd_sparse_rows(const SparseInput* call) { return chosen().kernels.sparse_rows(*call); }
 
 FASTKD_API int fastkd_row_scales(const RowScales* call) {
   row_scales(*call);

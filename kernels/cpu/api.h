@@ -28,6 +28,28 @@ struct SparseTeacher {
   int64_t count;
 };
 
+enum SparseKind : int64_t { kGhost = 0, kRenormalize = 1, kSampled = 2 };
+
+// See fastkd/backend.py, Backend.sparse_rows: [rows, count], or [rows].
+struct SparseInput {
+  const int64_t* ids;
+  const float* logprobs;
+  const float* rest;     // nullptr: not given
+  const float* entropy;  // nullptr: not given
+  const float* live;     // 0 in rows that do not count; nullptr: all do
+  int64_t* ids_out;
+  float* logprobs_out;
+  float* rest_out;
+  float* offset_out;
+  int64_t rows;
+  int64_t count;
+  int64_t vocab_size;
+  int64_t kind;  // SparseKind
+  int64_t threads;
+  double slack;    // by how much probabilities may miss a sum of 1
+  double nothing;  // a rest below it is rounding
+};
+
 // See fastkd/backend.py, Backend.kd_rows. `grad` may be `student`.
 struct KDRows {
   Matrix student, teacher, grad;
@@ -155,5 +177,6 @@ struct Kernels {
   int (*log_softmax)(const LogSoftmax&);
   int (*log_softmax_backward)(const LogSoftmax&);
   int (*select)(const Selection&);
+  int (*sparse_rows)(const SparseInput&);
   bool (*knows)(const char*);
 };

@@ -15,6 +15,7 @@ __all__ = [
     "MixRows",
     "RowScales",
     "Selection",
+    "SparseInput",
     "SparseTeacher",
     "Statistics",
     "WeightedTotal",
@@ -124,6 +125,27 @@ class Selection(ctypes.Structure):
     )
 
 
+class SparseInput(ctypes.Structure):
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("logprobs", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+        ("entropy", ctypes.c_void_p),
+        ("live", ctypes.c_void_p),
+        ("ids_out", ctypes.c_void_p),
+        ("logprobs_out", ctypes.c_void_p),
+        ("rest_out", ctypes.c_void_p),
+        ("offset_out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("slack", ctypes.c_double),
+        ("nothing", ctypes.c_double),
+    )
+
+
 class RowScales(ctypes.Structure):
     _fields_ = (
         ("labels", ctypes.c_void_p),
@@ -166,7 +188,7 @@ class KDLoss(ctypes.Structure):
 #: The argument structs, by their names in C++.
 STRUCTURES = {
     structure.__name__: structure
-    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, RowScales, WeightedTotal, KDLoss)
+    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, SparseInput, RowScales, WeightedTotal, KDLoss)
 }
 
 #: Every entry point: what it returns, and what it takes.
@@ -182,6 +204,7 @@ ENTRIES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fastkd_log_softmax": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),
     "fastkd_log_softmax_backward": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),
     "fastkd_select": (ctypes.c_int, (ctypes.POINTER(Selection),)),
+    "fastkd_sparse_rows": (ctypes.c_int, (ctypes.POINTER(SparseInput),)),
     "fastkd_row_scales": (ctypes.c_int, (ctypes.POINTER(RowScales),)),
     "fastkd_weighted_total": (ctypes.c_int, (ctypes.POINTER(WeightedTotal),)),
     "fastkd_advise_huge_pages": (None, (ctypes.c_void_p, ctypes.c_int64)),

@@ -27,11 +27,13 @@ from fastkd.kernels.cpu.interface import (
     MixRows,
     RowScales,
     Selection,
+    SparseInput,
     SparseTeacher,
     Statistics,
     WeightedTotal,
 )
 from fastkd.rows import RowSpec, SparseRows, Tile, row_count, row_layout
+from fastkd.sources import SparseTargets
 
 __all__ = [
     "DTYPES",
@@ -45,6 +47,7 @@ __all__ = [
     "row_statistics",
     "sample",
     "scratch_bytes",
+    "sparse_rows",
     "status",
     "tile_state",
     "top_k",
@@ -54,7 +57,8 @@ __all__ = [
 _ABI = 9
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
-_OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
+_SPARSE_KINDS = {"ghost": 0, "renormalize": 1, "sampled": 2}
+_OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE, _REFUSED = 1, 2, 3
 _MAIN_MEMORY = torch.device("cpu")
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
 
@@ -115,13 +119,15 @@ def loaded() -> ctypes.CDLL:
     return library
 
 
-def _call(name: str, arguments: ctypes.Structure) -> None:
+def _call(name: str, arguments: ctypes.Structure) -> bool:
+    """False if the library refused its rows."""
     outcome = getattr(loaded(), name)(ctypes.byref(arguments))
     if outcome == _OUT_OF_MEMORY:
         raise MemoryError(f"{name}: out of memory for the per-thread row buffers")
     if outcome == _UNKNOWN_DIVERGENCE:
         beside = " beside a sparse teacher" if arguments.sparse.ids else ""
         raise ValueError(f"the native library computes no divergence {arguments.divergence.decode()!r}{beside}")
+    return bool(outcome != _REFUSED)
 
 
 def _matrix(tensor: Tensor | None) -> Matrix:
@@ -374,6 +380,36 @@ def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None)
         ),
     )
     return ids, log_weights, summary
+
+
+def sparse_rows(
+    targets: SparseTargets, live: Tensor | None, vocab_size: int, slack: float, nothing: float
+) -> SparseRows | None:
+    """See `fastkd.backend.Backend.sparse_rows`."""
+    count = targets.shape[-1]
+    ids = targets.ids.reshape(-1, count).to(torch.int64).contiguous()
+    logprobs, rest, entropy, live = (
+        None if values is None else values.to(torch.float32).contiguous()
+        for values in (targets.logprobs, targets.rest, targets.entropy, live)
+    )
+    rows = len(ids)
+    found = SparseRows(
+        _new(rows, count, dtype=torch.int64), _new(rows, count), _new(rows), _new(rows), _new(rows, count)
+    )
+    arguments = SparseInput(
+        ids.data_ptr(),
+        *map(_pointer, (logprobs, rest, entropy, live)),
+        *map(_pointer, found[:4]),
+        rows,
+        count,
+        vocab_size,
+        _SPARSE_KINDS[targets.kind],
+        torch.get_num_threads(),
+        slack,
+        nothing,
+    )
+    in_order = _call("fastkd_sparse_rows", arguments)
+    return found if in_order else None
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

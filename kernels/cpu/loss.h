@@ -170,8 +170,12 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&
                              (family::reads_logits_once || call.grad.data != call.student.data);
   const bool stash = spec.want_grad || (family::functor && call.stage != kStatistics);
+  const bool fp32 = call.student.dtype == kFloat32 && call.teacher.dtype == kFloat32 && call.grad.dtype == kFloat32;
+  // Only the last block passes through buffers if rows are read as they lie and every other block is stashed elsewhere.
+  const bool every_block = !fp32 || family::sparse || !spec.want_grad;
   const ScratchSizes sizes{spec.columns, stash && !stash_in_grad, stash && family::stashes_teacher,
-                           stash && spec.hard == kOwnExponential, family::sparse ? call.sparse.count : 0};
+                           stash && spec.hard == kOwnExponential, every_block, family::reads_logits_once,
+                           family::sparse ? call.sparse.count : 0};
   const auto lay_out_scratch = [&](Arrays& arrays) { return lay_out(arrays, sizes); };
   return for_rows(call.rows, spec.columns, call.threads, lay_out_scratch, [&](int64_t i, Scratch& scratch) {
     const Row row = row_of(call, i, scratch);

@@ -19,6 +19,8 @@
 #include "divergences.h"
 #include "near.h"
 
+#include <type_traits>
+
 namespace FASTKD_ISA {
 
 // Sweep 1: adds these columns to `sums`. If `keep_stash` is false, nobody reads the exponentials again, and every block
@@ -27,7 +29,7 @@ template <bool with_teacher, bool forward, bool reverse, int hard>
 inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scratch, bool keep_stash, Sums sums) {
   constexpr bool functor = with_teacher && !forward && !reverse;
   int64_t top_start = -1;  // of the block that holds the largest logit
-  const float cs = spec.student_scale, ct = spec.teacher_scale;
+  const float cs = spec.student_scale, ct_by_cs = spec.teacher_scale / cs;
   bool mostly_near = false;  // the previous block
   for (const auto [start, n] : for_blocks(spec.columns)) {
     const int64_t b = start / block;
@@ -48,6 +50,9 @@ inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scrat
       if (with_teacher) scratch.teacher_max[b] = teacher_max;
     }
 
+    // The next block is fetched meanwhile: its maximum would wait for memory.
+    const Prefetch next_s = row.student.prefetch(start + block);
+    const Prefetch next_t = with_teacher ? row.teacher.prefetch(start + block) : next_s;
     float *es_out = scratch.student.tail, *et_out = scratch.teacher.tail, *eh_out = scratch.hard.tail;
     if (keep_stash) {
       es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n);
@@ -61,45 +66,62 @@ inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scrat
         mostly_near = false;
         if (look) {
           const NearBlock at{s, t, es_out, et_out, eh_out, keep_stash ? scratch.near + start / lanes : nullptr, n};
-          const int64_t next = start + block;
-          const int64_t near = near_statistics<reverse, hard>(at, row.student, row.teacher, next, nearness, spec, sums);
+          const int64_t near = near_statistics<reverse, hard>(at, next_s, next_t, nearness, spec, sums);
           mostly_near = 2 * lanes * near > n;
           if (keep_stash) scratch.near_block[b] = true;
           continue;
         }
       }
     }
+    const Peak student_peak(student_max, cs), hard_peak(student_max, kLog2e);
+    const Peak teacher_peak(teacher_max, spec.teacher_scale);
     vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
-    for (int64_t i = 0; i < n; i += lanes) {
-      row.student.prefetch(start + block + i);  // block_max of the next block would wait for memory
-      if (with_teacher) row.teacher.prefetch(start + block + i);
-      const vec zs = load(s + i) - student_max;
-      const vec ys = zs * cs;
-      const vec es = exp2_nonpositive(ys);
-      store(es_out + i, es);
-      sum_s += es;
-      if constexpr (hard == kOwnExponential) {
-        const vec eh = exp2_nonpositive(zs * kLog2e);
-        store(eh_out + i, eh);
-        sum_h += eh;
-      } else if constexpr (hard > kPower1) {
-        sum_h += power<hard>(es);
+    const auto add = [&](int64_t first, auto vectors) {  // of the columns from `first` on
+      constexpr int m = vectors;
+      Exponentials<with_teacher ? 2 * m : m> soft;
+      Exponentials<m> own;
+      for (int k = 0; k < m; k++) {
+        const int64_t i = first + k * lanes;
+        soft.set(k, student_peak, load(s + i));
+        if constexpr (with_teacher) soft.set(m + k, teacher_peak, load(t + i));
+        if constexpr (hard == kOwnExponential) own.set(k, hard_peak, load(s + i));
       }
-      if constexpr (with_teacher) {
-        const vec yt = (load(t + i) - teacher_max) * ct;
-        const vec et = exp2_nonpositive(yt);
-        store(et_out + i, et);
-        sum_t += et;
-        // A probability of 0 contributes 0 even beside an infinity (or a NaN from inf - inf).
-        if constexpr (forward) sum_forward += keep(et != 0.f, et * (yt - ys));
-        if constexpr (reverse) sum_reverse += keep(es != 0.f, es * (ys - yt));
+      soft.compute();
+      if constexpr (hard == kOwnExponential) own.compute();
+      for (int k = 0; k < m; k++) {
+        const int64_t i = first + k * lanes;
+        const vec es = soft.power[k];
+        store(es_out + i, es);
+        sum_s += es;
+        if constexpr (hard == kOwnExponential) {
+          store(eh_out + i, own.power[k]);
+          sum_h += own.power[k];
+        } else if constexpr (hard > kPower1) {
+          sum_h += power<hard>(es);
+        }
+        if constexpr (with_teacher) {
+          const vec et = soft.power[m + k];
+          store(et_out + i, et);
+          sum_t += et;
+          const vec apart = soft.below[k] - soft.below[m + k] * ct_by_cs;  // (y_t - y_s) / cs
+          // A probability of 0 contributes 0 even beside an infinity (or a NaN from inf - inf).
+          if constexpr (forward) sum_forward += et * keep(soft.counted[m + k], apart);
+          if constexpr (reverse) sum_reverse -= es * keep(soft.counted[k], apart);
+        }
       }
+    };
+    constexpr int step = with_teacher ? 2 : 4;  // vectors; four exponentials at once fill the registers
+    int64_t i = 0;
+    for (; i + step * lanes <= n; i += step * lanes) {
+      for (int k = 0; k < step; k += 2) next_s(i + k * lanes), next_t(i + k * lanes);
+      add(i, std::integral_constant<int, step>{});
     }
+    for (; i < n; i += lanes) add(i, std::integral_constant<int, 1>{});
     sums.student += sum(sum_s);
     if constexpr (hard > kPower1) sums.hard += sum(sum_h);
     if constexpr (with_teacher) sums.teacher += sum(sum_t);
-    if constexpr (forward) sums.forward += sum(sum_forward), sums.gap += (double)sum(sum_s) - sum(sum_t);
-    if constexpr (reverse) sums.reverse += sum(sum_reverse);
+    if constexpr (forward) sums.forward += cs * (double)sum(sum_forward), sums.gap += (double)sum(sum_s) - sum(sum_t);
+    if constexpr (reverse) sums.reverse += cs * (double)sum(sum_reverse);
   }
   if (hard == kPower1) sums.hard = sums.student;
   if (functor && top_start >= 0) {
