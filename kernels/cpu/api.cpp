@@ -51,7 +51,7 @@ const Choice& chosen() {
 
 // What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
 // functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
-FASTKD_API int fastkd_abi() { return 6; }
+FASTKD_API int fastkd_abi() { return 7; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastkd.divergences import TABLE, Divergence
+from fastkd.divergences import PARAMETERS, TABLE, Divergence
 from fastkd.kernels.cpu.interface import (
     ENTRIES,
     STRUCTURES,
@@ -49,8 +49,9 @@ __all__ = [
     "weighted_total",
 ]
 
-_ABI = 6
+_ABI = 7
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PADDING = (0.0,) * PARAMETERS
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
 _OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
@@ -157,6 +158,7 @@ def kd_rows(
     labels, soft_scale, hard_scale = (
         None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
     )
+    parameters = (*spec.parameters, *_PADDING)[: max(PARAMETERS, len(spec.parameters))]
     sparse = SparseTeacher()
     if isinstance(teacher, SparseRows):
         sparse = SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
@@ -175,7 +177,8 @@ def kd_rows(
             spec.vocab_size,
             spec.divergence.encode(),
             torch.get_num_threads(),
-            (ctypes.c_double * 2)(*spec.parameters),
+            (ctypes.c_double * len(parameters))(*parameters),
+            len(parameters),
             spec.temperature,
             spec.teacher_temperature,
             spec.soft_weight,
@@ -194,7 +197,8 @@ def tile_state(rows: int, device: torch.device) -> Tensor:
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
     """What the threads stash: see `lay_out` in kernels/cpu/row.h. Arguments as in `backend.scratch_bytes`."""
-    teacher_rows = whole_teacher * (1 if divergence.name == "forward_kl" else 2)
+    forward_kl = all(part.name == "forward_kl" for part, _ in divergence.parts)
+    teacher_rows = whole_teacher * (1 if forward_kl else 2)
     rows = divergence.tempered * teacher_rows + own_exponential
     if not gradient and (not divergence.normalised or not whole_teacher):
         rows = 0
