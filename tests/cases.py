@@ -17,7 +17,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MIXES: tuple[Divergence, ...] = (
     fastkd.Mix({fastkd.ForwardKL(): 0.5, fastkd.TVD(): 0.5}),
     fastkd.Mix({fastkd.JSD(beta=0.1): 0.3, fastkd.ReverseKL(): 0.5, fastkd.SquaredHellinger(): 1.5}),
-    fastkd.Mix({fastkd.ForwardKL(): 0.25, fastkd.SymmetricKL(): 1.0}),
+    fastkd.Mix({fastkd.ForwardKL(): 0.25, fastkd.SymmetricKL(): 0.5}),
     fastkd.Mix({fastkd.SkewKL(): 0.7, fastkd.SkewKL(lam=0.7): 0.6}),
     fastkd.Mix({fastkd.SkewReverseKL(): 2.0}),
     fastkd.Mix({row(): 0.1 for row in TABLE.values() if row.tempered}),
