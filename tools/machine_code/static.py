@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fastkd import SparseTargets
-from fastkd.divergences import TABLE
+from fastkd.divergences import TABLE, resolve
 from fastkd.kernels import gpu
 from fastkd.kernels.gpu.launch import SHARING, Block
 from fastkd.kernels.gpu.walks import CLUSTER_TRITON
@@ -113,7 +113,8 @@ class Case:
 
 
 def _spec(divergence: str, vocab: int) -> RowSpec:
-    return RowSpec(divergence, TABLE[divergence]().parameters, 2.0, 2.0, 2.0, 0.5, vocab)
+    row = resolve(divergence)
+    return RowSpec(row.name, row.parameters, 2.0, 2.0, 2.0, 0.5, vocab)
 
 
 def kd(
@@ -130,7 +131,7 @@ def kd(
         gpu.kd_rows(student, teacher, _labels(), scale, scale, _spec(divergence, vocab), out)
 
     name = ", ".join([divergence, *(["value alone"] if grad is None else []), *([walk] if walk != "sweeps" else [])])
-    times = 1 + TABLE[divergence].normalised + (grad is not None)
+    times = 1 + resolve(divergence).normalised + (grad is not None)
     return Case(name, launch, 2 * times, int(grad is not None), logits, grad or logits, walk=walk)
 
 
