@@ -88,7 +88,11 @@ class Call(NamedTuple):
         """
         if self.soft_scale is not None and self.soft_weight == 0:
             return self._without(_HARD), self._without(_SOFT)
-        if self.hard_scale is not None and self.hard_weight == 0 and not of_spec(self.divergence, self.parameters).tempered:
+        if (
+            self.hard_scale is not None
+            and self.hard_weight == 0
+            and not of_spec(self.divergence, self.parameters).tempered
+        ):
             return self._without(_SOFT), self._without(_HARD)
         return None, self
 

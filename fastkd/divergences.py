@@ -6,9 +6,9 @@ A `Mix` is a weighted sum of rows.
 
 `resolve` turns limits into the divergence they equal (`JSD(beta=0)` is forward KL), so that no kernel divides by zero.
 
-What a loss hands to a backend is a name and numbers, and `of_spec` makes the divergence of them again. The name of a mix
-is `+` and the name of each of its parts: `+forward_kl+tvd`. Its numbers are, for each part, the weight and `PARAMETERS`
-numbers, the part's own, then zeros.
+What a loss hands to a backend is a name and numbers, and `of_spec` makes the divergence of them again. A mix is called
+`+` and the name of each of its parts, as in `+forward_kl+tvd`. Its numbers are, for each part, the weight and
+`PARAMETERS` numbers: the part's own, then zeros.
 """
 
 from __future__ import annotations
@@ -308,7 +308,7 @@ class Mix(Divergence):
 
 
 def resolve(divergence: str | Divergence) -> Divergence:
-    """A name of the table (default parameters), the text of a `Mix`, or an object → the canonical divergence to compute.
+    """A name of the table (default parameters), the text of a `Mix`, or an object → the canonical divergence.
 
     Raises ValueError for an unknown name and TypeError for anything else.
     """

@@ -22,6 +22,8 @@ MIXES: tuple[Divergence, ...] = (
     fastkd.Mix({fastkd.SkewReverseKL(): 2.0}),
     fastkd.Mix({row(): 0.1 for row in TABLE.values() if row.tempered}),
 )
+#: What a user can write as a text: every row of the table, and mixes.
+NAMES = (*TABLE, "forward_kl:0.5+tvd:0.5", "jsd:0.3+reverse_kl:0.5+squared_hellinger:1.5", "forward_kl+reverse_kl:2")
 #: Every row of the table with default parameters, and the parameters at which formulas change shape.
 DIVERGENCES: tuple[Divergence, ...] = (
     *(row() for row in TABLE.values()),

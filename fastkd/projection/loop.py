@@ -159,7 +159,11 @@ class _Loop:
             yield "whole"
             return
         yield "statistics"
-        if self.teacher is not None and self.teacher.whole and of_spec(self.spec.divergence, self.spec.parameters).normalised:
+        if (
+            self.teacher is not None
+            and self.teacher.whole
+            and of_spec(self.spec.divergence, self.spec.parameters).normalised
+        ):
             yield "terms"
         if self.wants.any:
             yield "gradient"

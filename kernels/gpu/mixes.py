@@ -1,8 +1,8 @@
 """A mix of divergences as one `divergences.Divergence`, whose functions are made of those of its parts.
 
-In these functions a is a chain of the parts' numbers, ((weight, a, b), the other parts), and b the ratio that parts take
-which are `about_top`. Each function calls that of the first part and the one made of all others, so only the parts of a
-mix are compiled, in a straight line.
+In these functions a is a chain of the parts' numbers, ((weight, a, b), the other parts), and b the ratio that parts
+take which are `about_top`. Each function calls that of the first part and the one made of all others, so only the parts
+of a mix are compiled, in a straight line.
 """
 
 from __future__ import annotations

@@ -45,6 +45,7 @@ __all__ = [
     "CASES",
     "CLUSTER_CASES",
     "CLUSTER_TARGETS",
+    "MIXES",
     "OTHER_VOCABULARIES",
     "TICKET_CASES",
     "VOCABULARIES",
@@ -192,8 +193,10 @@ def _scale(vocab: int) -> None:
     gpu.scale_(_logits(vocab), torch.ones(()))
 
 
+#: A mix with a part of the Kullback-Leibler family, and one of many parts with `about_top`.
+MIXES = ("forward_kl:0.5+tvd:0.5", "jsd:0.3+reverse_kl:0.5+skew_kl:1.5")
 CASES = (
-    *(kd(divergence) for divergence in TABLE),
+    *(kd(divergence) for divergence in (*TABLE, *MIXES)),
     kd("forward_kl", grad=None),
     kd("forward_kl", torch.float16, torch.float16),
     kd("forward_kl", torch.float32, torch.float32),
@@ -211,11 +214,11 @@ CASES = (
     Case("scale_", _scale, 1, 1),
 )
 TICKET_CASES = (
-    *(kd(divergence, walk="tickets") for divergence in TABLE),
+    *(kd(divergence, walk="tickets") for divergence in (*TABLE, *MIXES)),
     kd("forward_kl", torch.float32, torch.float32, walk="tickets"),
 )
 CLUSTER_CASES = (
-    *(kd(divergence, walk="cluster") for divergence in TABLE),
+    *(kd(divergence, walk="cluster") for divergence in (*TABLE, *MIXES)),
     kd("forward_kl", torch.float32, torch.float32, walk="cluster"),
 )
 #: What other vocabularies are compiled for.
