@@ -18,7 +18,7 @@ from torch.autograd import forward_ad
 from fastkd import backend
 from fastkd.autograd import differentiates_once, scale_on_host, watched
 from fastkd.kernels.cpu import at_once as native
-from fastkd.kernels.cpu.at_once import TensorForm
+from fastkd.kernels.cpu.at_once import Template, TensorForm
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.rows import RowSpec
 
@@ -29,7 +29,7 @@ _OWN = (Tensor, torch.nn.Parameter)  # types of tensors
 _COUNTS = (torch.int64, torch.int32, torch.float32, torch.float64)  # dtypes of their number
 _KEPT = 256  # forms of calls that a loss remembers
 _LARGEST = 1e300  # of their numbers
-_UNKNOWN = b""  # in the place of the template of a form that was not met yet
+_UNKNOWN = Template(b"", ())  # in the place of the template of a form that was not met yet
 
 
 class Settings(Protocol):
@@ -43,7 +43,7 @@ class Settings(Protocol):
     vocab_size: int | None
     inplace: bool
     return_parts: bool
-    templates: dict[Any, bytes | None]
+    templates: dict[Any, Template | None]
 
     @property
     def reduction(self) -> str: ...
@@ -114,7 +114,7 @@ def loss(
     return values[..., :-1] if kd.shift else values
 
 
-def _remembered(kd: Settings, key: Any) -> bytes | None:
+def _remembered(kd: Settings, key: Any) -> Template | None:
     student, teacher, labels, weights = (form and TensorForm(*form) for form in key[:-1])
     if len(kd.templates) >= _KEPT:
         kd.templates.clear()
@@ -129,7 +129,7 @@ def _template(
     labels: TensorForm | None,
     weights: TensorForm | None,
     counted: bool,
-) -> bytes | None:
+) -> Template | None:
     """All of a call but its values, as the library takes it; None where the call is none of those it knows."""
     if student.dtype not in _DTYPES or 0 in student.shape or backend.automatic(student.dtype, "cpu") != "cpu":
         return None
@@ -149,7 +149,7 @@ def _template(
     )
     if not known:
         return None
-    template: bytes | None = native.template(
+    template: Template | None = native.template(
         student,
         teacher,
         kd.row_spec(vocab_size),
@@ -171,7 +171,7 @@ def _gradient_of(student: Tensor) -> Tensor:
 
 
 def _computed(
-    template: bytes,
+    template: Template,
     given: tuple[Tensor | None, ...],
     divisor: float,
     upstream: Tensor | None,
@@ -204,7 +204,9 @@ class _PerRow(torch.autograd.Function):
     """One loss per row; computed again, with the upstream gradients in the rows' scales."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, computed: tuple[Tensor, tuple[Tensor | None, ...], bytes, float]) -> Tensor:
+    def forward(
+        ctx: Any, student: Tensor, computed: tuple[Tensor, tuple[Tensor | None, ...], Template, float]
+    ) -> Tensor:
         values, given, *ctx.call = computed
         ctx.save_for_backward(*given)
         return values

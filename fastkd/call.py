@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, cast, get_type_hints
 import torch
 from torch import Tensor
 
-from fastkd.divergences import TABLE
+from fastkd.divergences import of_spec
 from fastkd.rows import RowSpec
 from fastkd.sources import Source, Teacher, of_parts, parts
 
@@ -86,7 +86,11 @@ class Call(NamedTuple):
         """
         if self.soft_scale is not None and self.soft_weight == 0:
             return self._without(_HARD), self._without(_SOFT)
-        if self.hard_scale is not None and self.hard_weight == 0 and not TABLE[self.divergence].tempered:
+        if (
+            self.hard_scale is not None
+            and self.hard_weight == 0
+            and not of_spec(self.divergence, self.parameters).tempered
+        ):
             return self._without(_SOFT), self._without(_HARD)
         return None, self
 

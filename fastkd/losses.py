@@ -49,7 +49,8 @@ class KDLoss(nn.Module):
             (unless `return_parts` asks for its value).
         alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` means
             α·hard + (1−α)·soft. Published recipes use both, so alpha without alpha_on is an error.
-        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters: `fastkd.JSD(beta=.1)`.
+        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters: `fastkd.JSD(beta=.1)`; or a
+            weighted sum of them, `fastkd.Mix({fastkd.ForwardKL(): 0.5, fastkd.TVD(): 0.5})`.
         teacher_temperature: the teacher's T where it differs from the student's.
         scale_t2: multiply the soft term, value and gradient, by T² (the student's T), so that the size of its gradient
             does not depend on T. No effect on `mse`, which has no temperature.
@@ -247,7 +248,7 @@ class KDLoss(nn.Module):
         super().__setattr__(name, value)
         if name not in ("_checked", "templates"):
             self._checked = False
-            self.templates: dict[Any, bytes | None] = {}
+            self.templates: dict[Any, Any] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what holds in this process only."""

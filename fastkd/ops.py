@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 from fastkd import arguments
 from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
-from fastkd.divergences import TABLE
+from fastkd.divergences import of_spec
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
@@ -135,13 +135,13 @@ def _reach(call: Call) -> float:
 
     A cross-entropy's is 1, a bounded divergence's not much more. Raw differences are multiplied by 2/V. Of the others
     reverse KL reaches furthest: q(1 − q) ≤ ¼ times a difference of log-ratios, 131008·(1/T + 1/T_teacher), over T;
-    AlphaBeta with a negative parameter has no bound.
+    AlphaBeta with a negative parameter has no bound. A mix reaches as far as its parts together.
     """
-    divergence = TABLE[call.divergence]
+    divergence = of_spec(call.divergence, call.parameters)
     if not divergence.tempered:
         return max(1.0, 64 / call.vocab_size)
-    furthest = 1.0 if divergence.bounded else max(1.0, 8 * (1 / call.temperature + 1 / call.teacher_temperature))
-    return furthest / call.temperature
+    furthest = max(1.0, 8 * (1 / call.temperature + 1 / call.teacher_temperature))
+    return sum(weight * (1.0 if part.bounded else furthest) for part, weight in divergence.parts) / call.temperature
 
 
 def _rounds_to_fp16(call: Call) -> bool:

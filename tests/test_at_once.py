@@ -14,7 +14,6 @@ from torch import Tensor
 
 import fastkd
 from fastkd import at_once
-from fastkd.divergences import TABLE
 from fastkd.kernels.cpu import at_once as native
 from tests import cases
 
@@ -64,7 +63,7 @@ SETTINGS = [
 def test_the_same_bits_as_the_general_way(
     settings: dict[str, Any], weighted: bool, computed: list[bool], general: pytest.MonkeyPatch
 ) -> None:
-    for divergence, dtype in itertools.product(TABLE, (torch.float32, torch.bfloat16)):
+    for divergence, dtype in itertools.product(cases.NAMES, (torch.float32, torch.bfloat16)):
         student, teacher, labels, weights = batch(dtype)
         more: dict[str, Any] = {"weights": weights if weighted else None}
         if settings["reduction"] == "mean":

@@ -18,6 +18,9 @@ enum Stage : int64_t { kWhole = 0, kStatistics = 1, kTerms = 2, kGradient = 3 };
 
 constexpr int64_t kStateBytes = 128;  // per row
 
+// See fastkd/divergences.py, PARAMETERS and PARTS.
+constexpr int kParameters = 2, kMostParts = 16;
+
 // See fastkd/rows.py, SparseRows: `count` entries a row.
 struct SparseTeacher {
   const int64_t* ids;  // nullptr: absent
@@ -60,9 +63,10 @@ struct KDRows {
   float* hard;
   int64_t rows;
   int64_t vocab_size;  // columns of a whole row that count
-  const char* divergence;  // its name
+  const char* divergence;  // its name, or that of a mix (mix.h)
   int64_t threads;
-  double parameters[2];
+  const double* parameters;  // kParameters, the divergence's own first; or those of a mix
+  int64_t parameter_count;
   double temperature, teacher_temperature;
   double soft_weight, hard_weight;
   int64_t stage;

@@ -7,12 +7,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fastkd.divergences import TABLE
 from fastkd.kernels.cpu.interface import KDLoss, KDRows, Matrix, RowScales
-from fastkd.kernels.cpu.library import DTYPES, loaded
+from fastkd.kernels.cpu.library import DTYPES, loaded, parameter_array
 from fastkd.rows import RowSpec, row_layout_of
 
-__all__ = ["TensorForm", "kd_loss", "template"]
+__all__ = ["Template", "TensorForm", "kd_loss", "template"]
 
 
 class TensorForm(NamedTuple):
@@ -35,8 +34,11 @@ class TensorForm(NamedTuple):
         return Matrix(None, DTYPES[self.dtype], self.shape[-1], *layout[1:])
 
 
-#: The names of divergences where they stay: a template holds the address of one.
-_NAMES = {name: ctypes.create_string_buffer(name.encode()) for name in TABLE}
+class Template(NamedTuple):
+    """A loss but for its values, in this process."""
+
+    call: bytes  # a KDLoss, which holds addresses
+    kept: tuple[Any, ...]  # of these
 
 
 def template(
@@ -51,8 +53,8 @@ def template(
     mask_soft: bool,
     counted: bool,
     total: bool,
-) -> bytes | None:
-    """A loss but for its values, in this process; None where rows lie at no regular strides.
+) -> Template | None:
+    """Make a template; None where rows lie at no regular strides.
 
     `soft`, `hard`: the terms it has. `counted`: the divisor is the sum of what is divided. `total`: the loss is one
     number. The others are those of `Backend.row_scales`.
@@ -62,27 +64,29 @@ def template(
         return None
     leading, width = student.shape[:-1], student.shape[-1]
     rows = leading.numel()
+    name, parameters = ctypes.create_string_buffer(spec.divergence.encode()), parameter_array(spec)
     call = KDLoss(soft=soft, hard=hard, masked_apart=not mask_soft, total=total)
     call.rows = KDRows(
         *matrices,
         Matrix(None, DTYPES[student.dtype], width, rows, 0, width),
         rows=rows,
         vocab_size=spec.vocab_size,
-        divergence=ctypes.cast(_NAMES[spec.divergence], ctypes.c_char_p),
-        parameters=(ctypes.c_double * 2)(*spec.parameters),
+        divergence=ctypes.cast(name, ctypes.c_char_p),
+        parameters=parameters,
+        parameter_count=len(parameters),
         temperature=spec.temperature,
         teacher_temperature=spec.teacher_temperature,
         soft_weight=spec.soft_weight,
         hard_weight=spec.hard_weight,
     )
     call.scales = RowScales(rows=rows, length=leading[-1] if shift else 0, ignore_index=ignore_index, count=counted)
-    return bytes(call)
+    return Template(bytes(call), (name, parameters))
 
 
-def kd_loss(template: bytes, *values: Any) -> bool:
+def kd_loss(template: Template, *values: Any) -> bool:
     """The whole of a loss. Returns False, and has written nothing, where values are not as they must be.
 
     Values: the addresses of student, teacher, labels, weights, upstream gradient, gradient and loss (None: absent), and
     the divisor. Labels that are no token, and weights that are negative or not finite, are for the caller to look into.
     """
-    return loaded().fastkd_kd_loss(template, *values, torch.get_num_threads()) == 0  # type: ignore[no-any-return]
+    return loaded().fastkd_kd_loss(template.call, *values, torch.get_num_threads()) == 0  # type: ignore[no-any-return]

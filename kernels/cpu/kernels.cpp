@@ -8,6 +8,7 @@
 //   threads.h      the rows of a call shared among threads, and their memory
 //   row.h          what the sweeps share: numbers of the loss, memory, sums
 //   divergences.h  one functor per divergence, and their list
+//   mix.h          a weighted sum of them
 //   near.h         blocks in which student and teacher nearly agree
 //   sweeps.h       the three sweeps over a row
 //   sparse.h       the loss of a row beside a sparse teacher

@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastkd.divergences import TABLE, Divergence
+from fastkd.divergences import PARAMETERS, TABLE, Divergence
 from fastkd.kernels.cpu.interface import (
     ENTRIES,
     STRUCTURES,
@@ -43,6 +43,7 @@ __all__ = [
     "log_softmax",
     "log_softmax_backward",
     "mix_rows",
+    "parameter_array",
     "row_scales",
     "row_statistics",
     "sample",
@@ -56,6 +57,7 @@ __all__ = [
 
 _ABI = 9
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PADDING = (0.0,) * PARAMETERS
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
 _SPARSE_KINDS = {"ghost": 0, "renormalize": 1, "sampled": 2}
 _OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE, _REFUSED = 1, 2, 3
@@ -151,6 +153,12 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
+def parameter_array(spec: RowSpec) -> ctypes.Array[ctypes.c_double]:
+    """A divergence's parameters as the library reads them."""
+    parameters = (*spec.parameters, *_PADDING)[: max(PARAMETERS, len(spec.parameters))]
+    return (ctypes.c_double * len(parameters))(*parameters)
+
+
 def _pointer(tensor: Tensor | None) -> int | None:
     return None if tensor is None else tensor.data_ptr()
 
@@ -169,6 +177,7 @@ def kd_rows(
     rows = row_count(student)
     soft, hard = _new(rows), _new(rows)
     labels, soft_scale, hard_scale = _contiguous(labels), _contiguous(soft_scale), _contiguous(hard_scale)
+    parameters = parameter_array(spec)
     sparse = SparseTeacher()
     if isinstance(teacher, SparseRows):
         sparse = SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
@@ -187,7 +196,8 @@ def kd_rows(
             spec.vocab_size,
             spec.divergence.encode(),
             torch.get_num_threads(),
-            (ctypes.c_double * 2)(*spec.parameters),
+            parameters,
+            len(parameters),
             spec.temperature,
             spec.teacher_temperature,
             spec.soft_weight,
@@ -206,7 +216,8 @@ def tile_state(rows: int, device: torch.device) -> Tensor:
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
     """What the threads stash: see `lay_out` in kernels/cpu/row.h. Arguments as in `backend.scratch_bytes`."""
-    teacher_rows = whole_teacher * (1 if divergence.name == "forward_kl" else 2)
+    forward_kl = all(part.name == "forward_kl" for part, _ in divergence.parts)
+    teacher_rows = whole_teacher * (1 if forward_kl else 2)
     rows = divergence.tempered * teacher_rows + own_exponential
     if not gradient and (not divergence.normalised or not whole_teacher):
         rows = 0

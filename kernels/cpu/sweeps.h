@@ -16,7 +16,7 @@
 // A row may also come in tiles of columns, with its logits computed again for each sweep. Then `State` keeps what is
 // known of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
 #pragma once
-#include "divergences.h"
+#include "mix.h"
 #include "near.h"
 
 #include <type_traits>
@@ -137,7 +137,7 @@ struct Cells {
   const RowSpec& spec;
   const Sums& sums;
   const Scratch& scratch;
-  LogRatio log_ratio;
+  LogRatio log_ratio;  // has the maxima and scales too
   float log_zs, log_zt;  // to base 2
 
   Cells(const RowSpec& spec, const Sums& sums, const Scratch& scratch)
@@ -154,8 +154,8 @@ struct Cells {
   }
 
   Cell operator()(vec zs, vec zt, vec p, vec q) const {
-    const vec log_q = (zs - sums.student_max) * spec.student_scale - log_zs;
-    const vec log_p = (zt - sums.teacher_max) * spec.teacher_scale - log_zt;
+    const vec log_q = (zs - log_ratio.student_max) * log_ratio.cs - log_zs;
+    const vec log_p = (zt - log_ratio.teacher_max) * log_ratio.ct - log_zt;
     return {p, q, log_p * kLn2, log_q * kLn2, log_ratio(zs, zt) * kLn2};
   }
 };
@@ -170,6 +170,57 @@ inline Cell top_cell(const Cells& cells) {
   return cells(s, t, et * (float)(1 / sums.teacher), es * (float)(1 / sums.student));
 }
 
+// A block of sweep 2: logits, exponentials, and the factors from these to probabilities.
+struct CellBlock {
+  const float *s, *t, *es, *et;
+  float to_q, to_p;
+  int64_t n;
+};
+
+// Adds a functor's terms in a block to `value` and its g to `total_g`. Calls put(column, g). The functor and the cells
+// come by value, so that the compiler knows that no store changes them. `flatten`: left alone, it would call a mix's
+// functors for every vector.
+template <class Functor, class Put>
+__attribute__((noinline, flatten)) void block_sums(const Functor functor, const Cells cells, const CellBlock at,
+                                                   double& value, double& total_g, const Put put) {
+  vec sum_term{}, sum_g{};
+  for (int64_t i = 0; i < at.n; i += lanes) {
+    const vec zs = load(at.s + i), zt = load(at.t + i);
+    const Cell cell = cells(zs, zt, load(at.et + i) * at.to_p, load(at.es + i) * at.to_q);
+    const Pair pair = functor(cell);
+    // Columns that are -inf on both sides, such as padding, count for nothing, whatever the functor returns.
+    const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
+    const vec g = keep(counted, pair.g);
+    sum_term += keep(counted, pair.term);
+    sum_g += g;
+    put(i, g);
+  }
+  value += sum(sum_term);
+  total_g += sum(sum_g);
+}
+
+// Sweep 2 of one block. `out` may be at.et.
+template <class Divergence>
+inline void block_terms(const Centred<Divergence>& divergence, const Cells& cells, const CellBlock& at, float* out,
+                        double& value, double& total_g) {
+  block_sums(divergence, cells, at, value, total_g, [&](int64_t i, vec g) { store(out + i, g); });
+}
+
+// The parts of a mix one after the other, while the block is in the first-level cache: each in a loop of its own, whose
+// constants have registers.
+inline void block_terms(const Centred<Mix>& mix, const Cells& cells, const CellBlock& at, float* out, double& value,
+                        double& total_g) {
+  float* const total = cells.scratch.out_block;
+  int left = mix.mix.count;
+  bool first = true;
+  mix.each([&](const auto& part) {
+    float* const to = --left ? total : out;
+    if (first) block_sums(part, cells, at, value, total_g, [=](int64_t i, vec g) { store(to + i, g); });
+    else block_sums(part, cells, at, value, total_g, [=](int64_t i, vec g) { store(to + i, load(total + i) + g); });
+    first = false;
+  });
+}
+
 // Sweep 2: adds a functor's terms to `value` and its g to `total_g`. Stashes g in place of the teacher's exponentials.
 template <class Divergence>
 inline void divergence_sums(const Divergence& divergence, const Row& row, const RowSpec& spec,
@@ -180,23 +231,9 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
     const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
-    const float to_q = cells.to_q(b), to_p = cells.to_p(b);
-    const float* es = scratch.student.at(start, n);
     float* et = scratch.teacher.at(start, n);
-    vec sum_term{}, sum_g{};
-    for (int64_t i = 0; i < n; i += lanes) {
-      const vec zs = load(s + i), zt = load(t + i);
-      const Cell cell = cells(zs, zt, load(et + i) * to_p, load(es + i) * to_q);
-      const Pair pair = centred(cell);
-      // Columns that are -inf on both sides, such as padding, count for nothing, whatever the functor returns.
-      const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
-      const vec g = keep(counted, pair.g);
-      sum_term += keep(counted, pair.term);
-      sum_g += g;
-      store(et + i, g);
-    }
-    value += sum(sum_term);
-    total_g += sum(sum_g);
+    const CellBlock at{s, t, scratch.student.at(start, n), et, cells.to_q(b), cells.to_p(b), n};
+    block_terms(centred, cells, at, et, value, total_g);
   }
 }
 
