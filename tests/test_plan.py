@@ -122,7 +122,7 @@ def test_the_bar_of_time_from_hidden_states() -> None:
     assert bare == pytest.approx(1e3 * plan.flops / gpu.flops_16)
     assert str(plan).endswith(f"about {plan.milliseconds:,.1f} ms")
     # In one level of chunks of 752 tokens, which 1 GiB held, the head's gradient alone would break it.
-    size = HeadSize(hidden, 2, 2, 2, 2)
+    size = HeadSize(hidden, 2, 2, 2, 2, 2)
     assert 1e3 * _seconds(replace(plan, chunk=752, group=752), size, [size], 2, False, gpu) > 1.25 * bare
 
 
