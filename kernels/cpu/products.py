@@ -25,12 +25,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["detail", "multiplies", "multiply", "pieces"]
+__all__ = ["detail", "gains_in_torch", "multiplies", "multiply", "pieces"]
 
 #: Values of FASTKD_CPU_PRODUCTS.
 _WAYS = ("auto", "fp32", "mkl")
@@ -42,6 +42,8 @@ _RACED = 256, 512, 2048
 _ROUNDS = 3
 #: What bfloat16 must gain in the race: a smaller gain may be noise, and another process might find otherwise.
 _CLEARLY = 1.15
+#: What takes so many times as long at first is not measured any further: emulated products may take seconds.
+_HOPELESS = 8
 #: Relative, of sums of 512 products in fp32 against others: far more than another order of summation explains.
 _SAME = 1e-5
 
@@ -53,13 +55,21 @@ def multiplies(dtype: torch.dtype) -> bool:
     RuntimeError where it names one that this PyTorch does not have, whatever the dtype.
     """
     named = _named()
-    return dtype == torch.bfloat16 and (named or _raced()).way == "mkl"
+    return dtype == torch.bfloat16 and (named or _once(_race)).way == "mkl"
 
 
 def detail() -> str:
     """The way of bfloat16 and why, for people. Raises as `multiplies` does."""
-    way, reason = _named() or _raced()
+    way, reason = _named() or _once(_race)
     return f"bf16 products: {way} ({reason})"
+
+
+def gains_in_torch() -> bool:
+    """Whether PyTorch's own products are clearly faster in bfloat16 here, as a model's layers ask for them in autocast.
+
+    Raced once in a process, and False without a race where the processor has no units for bfloat16.
+    """
+    return _once(_race_in_torch)
 
 
 def pieces(gradient: Tensor) -> tuple[Tensor, Tensor]:
@@ -149,16 +159,18 @@ def _named() -> _Choice | None:
     return None if way == "auto" else _Choice(way, "FASTKD_CPU_PRODUCTS")
 
 
+_Outcome = TypeVar("_Outcome")
 _lock = threading.Lock()
-_found: list[_Choice] = []
+_found: dict[Callable[[], Any], Any] = {}
 
 
-def _raced() -> _Choice:
-    """What the race says: remembered, so that a process adds up in one order."""
+def _once(race: Callable[[], _Outcome]) -> _Outcome:
+    """What a race says: remembered, so that a process adds up in one order."""
     with _lock:
-        if not _found:
-            _found.append(_race())
-        return _found[0]
+        if race not in _found:
+            _found[race] = race()
+        outcome: _Outcome = _found[race]
+        return outcome
 
 
 def _race() -> _Choice:
@@ -166,55 +178,90 @@ def _race() -> _Choice:
         return _Choice("fp32", "no bf16 units")
     if _gemm() is None:
         return _Choice("fp32", f"PyTorch {torch.__version__} exports no {_SYMBOL}")
-    # In a thread of its own no dispatch mode, autocast or default of the caller's is in force.
-    with ThreadPoolExecutor(1) as thread:
-        gain, error = thread.submit(_gain).result()
+    gain, error = _raced(_in_fp32, _by_mkl)
     if not error <= _SAME:
         return _Choice("fp32", f"those of mkl have a relative error of {error:.1e}")
     return _Choice("mkl" if gain >= _CLEARLY else "fp32", f"mkl is {gain:.2f} times as fast")
 
 
+def _race_in_torch() -> bool:
+    return _has_units() and _raced(_layer_in_fp32, _layer_in_bf16)[0] >= _CLEARLY
+
+
+class _Head:
+    """What is raced on: the operands of an output head's three products, and room for their results."""
+
+    def __init__(self) -> None:
+        tokens, hidden, columns = _RACED
+        self.x, self.weight, self.gradient = _made(tokens, hidden), _made(columns, hidden), _made(tokens, columns)
+        self.narrow_x, self.narrow_weight = self.x.bfloat16(), self.weight.bfloat16()
+        self.spent = self.gradient.clone()  # what may be overwritten
+        shapes = self.gradient.shape, self.x.shape, self.weight.shape
+        self.results = [torch.zeros(shape, dtype=torch.float32, device="cpu") for shape in shapes]
+
+
+def _made(rows: int, width: int) -> Tensor:
+    """fp32 numbers that bfloat16 can hold; no generator of anybody's is asked for them."""
+    numbers = torch.arange(rows * width, dtype=torch.float32, device="cpu").sin_().view(rows, width)
+    return numbers.bfloat16().float()
+
+
+def _in_fp32(head: _Head) -> None:
+    """As a loss from bfloat16 hidden states does it: the head is cast where it is needed."""
+    logits, d_hidden, d_weight = head.results
+    torch.mm(head.x, head.narrow_weight.float().t(), out=logits)
+    gradient = head.spent.copy_(head.gradient)
+    torch.mm(gradient, head.narrow_weight.float(), out=d_hidden)
+    torch.mm(gradient.t(), head.x, out=d_weight)
+
+
+def _by_mkl(head: _Head) -> None:
+    logits, d_hidden, d_weight = head.results
+    multiply(head.narrow_x, head.narrow_weight.t(), logits)
+    for number, piece in enumerate(pieces(head.spent.copy_(head.gradient))):
+        multiply(piece, head.narrow_weight, d_hidden, accumulate=number > 0)
+        multiply(piece.t(), head.narrow_x, d_weight, accumulate=number > 0)
+
+
+def _layer_in_fp32(head: _Head) -> None:
+    torch.mm(head.x, head.weight.t())
+    torch.mm(head.gradient, head.weight)
+    torch.mm(head.gradient.t(), head.x)
+
+
+def _layer_in_bf16(head: _Head) -> None:
+    """As autocast does it: parameters in fp32 are cast once a step."""
+    weight, gradient = head.weight.bfloat16(), head.gradient.bfloat16()
+    torch.mm(head.narrow_x, weight.t())
+    torch.mm(gradient, weight)
+    torch.mm(gradient.t(), head.narrow_x)
+
+
+_Contender = Callable[[_Head], None]
+
+
+def _raced(fp32: _Contender, bf16: _Contender) -> tuple[float, float]:
+    """How many times as long fp32 takes, and how far the results are apart, relative.
+
+    In a thread of its own, where no dispatch mode, autocast or default of the caller's is in force.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        return thread.submit(_race_of, fp32, bf16).result()
+
+
 @torch.no_grad()
-def _gain() -> tuple[float, float]:
-    """How many times as long fp32 takes for a head's three products, and how far the two ways are apart."""
-    tokens, hidden, columns = _RACED
-
-    def matrix(rows: int, width: int, dtype: torch.dtype) -> Tensor:  # takes no number from anybody's generator
-        return torch.arange(rows * width, dtype=torch.float32, device="cpu").sin_().view(rows, width).to(dtype)
-
-    x, weight = matrix(tokens, hidden, torch.bfloat16), matrix(columns, hidden, torch.bfloat16)
-    gradient, given = matrix(tokens, columns, torch.float32), torch.empty(tokens, columns, device="cpu")
-    results = {
-        way: [torch.empty(*shape, dtype=torch.float32, device="cpu") for shape in (given.shape, x.shape, weight.shape)]
-        for way in ("fp32", "mkl")
-    }
-
-    def in_fp32() -> None:
-        logits, d_hidden, d_weight = results["fp32"]
-        given.copy_(gradient)
-        wide = x.float()
-        torch.mm(wide, weight.float().t(), out=logits)
-        torch.mm(given, weight.float(), out=d_hidden)
-        torch.mm(given.t(), wide, out=d_weight)
-
-    def by_mkl() -> None:
-        logits, d_hidden, d_weight = results["mkl"]
-        given.copy_(gradient)
-        multiply(x, weight.t(), logits)
-        for number, piece in enumerate(pieces(given)):
-            multiply(piece, weight, d_hidden, accumulate=number > 0)
-            multiply(piece.t(), x, d_weight, accumulate=number > 0)
-
-    seconds: dict[str, list[float]] = {"fp32": [], "mkl": []}
-    for _ in range(1 + _ROUNDS):
-        seconds["fp32"].append(_seconds(in_fp32))
-        seconds["mkl"].append(_seconds(by_mkl))
-    fp32, mkl = (statistics.median(taken[1:]) for taken in seconds.values())
-    errors = [float((a - b).norm() / b.norm()) for a, b in zip(results["mkl"], results["fp32"], strict=True)]
-    return fp32 / mkl, max(errors)
+def _race_of(fp32: _Contender, bf16: _Contender) -> tuple[float, float]:
+    wide, narrow = _Head(), _Head()
+    first = _seconds(fp32, wide), _seconds(bf16, narrow)  # both get their memory and threads
+    if first[1] > _HOPELESS * first[0]:
+        return first[0] / first[1], 0.0
+    taken = [(_seconds(fp32, wide), _seconds(bf16, narrow)) for _ in range(_ROUNDS)]
+    gain = statistics.median(one for one, _ in taken) / statistics.median(other for _, other in taken)
+    apart = [float((a - b).norm() / b.norm().clamp(min=1)) for a, b in zip(narrow.results, wide.results, strict=True)]
+    return gain, max(apart)
 
 
-def _seconds(run: Callable[[], None]) -> float:
+def _seconds(run: _Contender, head: _Head) -> float:
     start = time.perf_counter()
-    run()
+    run(head)
     return time.perf_counter() - start
