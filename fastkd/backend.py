@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
-from fastkd.kernels.cpu import library
+from fastkd.kernels.cpu import library, products
 from fastkd.rows import RowSpec, SparseRows, Tile
 
 __all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "use_backend"]
@@ -210,6 +210,8 @@ class _Row(NamedTuple):
     status: Callable[[], BackendStatus]
     #: Bytes that its kernels allocate beside the buffers of a loss from hidden states: see `scratch_bytes`.
     scratch_bytes: Callable[[Divergence, int, bool, bool, bool], int]
+    #: More of an available backend, for people: not asked where a call chooses, since the answer may take a race.
+    measured: Callable[[], str] | None = None
 
 
 def _no_scratch(*_: object) -> int:
@@ -217,7 +219,13 @@ def _no_scratch(*_: object) -> int:
 
 
 _ROWS: dict[str, _Row] = {
-    "cpu": _Row("fastkd.kernels.cpu", ("cpu",), lambda: BackendStatus(*library.status()), library.scratch_bytes),
+    "cpu": _Row(
+        "fastkd.kernels.cpu",
+        ("cpu",),
+        lambda: BackendStatus(*library.status()),
+        library.scratch_bytes,
+        products.detail,
+    ),
     "triton": _Row("fastkd.kernels.gpu", ("cuda", "xpu"), lambda: _triton_status(), _no_scratch),
     "reference": _Row(
         "fastkd.reference", (), lambda: BackendStatus(True, "eager PyTorch, any device and dtype"), _no_scratch
@@ -249,8 +257,19 @@ def scratch_bytes(
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend with whether it is available here and, where not, the reason."""
-    return {name: _status(name) for name in _ROWS}
+    """Every backend with whether it is available here and, where not, the reason.
+
+    Of the CPU it says too how products of bfloat16 hidden states are computed: see FASTKD_CPU_PRODUCTS in the guide,
+    whose errors it raises.
+    """
+    return {name: _described(name) for name in _ROWS}
+
+
+def _described(name: str) -> BackendStatus:
+    status, measured = _status(name), _ROWS[name].measured
+    if not status.available or measured is None:
+        return status
+    return status._replace(detail=f"{status.detail}; {measured()}")
 
 
 class running_on:

@@ -199,6 +199,7 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
 
     Raises InputError and KeyboardInterrupt as `distill` does; a sweep that is resumed keeps the rows of finished cells.
     """
+    options = training.precision.decided(options)
     if options.models.teacher == TRAINED_TEACHER:
         raise InputError(
             f"a sweep needs a teacher that is there: train one with fastkd distill --teacher {TRAINED_TEACHER}, "
