@@ -11,7 +11,7 @@ from bench.harness.check import Batch
 from bench.harness.contender import FRESH, IN_PLACE
 from bench.harness.question import Case, Question, Section, faster, within
 from bench.harness.race import Benchmark, race
-from bench.rivals.logits import kd_contenders
+from bench.rivals.logits import A_LOSS_EACH, kd_contenders
 from fastkd.divergences import TABLE, resolve
 
 _LEAST = "Least traffic: read student and teacher, write the gradient: 3·N·V·b bytes."
@@ -58,6 +58,8 @@ _DIVERGENCE_BARS = (
     within(IN_PLACE, "add out="),
 )
 _BOTH_ALLOCATORS = ("reverse_kl", "jsd")
+#: Sums of divergences in one sweep.
+MIXES = ("forward_kl:0.5+tvd:0.5", "jsd:0.3+reverse_kl:0.5+squared_hellinger:1.5")
 CASES = (
     *(
         Case(LOGITS, rows, vocab, dtype, bars, in_quick=(rows, vocab) == (256, 50257))
@@ -70,12 +72,12 @@ CASES = (
             1024,
             50257,
             torch.float32,
-            _DIVERGENCE_BARS,
+            (*_DIVERGENCE_BARS, *([faster(FRESH, A_LOSS_EACH)] if name in MIXES else [])),
             name,
             in_quick=name in _BOTH_ALLOCATORS,
             both_allocators=name in _BOTH_ALLOCATORS,
         )
-        for name in TABLE
+        for name in (*TABLE, *MIXES)
         if name != "forward_kl"
     ),
 )

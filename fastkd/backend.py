@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
-from fastkd.kernels.cpu import library
+from fastkd.kernels.cpu import library, products
 from fastkd.rows import RowSpec, SparseRows, Tile
 
 __all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "use_backend"]
@@ -29,6 +29,9 @@ __all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "u
 
 class Backend(Protocol):
     """The functions a backend offers. Rows are the collapsed leading dimensions; row scalars are fp32 `[rows]`.
+
+    One may also offer `sparse_rows(targets, live, vocab_size, slack, nothing)`: what `sparse.sparse_rows` returns, or
+    None where anything has to be sorted or reported; the last two are that file's limits.
 
     One on a device that runs behind the host may also offer `scale_(grad, upstream)`: grad·upstream in place, without
     waiting for the device.
@@ -207,6 +210,8 @@ class _Row(NamedTuple):
     status: Callable[[], BackendStatus]
     #: Bytes that its kernels allocate beside the buffers of a loss from hidden states: see `scratch_bytes`.
     scratch_bytes: Callable[[Divergence, int, bool, bool, bool], int]
+    #: More of an available backend, for people: not asked where a call chooses, since the answer may take a race.
+    measured: Callable[[], str] | None = None
 
 
 def _no_scratch(*_: object) -> int:
@@ -214,7 +219,13 @@ def _no_scratch(*_: object) -> int:
 
 
 _ROWS: dict[str, _Row] = {
-    "cpu": _Row("fastkd.kernels.cpu", ("cpu",), lambda: BackendStatus(*library.status()), library.scratch_bytes),
+    "cpu": _Row(
+        "fastkd.kernels.cpu",
+        ("cpu",),
+        lambda: BackendStatus(*library.status()),
+        library.scratch_bytes,
+        products.detail,
+    ),
     "triton": _Row("fastkd.kernels.gpu", ("cuda", "xpu"), lambda: _triton_status(), _no_scratch),
     "reference": _Row(
         "fastkd.reference", (), lambda: BackendStatus(True, "eager PyTorch, any device and dtype"), _no_scratch
@@ -246,8 +257,19 @@ def scratch_bytes(
 
 
 def backends() -> dict[str, BackendStatus]:
-    """Every backend with whether it is available here and, where not, the reason."""
-    return {name: _status(name) for name in _ROWS}
+    """Every backend with whether it is available here and, where not, the reason.
+
+    Of the CPU it says too how products of bfloat16 hidden states are computed: see FASTKD_CPU_PRODUCTS in the guide,
+    whose errors it raises.
+    """
+    return {name: _described(name) for name in _ROWS}
+
+
+def _described(name: str) -> BackendStatus:
+    status, measured = _status(name), _ROWS[name].measured
+    if not status.available or measured is None:
+        return status
+    return status._replace(detail=f"{status.detail}; {measured()}")
 
 
 class running_on:
@@ -312,8 +334,10 @@ def forced() -> str | None:
     blocks = _blocks.get()
     if blocks:
         return blocks[-1].name
-    with _lock:
-        return _process_wide[-1].name if _process_wide else None
+    try:
+        return _process_wide[-1].name
+    except IndexError:  # not asked before: another thread could take the last one away in between
+        return None
 
 
 @functools.cache
@@ -323,7 +347,7 @@ def warn_once(message: str) -> None:
 
 def select(tensor: Tensor) -> Backend:
     """The backend that computes on `tensor`: the forced one, else by device, else the reference with one warning."""
-    return _imported(_ROWS[forced() or _automatic(tensor)])
+    return _imported(_ROWS[forced() or automatic(tensor.dtype, tensor.device.type)])
 
 
 @functools.cache
@@ -331,10 +355,11 @@ def _imported(row: _Row) -> Backend:
     return cast(Backend, importlib.import_module(row.module))
 
 
-def _automatic(tensor: Tensor) -> str:
-    if tensor.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+@functools.cache
+def automatic(dtype: torch.dtype, device: str) -> str:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return _LAST_RESORT  # float64: the kernels compute in fp32
-    wanted = _for_device(tensor.device.type)
+    wanted = _for_device(device)
     status = _status(wanted)
     if status.available:
         return wanted

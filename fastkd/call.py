@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields
 from typing import Any, NamedTuple, cast, get_type_hints
 
 import torch
 from torch import Tensor
 
-from fastkd.divergences import TABLE
+from fastkd.divergences import of_spec
 from fastkd.rows import RowSpec
 from fastkd.sources import Source, Teacher, of_parts, parts
 
@@ -72,8 +71,7 @@ class Call(NamedTuple):
 
     @property
     def spec(self) -> RowSpec:
-        numbers = cast("tuple[Any, ...]", self[_SPEC])
-        return RowSpec(self.divergence, tuple(self.parameters), *numbers[2:])
+        return RowSpec._make(cast("tuple[Any, ...]", self[_SPEC]))
 
     @property
     def on_logits(self) -> bool:
@@ -88,7 +86,11 @@ class Call(NamedTuple):
         """
         if self.soft_scale is not None and self.soft_weight == 0:
             return self._without(_HARD), self._without(_SOFT)
-        if self.hard_scale is not None and self.hard_weight == 0 and not TABLE[self.divergence].tempered:
+        if (
+            self.hard_scale is not None
+            and self.hard_weight == 0
+            and not of_spec(self.divergence, self.parameters).tempered
+        ):
             return self._without(_SOFT), self._without(_HARD)
         return None, self
 
@@ -120,9 +122,8 @@ _TYPES: dict[Any, tuple[str, Any]] = {
 _FIELDS = {name: _TYPES[kind] for name, kind in get_type_hints(Call).items()}
 _ABSENT = {name: absent for name, (_, absent) in _FIELDS.items()}
 _TENSORS = [name for name, (kind, _) in _FIELDS.items() if kind in ("Tensor", "Tensor?")]
-_SPEC_FIELDS = tuple(field.name for field in fields(RowSpec))
-_SPEC = slice(Call._fields.index(_SPEC_FIELDS[0]), Call._fields.index(_SPEC_FIELDS[-1]) + 1)
-assert tuple(Call._fields[_SPEC]) == _SPEC_FIELDS, "the fields of RowSpec stand together in Call, in its order"
+_SPEC = slice(Call._fields.index(RowSpec._fields[0]), Call._fields.index(RowSpec._fields[-1]) + 1)
+assert list(Call._fields[_SPEC]) == list(RowSpec._fields), "the fields of RowSpec stand together in Call, in its order"
 assert Call._fields[: len(_TENSORS) + 1] == (*_TENSORS, "teacher_mixed"), "tensors come first, then the list of them"
 
 #: What follows `Tensor student` in a schema: the other fields, in their order.
@@ -149,6 +150,7 @@ def call_for(
         **_ABSENT,
         **parts("student", student),
         **parts("teacher", teacher),
+        **spec._asdict(),
         "labels": labels,
         "soft_scale": soft_scale,
         "hard_scale": hard_scale,
@@ -156,6 +158,4 @@ def call_for(
         "memory_budget": memory_budget,
         "live": live,
     }
-    for name in _SPEC_FIELDS:
-        given[name] = getattr(spec, name)
     return Call(**given)

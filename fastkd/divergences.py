@@ -2,12 +2,18 @@
 
 One row per divergence, a small frozen object carrying its parameters. Everything that iterates over divergences
 (`KDLoss`, the kernels, the tests, the benchmarks) iterates over `TABLE`. ARCHITECTURE.md says what adding one takes.
+A `Mix` is a weighted sum of rows.
 
 `resolve` turns limits into the divergence they equal (`JSD(beta=0)` is forward KL), so that no kernel divides by zero.
+
+What a loss hands to a backend is a name and numbers, and `of_spec` makes the divergence of them again. A mix is called
+`+` and the name of each of its parts, as in `+forward_kl+tvd`. Its numbers are, for each part, the weight and
+`PARAMETERS` numbers: the part's own, then zeros.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, fields
 from typing import ClassVar
 
@@ -20,12 +26,16 @@ __all__ = [
     "AlphaBeta",
     "Divergence",
     "ForwardKL",
+    "Mix",
     "ReverseKL",
     "SkewKL",
     "SkewReverseKL",
     "SquaredHellinger",
     "SymmetricKL",
 ]
+
+#: The most parameters that a row of the table has, and the most parts of a mix: kernels keep room for so many.
+PARAMETERS, PARTS = 2, 16
 
 
 @dataclass(frozen=True)
@@ -44,6 +54,11 @@ class Divergence:
     def parameters(self) -> tuple[float, ...]:
         """The parameters in declaration order, as the kernels take them."""
         return tuple(float(value) for value in astuple(self))
+
+    @property
+    def parts(self) -> tuple[tuple[Divergence, float], ...]:
+        """The divergences whose weighted sum this one is; itself where it is no sum."""
+        return ((self, 1.0),)
 
     def canonical(self) -> Divergence:
         """The divergence this one equals at the limits of its parameters; itself elsewhere."""
@@ -143,6 +158,10 @@ class SymmetricKL(Divergence):
     def check(self) -> None:
         self._check_range("weight", 0, 1)
 
+    @property
+    def parts(self) -> tuple[tuple[Divergence, float], ...]:
+        return ((ForwardKL(), self.weight), (ReverseKL(), 1 - self.weight))
+
     def canonical(self) -> Divergence:
         if self.weight == 0:
             return ReverseKL()
@@ -211,18 +230,133 @@ TABLE: dict[str, type[Divergence]] = {
 }
 
 
+@dataclass(frozen=True, init=False, repr=False)
+class Mix(Divergence):
+    """Σ weight · divergence: several divergences, computed in the same sweeps over the logits.
+
+    `Mix({ForwardKL(): 0.5, TVD(): 0.5})`; a name (`"tvd"`) takes the default parameters. Weights are finite numbers
+    ≥ 0, one of them above 0. They need not sum to 1: the value is the sum as it stands. In a text, such as an option of
+    a command: `forward_kl:0.5+tvd:0.5`.
+
+    A mix in a mix is its parts, equal parts are one, a part of weight 0 is none, and a single part of weight 1 is that
+    divergence. Not to be confused with `Mixture`, which is one teacher made of several.
+
+    Raises TypeError where `parts` is no mapping or a weight no number; ValueError for a wrong weight, an unknown name,
+    no part or more than 16, and for `MSE`, which has neither softmax nor T².
+    """
+
+    given: tuple[tuple[Divergence, float], ...]
+
+    def __init__(self, parts: Mapping[Divergence | str, float]) -> None:
+        if not isinstance(parts, Mapping):
+            raise TypeError(
+                f"Mix takes a mapping from divergences to weights, such as {{fastkd.ForwardKL(): 0.5, fastkd.TVD(): "
+                f"0.5}}, got {type(parts).__name__}"
+            )
+        given = tuple((_row(key), arguments.real(f"Mix weight of {key}", weight)) for key, weight in parts.items())
+        object.__setattr__(self, "given", given)
+        self.check()
+
+    def check(self) -> None:
+        for part, weight in self.given:
+            if weight < 0:
+                raise ValueError(f"Mix weight of {part} must be >= 0, got {weight}")
+            if not part.tempered:
+                raise ValueError(
+                    f"{part} compares raw logits, without softmax and T², and cannot be a part of a Mix: add a second "
+                    "loss in its place"
+                )
+        if not any(weight > 0 for _, weight in self.given):
+            raise ValueError(f"a Mix needs a part with a weight above 0, got {self}")
+        if len(self.given) > PARTS:
+            raise ValueError(f"a Mix has at most {PARTS} parts, got {len(self.given)}")
+
+    def __repr__(self) -> str:
+        return f"Mix({{{', '.join(f'{part}: {weight!r}' for part, weight in self.given)}}})"
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return "".join(f"+{part.name}" for part, _ in self.given)
+
+    @property
+    def parameters(self) -> tuple[float, ...]:
+        padding = (0.0,) * PARAMETERS
+        rows = ((weight, *(*part.parameters, *padding)[:PARAMETERS]) for part, weight in self.given)
+        return tuple(number for row in rows for number in row)
+
+    @property
+    def normalised(self) -> bool:  # type: ignore[override]
+        return any(part.normalised for part, _ in self.given)
+
+    @property
+    def bounded(self) -> bool:  # type: ignore[override]
+        return all(part.bounded for part, _ in self.given)
+
+    @property
+    def parts(self) -> tuple[tuple[Divergence, float], ...]:
+        return self.given
+
+    def canonical(self) -> Divergence:
+        total: dict[Divergence, float] = {}
+        for part, weight in self.given:
+            for row, share in part.canonical().parts:
+                total[row] = total.get(row, 0.0) + weight * share
+        rows = sorted((row for row in total if total[row] > 0), key=lambda row: (row.name, row.parameters))
+        if len(rows) == 1 and total[rows[0]] == 1:
+            return rows[0]
+        return Mix({row: total[row] for row in rows})
+
+
 def resolve(divergence: str | Divergence) -> Divergence:
-    """A name of the table (default parameters) or a parameter object → the canonical divergence to compute.
+    """A name of the table (default parameters), the text of a `Mix`, or an object → the canonical divergence.
 
     Raises ValueError for an unknown name and TypeError for anything else.
     """
+    return _row(divergence).canonical()
+
+
+def of_spec(name: str, parameters: Sequence[float]) -> Divergence:
+    """The divergence that has this `name` and these `parameters`: what a backend is given, as an object again."""
+    if not name.startswith("+"):
+        return TABLE[name](*parameters)
+    rows, step = [TABLE[part] for part in name[1:].split("+")], 1 + PARAMETERS
+    each = [parameters[i : i + step] for i in range(0, len(parameters), step)]
+    return Mix({row(*own[: len(fields(row))]): weight for row, (weight, *own) in zip(rows, each, strict=True)})
+
+
+def _row(divergence: str | Divergence) -> Divergence:
+    """The object of a name or a text."""
     if isinstance(divergence, str):
+        if ":" in divergence or "+" in divergence:
+            return _mix(divergence)
         if divergence not in TABLE:
-            raise ValueError(f"unknown divergence {divergence!r}; choose one of {', '.join(TABLE)}")
-        divergence = TABLE[divergence]()
+            raise ValueError(
+                f"unknown divergence {divergence!r}; choose one of {', '.join(TABLE)}, or a sum such as "
+                "forward_kl:0.5+tvd:0.5"
+            )
+        return TABLE[divergence]()
     if not isinstance(divergence, Divergence):
         raise TypeError(
             f"divergence must be a name ({', '.join(TABLE)}) or an object such as fastkd.JSD(beta=0.5), "
             f"got {type(divergence).__name__}"
         )
-    return divergence.canonical()
+    return divergence
+
+
+def _mix(text: str) -> Mix:
+    """`NAME:WEIGHT+NAME:WEIGHT`, where a weight that is left out is 1."""
+    parts: dict[Divergence | str, float] = {}
+    for part in text.split("+"):
+        name, colon, weight = (piece.strip() for piece in part.partition(":"))
+        if name not in TABLE:
+            raise ValueError(f"unknown divergence {name!r} in {text!r}; choose one of {', '.join(TABLE)}")
+        try:
+            number = float(weight) if colon else 1.0
+        except ValueError:
+            raise ValueError(
+                f"the weight of {name} in {text!r} must be a number, got {weight!r}: write it as forward_kl:0.5+tvd:0.5"
+            ) from None
+        if name in parts:
+            raise ValueError(f"{name} is twice in {text!r}: give it one weight")
+        parts[name] = number
+    return Mix(parts)

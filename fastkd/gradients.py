@@ -30,7 +30,7 @@ def check(student: Source, teacher: Teacher | None, weights: Tensor | None, num_
 
 def refuse_forward_mode(*inputs: Teacher | float | None) -> None:
     """Raise NotImplementedError where a tensor carries a tangent: the result would have none, which reads as 0."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or forward_ad._current_level < 0:
         return
     for value in inputs:
         for tensor in sources.tensors(value) if isinstance(value, Teacher) else ():

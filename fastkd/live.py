@@ -46,8 +46,10 @@ class Mask(NamedTuple):
 
 def counted_on_host(mask: Mask, device: torch.device, shape: torch.Size) -> int | None:
     """At most so many tokens count in a loss on `device`, by what of the mask is on the CPU; None where nothing is."""
+    if device.type == "cpu" or torch.compiler.is_compiling():
+        return None
     host = mask.on_host
-    if device.type == "cpu" or (host.labels is None and host.weights is None) or torch.compiler.is_compiling():
+    if host.labels is None and host.weights is None:
         return None
     return int(host.counted(shape))
 

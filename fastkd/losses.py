@@ -9,13 +9,12 @@ Mask, weights and divisor are multiplied into one scale per row and term before 
 from __future__ import annotations
 
 import math
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 
-from fastkd import arguments, gradients, served, sources
-from fastkd.autograd import InPlace
+from fastkd import arguments, at_once, autograd, gradients, served, sources
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.live import Mask, checked, counted_on_host, moved
@@ -50,7 +49,8 @@ class KDLoss(nn.Module):
             (unless `return_parts` asks for its value).
         alpha, alpha_on: one weight for both terms. `alpha_on="soft"` means α·soft + (1−α)·hard, `"hard"` means
             α·hard + (1−α)·soft. Published recipes use both, so alpha without alpha_on is an error.
-        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters: `fastkd.JSD(beta=.1)`.
+        divergence: a name of `fastkd.divergences.TABLE` or an object carrying parameters: `fastkd.JSD(beta=.1)`; or a
+            weighted sum of them, `fastkd.Mix({fastkd.ForwardKL(): 0.5, fastkd.TVD(): 0.5})`.
         teacher_temperature: the teacher's T where it differs from the student's.
         scale_t2: multiply the soft term, value and gradient, by T² (the student's T), so that the size of its gradient
             does not depend on T. No effect on `mse`, which has no temperature.
@@ -149,6 +149,10 @@ class KDLoss(nn.Module):
             those of one backward: forward mode (`torch.func.jvp`) raises NotImplementedError.
         """
         self._check_settings()
+        if live is None and not torch.compiler.is_compiling():
+            computed = at_once.loss(self, student, teacher, labels, weights, num_items)
+            if computed is not None:
+                return computed
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
@@ -170,23 +174,13 @@ class KDLoss(nn.Module):
         soft_scale, hard_scale, labels = self._row_scales(student, labels, weights, num_items)
         if live is not None:
             soft_scale, hard_scale = checked(live, mask, student.shape[:-1], soft_scale, hard_scale)
-        t2 = float(self.temperature) ** 2 if self.scale_t2 and self.divergence.tempered else 1.0
-        spec = RowSpec(
-            self.divergence.name,
-            self.divergence.parameters,
-            float(self.temperature),
-            float(self._teacher_temperature()),
-            float(self.soft_weight) * t2,
-            float(self.hard_weight),
-            vocab_size,
-        )
         call = call_for(
             student,
             teacher.detach() if want_soft and teacher is not None else None,
             labels if want_hard else None,
             soft_scale if want_soft else None,
             hard_scale if want_hard else None,
-            spec,
+            self.row_spec(vocab_size),
             autocast_dtype(student.device),
             None if self.memory_budget is None else int(self.memory_budget),
             at_most if live is None else live,
@@ -197,7 +191,7 @@ class KDLoss(nn.Module):
             loss = self._per_token(loss, student)
         if not self.return_parts:
             return loss
-        soft, hard = (t2 * soft_scale * soft, hard_scale * hard)
+        soft, hard = (self._t2() * soft_scale * soft, hard_scale * hard)
         if self.reduction == "none":
             return KDParts(loss, self._per_token(soft, student), self._per_token(hard, student))
         return KDParts(loss, soft.sum(), hard.sum())
@@ -218,10 +212,10 @@ class KDLoss(nn.Module):
         if self.reduction == "none":
             if any(wants) and not torch.compiler.is_compiling():
                 call = _for_backward(call, Wants(*wants))
-            return torch.ops.fastkd.kd_loss_per_row(*call)  # type: ignore[no-any-return]
+            return autograd.kd_loss_per_row(*call)  # type: ignore[no-any-return]
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
-            return InPlace.apply(*call)  # type: ignore[no-any-return, no-untyped-call]
-        loss, soft, hard, *_ = torch.ops.fastkd.kd_loss(*call, wants)
+            return autograd.kd_loss_(*call)
+        loss, soft, hard, *_ = autograd.kd_loss(*call, wants)
         return loss, soft, hard
 
     def _per_token(self, rows: Tensor, student: Source) -> Tensor:
@@ -233,7 +227,7 @@ class KDLoss(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor | None]:
         """What each row's soft and hard value is multiplied by, and the label it is scored against, `[rows]` each."""
         number = None if num_items is None or isinstance(num_items, Tensor) else float(num_items)
-        scales, moved = torch.ops.fastkd.row_scales(
+        scales, moved = autograd.row_scales(
             sources.parts("student", student)["student"],
             labels,
             weights,
@@ -249,7 +243,20 @@ class KDLoss(nn.Module):
             labels = moved if self.shift else labels.reshape(-1)
         return soft_and_hard[0], soft_and_hard[-1], labels
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Whoever changes a setting has it checked at the next call."""
+        super().__setattr__(name, value)
+        if name not in ("_checked", "templates"):
+            self._checked = False
+            self.templates: dict[Any, Any] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what holds in this process only."""
+        return {**self.__dict__, "_checked": False, "templates": {}}
+
     def _check_settings(self) -> None:
+        if self._checked and not torch.compiler.is_compiling():
+            return
         arguments.temperature("temperature", self.temperature)
         if self.teacher_temperature is not None:
             arguments.temperature("teacher_temperature", self.teacher_temperature)
@@ -268,6 +275,23 @@ class KDLoss(nn.Module):
             raise ValueError(f"reduction must be 'mean', 'sum', 'none' or 'batchmean', got {self.reduction!r}")
         if self.inplace and self.reduction == "none":
             raise ValueError("inplace=True cannot go with reduction='none', whose backward needs the logits again")
+        if not torch.compiler.is_compiling():
+            self._checked = True
+
+    def row_spec(self, vocab_size: int) -> RowSpec:
+        """What is computed on every row."""
+        return RowSpec(
+            self.divergence.name,
+            self.divergence.parameters,
+            float(self.temperature),
+            float(self._teacher_temperature()),
+            float(self.soft_weight) * self._t2(),
+            float(self.hard_weight),
+            vocab_size,
+        )
+
+    def _t2(self) -> float:
+        return float(self.temperature) ** 2 if self.scale_t2 and self.divergence.tempered else 1.0
 
     def _teacher_temperature(self) -> float:
         return self.temperature if self.teacher_temperature is None else self.teacher_temperature

@@ -19,6 +19,7 @@ in the two scales, and a row whose scale is 0 is skipped.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,7 +29,7 @@ from torch.utils._pytree import tree_map
 from fastkd import arguments
 from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
-from fastkd.divergences import TABLE
+from fastkd.divergences import of_spec
 from fastkd.kernels.cpu.library import advise_huge_pages
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
@@ -36,7 +37,7 @@ from fastkd.projection.teachers import rows_at_hand
 from fastkd.reference import weighted_rows
 from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
 
-__all__ = ["library"]
+__all__ = ["IMPLEMENTATIONS", "library"]
 
 library = torch.library.Library("fastkd", "DEF")
 library.define(
@@ -107,7 +108,7 @@ def _weighted(call: Call, soft: Tensor, hard: Tensor) -> tuple[Any, ...]:
     return soft, hard, call.soft_scale, call.hard_scale, call.soft_weight, call.hard_weight
 
 
-def _in_range(call: Call) -> tuple[Call, Tensor]:
+def _in_range(call: Call) -> tuple[Call, Tensor | None]:
     """The call with gradients times a power of two, and this factor; None where no gradient is rounded to fp16.
 
     fp16 ends at 6e-8, and a mean over many tokens puts the gradients of logits below it. Loss scaling is no help: it
@@ -116,7 +117,7 @@ def _in_range(call: Call) -> tuple[Call, Tensor]:
     """
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
     if not _rounds_to_fp16(call) or not scales or scales[0].numel() == 0:
-        return call, call.student.new_empty(0, dtype=torch.float32)
+        return call, None
     weight = torch.zeros_like(scales[0])
     if call.soft_scale is not None:
         weight = weight + call.soft_scale.abs() * (call.soft_weight * _reach(call))
@@ -134,21 +135,23 @@ def _reach(call: Call) -> float:
 
     A cross-entropy's is 1, a bounded divergence's not much more. Raw differences are multiplied by 2/V. Of the others
     reverse KL reaches furthest: q(1 − q) ≤ ¼ times a difference of log-ratios, 131008·(1/T + 1/T_teacher), over T;
-    AlphaBeta with a negative parameter has no bound.
+    AlphaBeta with a negative parameter has no bound. A mix reaches as far as its parts together.
     """
-    divergence = TABLE[call.divergence]
+    divergence = of_spec(call.divergence, call.parameters)
     if not divergence.tempered:
         return max(1.0, 64 / call.vocab_size)
-    furthest = 1.0 if divergence.bounded else max(1.0, 8 * (1 / call.temperature + 1 / call.teacher_temperature))
-    return furthest / call.temperature
+    furthest = max(1.0, 8 * (1 / call.temperature + 1 / call.teacher_temperature))
+    return sum(weight * (1.0 if part.bounded else furthest) for part, weight in divergence.parts) / call.temperature
 
 
 def _rounds_to_fp16(call: Call) -> bool:
+    if call.student_weight is None:
+        return call.student.dtype == torch.float16
     tensors = call.student, call.student_weight, call.student_bias
     return call.autocast == torch.float16 or any(x is not None and x.dtype == torch.float16 for x in tensors)
 
 
-def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+def _kd_loss(*arguments: Any) -> tuple[Tensor | None, ...]:
     *fields, wants_ = arguments
     call, wants = Call(*fields), Wants(*wants_)
     grad = None
@@ -157,12 +160,10 @@ def _kd_loss(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
     scaled, factor = _in_range(call)
     soft, hard, gradients = _compute(scaled, grad, wants)
     loss = select(soft).weighted_total(*_weighted(call, soft, hard))
-    grads = [grad if grad is not None else gradients.student, gradients.weight, gradients.bias]
-    student, weight, bias = (call.student.new_empty(0) if x is None else x for x in grads)
-    return loss, soft, hard, student, weight, bias, factor
+    return loss, soft, hard, gradients.student if grad is None else grad, gradients.weight, gradients.bias, factor
 
 
-def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor | None, ...]:
     call = Call(*arguments)
     scaled, factor = _in_range(call)
     soft, hard, _ = _compute(scaled, call.student, Wants(True, False, False))
@@ -231,12 +232,11 @@ def _row_scales(
     ignore_index: int,
     shift: bool,
     mask_soft: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     divisor: float | Tensor | None = number if num_items is None else num_items
     if reduction != "mean":
         divisor = max(student.shape[0], 1) if reduction == "batchmean" else 1.0
-    scales, moved = select(student).row_scales(student, labels, weights, divisor, ignore_index, shift, mask_soft)
-    return scales, student.new_empty(0, dtype=torch.int64) if moved is None else moved
+    return select(student).row_scales(student, labels, weights, divisor, ignore_index, shift, mask_soft)
 
 
 def _fake_row_scales(student: Tensor, labels: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
@@ -283,18 +283,49 @@ def _fake_row_statistics(
     return rows, rows.clone(), rows.to(torch.int64), rows.clone()
 
 
-for _name, _implementation, _fake in (
-    ("kd_loss", _kd_loss, _fake_kd_loss),
-    ("kd_loss_", _kd_loss_in_place, _fake_kd_loss_in_place),
-    ("kd_loss_per_row", _kd_loss_per_row, _fake_kd_loss_per_row),
-    ("row_scales", _row_scales, _fake_row_scales),
-    ("log_softmax", _log_softmax, _fake_log_softmax),
-    ("log_softmax_backward", _log_softmax_backward, _fake_log_softmax_backward),
-    ("row_statistics", _row_statistics, _fake_row_statistics),
-):
-    # One implementation for every device: the backend is chosen inside.
-    library.impl(_name, _implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"fastkd::{_name}", _fake, lib=library)
+#: What each operator runs, on every device: the backend is chosen inside. A result that is not wanted is None.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "kd_loss": _kd_loss,
+    "kd_loss_": _kd_loss_in_place,
+    "kd_loss_per_row": _kd_loss_per_row,
+    "row_scales": _row_scales,
+    "log_softmax": _log_softmax,
+    "log_softmax_backward": _log_softmax_backward,
+    "row_statistics": _row_statistics,
+}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "kd_loss": _fake_kd_loss,
+    "kd_loss_": _fake_kd_loss_in_place,
+    "kd_loss_per_row": _fake_kd_loss_per_row,
+    "row_scales": _fake_row_scales,
+    "log_softmax": _fake_log_softmax,
+    "log_softmax_backward": _fake_log_softmax_backward,
+    "row_statistics": _fake_row_statistics,
+}
+
+
+def _filled(implementation: Callable[..., Any], absent: tuple[torch.dtype | None, ...]) -> Callable[..., Any]:
+    """An implementation as an operator, whose results are all tensors: an absent one is empty.
+
+    `absent` has the dtypes of the results where they are absent; None: the student's.
+    """
+
+    def filled(student: Tensor, *others: Any) -> Any:
+        results = implementation(student, *others)
+        return (*(student.new_empty(0, dtype=d) if x is None else x for x, d in zip(results, absent, strict=True)),)
+
+    return filled
+
+
+_ABSENT = {
+    "kd_loss": (None,) * 6 + (torch.float32,),
+    "kd_loss_": (None,) * 3 + (torch.float32,),
+    "row_scales": (None, torch.int64),
+}
+for _name, _implementation in IMPLEMENTATIONS.items():
+    _operator = _filled(_implementation, _ABSENT[_name]) if _name in _ABSENT else _implementation
+    library.impl(_name, _operator, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"fastkd::{_name}", _FAKES[_name], lib=library)
 
 
 def _one_after_another(operator: Any) -> Any:

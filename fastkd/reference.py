@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from fastkd.divergences import of_spec
 from fastkd.rows import RowSpec, SparseRows, row_dtype
 
 __all__ = [
@@ -155,6 +156,17 @@ DIVERGENCES: dict[str, Callable[[Tensor, Tensor, Sequence[float]], Pair]] = {
 }
 
 
+def _terms(log_p: Tensor, log_q: Tensor, spec: RowSpec) -> Pair:
+    """The function of the divergence, or of each part of a mix: their weighted sum."""
+    if spec.divergence in DIVERGENCES:
+        return DIVERGENCES[spec.divergence](log_p, log_q, spec.parameters)
+    term, slope = torch.zeros_like(log_q), torch.zeros_like(log_q)
+    for part, weight in of_spec(spec.divergence, spec.parameters).parts:
+        own, g = DIVERGENCES[part.name](log_p, log_q, part.parameters)
+        term, slope = term + weight * own, slope + weight * g
+    return term, slope
+
+
 def _wide(logits: Tensor, columns: int | None = None) -> Tensor:
     """`[rows, columns]` in the dtype the arithmetic runs in: fp32, or float64 where the input is."""
     rows = logits[..., :columns].reshape(-1, logits.shape[-1] if columns is None else columns)
@@ -168,7 +180,7 @@ def _divergence_rows(student: Tensor, teacher: Tensor, spec: RowSpec) -> Pair:
         return difference.square().mean(-1), difference * (2 / spec.vocab_size)
     log_q = torch.log_softmax(_shifted(student, spec.temperature)[0], -1)
     log_p = torch.log_softmax(_shifted(teacher, spec.teacher_temperature)[0], -1)
-    term, g = DIVERGENCES[spec.divergence](log_p, log_q, spec.parameters)
+    term, g = _terms(log_p, log_q, spec)
     return term.sum(-1), (g - log_q.exp() * g.sum(-1, keepdim=True)) / spec.temperature
 
 
@@ -186,7 +198,7 @@ def _sparse_rows(student: Tensor, teacher: SparseRows, spec: RowSpec) -> Pair:
     picked = torch.where(here, z.gather(-1, ids), -math.inf)
     log_q = torch.log_softmax(torch.cat((picked, rest), -1), -1)
     log_p = torch.cat((teacher.logprobs, teacher.rest[:, None]), -1)
-    term, g = DIVERGENCES[spec.divergence](log_p, log_q, spec.parameters)
+    term, g = _terms(log_p, log_q, spec)
     slope = (g - log_q.exp() * g.sum(-1, keepdim=True)) / spec.temperature
     share = torch.where(rest == -math.inf, 0.0, (others - rest).exp())
     gradient = share * slope[:, -1:]

@@ -25,13 +25,13 @@ __all__ = [
     "row_count",
     "row_dtype",
     "row_layout",
+    "row_layout_of",
 ]
 
 Stage = Literal["statistics", "terms", "gradient"]
 
 
-@dataclass(frozen=True)
-class RowSpec:
+class RowSpec(NamedTuple):
     """What one loss computes on every row: numbers only, so that it crosses into C and Triton unchanged."""
 
     divergence: str
@@ -102,11 +102,12 @@ class RowLayout(NamedTuple):
 
 def row_layout(tensor: Tensor) -> RowLayout | None:
     """The rows of `[..., V]` as at most two strides, or None where that cannot express them (then copy)."""
-    return _row_layout(tensor.shape, tensor.stride())
+    return row_layout_of(tensor.shape, tensor.stride())
 
 
 @functools.lru_cache(1024)  # asked for several times in a call, and the same in most calls
-def _row_layout(shape: tuple[int, ...], strides: tuple[int, ...]) -> RowLayout | None:
+def row_layout_of(shape: tuple[int, ...], strides: tuple[int, ...]) -> RowLayout | None:
+    """`row_layout` of a tensor of this shape and these strides."""
     if 0 in shape:
         return RowLayout(0, 1, 0, shape[-1])
     if shape[-1] > 1 and strides[-1] != 1:

@@ -40,16 +40,21 @@ _CACHES = {kind: format for format, kind in FORMATS.items()}
 def refusal(kind: str, divergence: Divergence) -> str | None:
     """Why a teacher of this kind cannot serve the divergence, and what could; None where it can."""
     serves = SERVES[kind]
-    if divergence.name in serves.divergences:
+    if _serves(serves, divergence):
         return None
     if not divergence.tempered:
         return (
             f"{divergence} compares raw logits, and a {kind!r} teacher {serves.why}: use a live teacher, or another "
             "divergence"
         )
-    able = [name for name, other in SERVES.items() if name in _CACHES and divergence.name in other.divergences]
+    able = [name for name, other in SERVES.items() if name in _CACHES and _serves(other, divergence)]
     return (
         f"{divergence} needs every token's probability, and a {kind!r} teacher {serves.why}: use "
         f"{' or '.join(map(repr, serves.divergences))}, or a teacher of kind "
         f"{' or '.join(map(repr, able))} (a cache of format {' or '.join(repr(_CACHES[name]) for name in able)})"
     )
+
+
+def _serves(served: Served, divergence: Divergence) -> bool:
+    """What a teacher adds to the value where it serves some divergences only is theirs, and not a mix's."""
+    return divergence.name in served.divergences or (divergence.tempered and served.divergences == _TEMPERED)

@@ -6,10 +6,13 @@ is the teacher's mass of the rest, which is 0 unless they are `"ghost"`, and a n
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
 from fastkd import arguments
+from fastkd.backend import Backend
 from fastkd.rows import SparseRows
 from fastkd.sources import SparseTargets
 
@@ -22,12 +25,22 @@ _SLACK = 0.05
 _NOTHING = 1e-6
 
 
-def sparse_rows(targets: SparseTargets, live: Tensor | None, vocab_size: int, dtype: torch.dtype) -> SparseRows:
-    """Check the values of `targets` and lay them out as `rows.SparseRows`, in `dtype`.
+def sparse_rows(
+    targets: SparseTargets,
+    live: Tensor | None,
+    vocab_size: int,
+    dtype: torch.dtype,
+    backend: Backend | None = None,
+) -> SparseRows:
+    """Check the values of `targets` and lay them out as `rows.SparseRows`, in `dtype`; by `backend` if it can.
 
     `live` `[rows]` is 0 in rows that do not count, which may hold anything. Raises ValueError, on GPUs only with
     FASTKD_DEBUG=1, quoting the first wrong value.
     """
+    if backend is not None and hasattr(backend, "sparse_rows") and arguments.is_checked(targets.ids):
+        rows = backend.sparse_rows(targets, live, vocab_size, _SLACK, _NOTHING)
+        if rows is not None:
+            return cast(SparseRows, rows)
     ids = targets.ids.reshape(-1, targets.shape[-1]).to(torch.int64)
     logprobs = targets.logprobs.reshape(ids.shape).to(dtype)
     checked = arguments.is_checked(ids)

@@ -42,6 +42,7 @@ def sixteen_bit_products(patch: pytest.MonkeyPatch, operand: torch.dtype, backen
         out.copy_(out + exact if accumulate else exact)
 
     patch.setattr(sides, "operand_dtype", lambda projection, autocast: operand)
+    patch.setattr(sides, "gradient_dtype", lambda operand, device: operand)
     patch.setattr(sides, "product", product)
     patch.setattr(loop, "select", lambda tensor: backend)
     patch.setattr(loop, "_tells", lambda call: False)
@@ -88,6 +89,7 @@ def run_on_meta(
         assert a.shape[1] == b.shape[0]
 
     patch.setattr(sides, "operand_dtype", lambda projection, autocast: operand)
+    patch.setattr(sides, "gradient_dtype", lambda operand, device: operand)
     patch.setattr(sides, "product", product)
     patch.setattr(loop, "select", lambda tensor: Silent)
     student, teacher = (

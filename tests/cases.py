@@ -13,6 +13,17 @@ from fastkd.rows import RowSpec
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
+#: A closed part beside another, several others, both directions of KL, parts of one name, one part, and every row.
+MIXES: tuple[Divergence, ...] = (
+    fastkd.Mix({fastkd.ForwardKL(): 0.5, fastkd.TVD(): 0.5}),
+    fastkd.Mix({fastkd.JSD(beta=0.1): 0.3, fastkd.ReverseKL(): 0.5, fastkd.SquaredHellinger(): 1.5}),
+    fastkd.Mix({fastkd.ForwardKL(): 0.25, fastkd.SymmetricKL(): 0.5}),
+    fastkd.Mix({fastkd.SkewKL(): 0.7, fastkd.SkewKL(lam=0.7): 0.6}),
+    fastkd.Mix({fastkd.SkewReverseKL(): 2.0}),
+    fastkd.Mix({row(): 0.1 for row in TABLE.values() if row.tempered}),
+)
+#: What a user can write as a text: every row of the table, and mixes.
+NAMES = (*TABLE, "forward_kl:0.5+tvd:0.5", "jsd:0.3+reverse_kl:0.5+squared_hellinger:1.5", "forward_kl+reverse_kl:2")
 #: Every row of the table with default parameters, and the parameters at which formulas change shape.
 DIVERGENCES: tuple[Divergence, ...] = (
     *(row() for row in TABLE.values()),
@@ -26,6 +37,7 @@ DIVERGENCES: tuple[Divergence, ...] = (
     fastkd.AlphaBeta(alpha=0.5, beta=0.0),
     fastkd.AlphaBeta(alpha=0.5, beta=-0.5),
     fastkd.AlphaBeta(alpha=0.0, beta=0.0),
+    *MIXES,
 )
 
 
@@ -96,7 +108,7 @@ def spec(divergence: Divergence, vocab: int, temperature: float = 2.0, **changes
 
 def undecided(student: Tensor, teacher: Tensor, spec: RowSpec) -> Tensor | None:
     """Where the total variation's gradient, which jumps where p = q, has the sign that rounding gives it."""
-    if spec.divergence != "tvd":
+    if "tvd" not in spec.divergence.split("+"):
         return None
     log_q = torch.log_softmax(student.double() / spec.temperature, -1)
     log_p = torch.log_softmax(teacher.double() / spec.teacher_temperature, -1)

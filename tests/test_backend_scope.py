@@ -16,6 +16,7 @@ import fastkd
 from fastkd import reference
 from fastkd.backend import select
 from fastkd.kernels import cpu
+from fastkd.kernels.cpu import at_once
 
 ROW = torch.ones(1, 3)
 
@@ -127,6 +128,7 @@ def test_a_backward_runs_on_the_backend_of_its_forward(kind: str, name: str, mon
     for of, module in (("reference", reference), ("cpu", cpu)):
         for function in ("kd_rows", "log_softmax_backward"):
             monkeypatch.setattr(module, function, recorded(of, getattr(module, function)))
+    monkeypatch.setattr(at_once, "kd_loss", recorded("cpu", at_once.kd_loss))
     other = "cpu" if name == "reference" else "reference"
     x = torch.randn(4, 30, requires_grad=True)
     with fastkd.use_backend(name):

@@ -20,7 +20,7 @@ from bench.harness.results import Result, results_of
 from bench.questions import QUESTIONS
 from bench.report import compared, files, page, readme
 from bench.rivals import recipes
-from fastkd.divergences import TABLE
+from fastkd.divergences import TABLE, resolve
 
 _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
@@ -163,9 +163,9 @@ def test_no_import_climbs(path: Path) -> None:
         assert any(layer.startswith(name) for name in _LAYERS[: own + 1]) or own == len(_LAYERS), layer
 
 
-@pytest.mark.parametrize("name", TABLE)
+@pytest.mark.parametrize("name", [*TABLE, *bench_logits.MIXES])
 def test_every_divergence_is_raced_against_a_recipe_that_is_right(name: str) -> None:
-    recipes.recipe_is_right(TABLE[name](), 2.0)
+    recipes.recipe_is_right(resolve(name), 2.0)
     raced = {case.divergence for case in bench_logits.CASES}
     assert name in raced
 

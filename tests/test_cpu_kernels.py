@@ -8,7 +8,7 @@ from torch import Tensor
 
 import fastkd
 from fastkd import reference
-from fastkd.divergences import TABLE
+from fastkd.divergences import TABLE, of_spec
 from fastkd.kernels import cpu
 from fastkd.rows import Tile, row_layout
 from tests import cases, compare
@@ -89,7 +89,7 @@ def in_tiles(
     """`kd_rows` on tiles of columns; the logits are copied for each, as their producer would."""
     state = cpu.tile_state(len(student), student.device)
     state.fill_(0xAA)  # whatever was there before does not matter
-    terms = ["terms"] if TABLE[spec.divergence].normalised and teacher is not None else []
+    terms = ["terms"] if of_spec(spec.divergence, spec.parameters).normalised and teacher is not None else []
     stages = ["statistics", *terms, "gradient"]
     for stage in stages:
         first = 0

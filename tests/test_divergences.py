@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
+import pickle
+from collections.abc import Callable
 
 import pytest
 import torch
 
 import fastkd
 from fastkd import reference
-from fastkd.divergences import TABLE, resolve
+from fastkd.divergences import TABLE, of_spec, resolve
 from fastkd.kernels import cpu
 from fastkd.sparse import sparse_rows
-from tests import cases
+from tests import cases, compare
 from tests.memory import printed
 from tests.sparse_targets import kept
 
@@ -33,7 +36,7 @@ if sys.argv[1] == "reversed":
     divergences.TABLE.update(rows)
     importlib.reload(library)
     importlib.reload(cpu)  # whatever it keeps of the table, it makes anew
-from tests import cases
+from tests import cases, compare
 from tests.sparse_targets import kept
 from fastkd.sparse import sparse_rows
 student, teacher = cases.logits("far", 2, 300)
@@ -58,6 +61,12 @@ def test_the_native_library_refuses_names_it_does_not_know() -> None:
     for name, given in (("hellinger", teacher), ("", teacher), ("forward", teacher), ("mse", sparse)):
         with pytest.raises(ValueError, match=f"no divergence '{name}'"):
             cpu.kd_rows(student, given, None, scale, None, dataclasses.replace(spec, divergence=name), None)
+
+    spec = cases.spec(cases.MIXES[0], 300)
+    for name, numbers in (("+forward_kl+hellinger", 6), ("+mse", 3), ("+forward_kl+tvd", 5), ("+" + "x" * 40, 3)):
+        wrong = dataclasses.replace(spec, divergence=name, parameters=(0.5,) * numbers)
+        with pytest.raises(ValueError, match="no divergence"):
+            cpu.kd_rows(student, teacher, None, scale, None, wrong, None)
 
 
 def test_names_and_objects_resolve_alike() -> None:
@@ -106,3 +115,92 @@ def test_wrong_types() -> None:
         resolve("kl")
     with pytest.raises(TypeError, match="got float"):
         resolve(0.5)  # type: ignore[arg-type]
+
+
+# --- mixes ------------------------------------------------------------------------------------------------------
+
+_FORWARD, _REVERSE, _TVD = fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.TVD()
+
+
+@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
+def test_a_spec_has_all_of_a_divergence(divergence: fastkd.divergences.Divergence) -> None:
+    canonical = divergence.canonical()
+    assert of_spec(canonical.name, canonical.parameters) == canonical
+
+
+@pytest.mark.parametrize(
+    ("mix", "equals"),
+    [
+        ("tvd", _TVD),
+        ("tvd:1", _TVD),
+        ("tvd:0.25+forward_kl:2", fastkd.Mix({_FORWARD: 2, _TVD: 0.25})),
+        (" forward_kl : 5e-1 + tvd ", fastkd.Mix({_FORWARD: 0.5, _TVD: 1})),
+        (fastkd.Mix({"tvd": 1, "jsd": 0}), _TVD),
+        (fastkd.Mix({fastkd.JSD(beta=0): 0.5, "forward_kl": 0.5}), _FORWARD),
+        (fastkd.Mix({fastkd.SymmetricKL(0.25): 2, "tvd": 1}), fastkd.Mix({_FORWARD: 0.5, _REVERSE: 1.5, _TVD: 1})),
+        (fastkd.Mix({fastkd.Mix({"tvd": 3, _FORWARD: 1}): 0.5, "tvd": 1}), fastkd.Mix({_FORWARD: 0.5, _TVD: 2.5})),
+    ],
+    ids=str,
+)
+def test_what_a_mix_equals(mix: str | fastkd.Mix, equals: fastkd.divergences.Divergence) -> None:
+    assert resolve(mix) == equals
+
+
+def test_a_mix_is_what_its_parts_are() -> None:
+    bounded, closed = fastkd.Mix({_FORWARD: 1, _TVD: 1}), fastkd.Mix({_FORWARD: 1, _REVERSE: 1})
+    assert (bounded.bounded, bounded.normalised, bounded.tempered) == (True, True, True)
+    assert (closed.bounded, closed.normalised, closed.tempered) == (False, False, True)
+    assert repr(bounded) == "Mix({ForwardKL(): 1.0, TVD(): 1.0})"
+    assert "Mix({ForwardKL(): 1.0, TVD(): 1.0})" in repr(fastkd.KDLoss(divergence=bounded))
+    assert copy.deepcopy(bounded) == pickle.loads(pickle.dumps(bounded)) == bounded
+    assert len({bounded, fastkd.Mix({_FORWARD: 1, _TVD: 1}), closed}) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: fastkd.Mix({}), "needs a part with a weight above 0"),
+        (lambda: fastkd.Mix({"tvd": 0}), "needs a part with a weight above 0"),
+        (lambda: fastkd.Mix({"tvd": -0.5, "jsd": 1}), r"weight of TVD\(\) must be >= 0, got -0.5"),
+        (lambda: fastkd.Mix({"tvd": math.inf}), "weight of tvd must be finite, got inf"),
+        (lambda: fastkd.Mix({"kl": 1}), "unknown divergence 'kl'"),
+        (lambda: fastkd.Mix({"mse": 1, "tvd": 1}), r"MSE\(\) compares raw logits"),
+        (lambda: fastkd.Mix({fastkd.JSD(i / 20): 1 for i in range(1, 18)}), "at most 16 parts, got 17"),
+        (lambda: resolve("tvd:0.5+kl:0.5"), "unknown divergence 'kl' in 'tvd:0.5"),
+        (lambda: resolve("tvd:half"), "weight of tvd in 'tvd:half' must be a number, got 'half'"),
+        (lambda: resolve("tvd:0.5+tvd:0.5"), "tvd is twice"),
+        (lambda: resolve("tvd:nan"), "weight of tvd must be finite, got nan"),
+    ],
+)
+def test_mixes_that_are_refused(make: Callable[[], object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_mixes_of_wrong_types() -> None:
+    with pytest.raises(TypeError, match=r"takes a mapping .* got list"):
+        fastkd.Mix([("tvd", 1)])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="weight of tvd must be a number, got str"):
+        fastkd.Mix({"tvd": "1"})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match="got float"):
+        fastkd.Mix({0.5: 1})  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("mix", cases.MIXES, ids=str)
+def test_a_mix_is_the_weighted_sum_of_its_parts(mix: fastkd.Mix, backend: str) -> None:
+    """Against a loss of each part as it was given, in float64."""
+    student, teacher = cases.logits("far", 6, 700)
+    labels = cases.labels(6, 700, ignored=(1,))
+    leaf, wide = student.clone().requires_grad_(), student.double().requires_grad_()
+    loss = fastkd.KDLoss(2.0, divergence=mix)(leaf, teacher, labels)
+    loss.backward()
+    with fastkd.use_backend("reference"):
+        truth = fastkd.KDLoss(2.0, soft_weight=0.0)(wide, None, labels)
+        for part, weight in mix.parts:
+            kd = fastkd.KDLoss(2.0, soft_weight=0.5 * weight, hard_weight=0.0, divergence=part)
+            truth = truth + kd(wide, teacher.double(), labels)
+    truth.backward()
+    compare.assert_value(loss, truth)
+    assert leaf.grad is not None
+    assert wide.grad is not None
+    assert compare.relative_error(leaf.grad, wide.grad) < 1e-6

@@ -25,6 +25,7 @@ def inputs(dtype: torch.dtype = torch.float32) -> tuple[torch.Tensor, torch.Tens
     [
         {},
         {"divergence": "jsd", "reduction": "sum"},
+        {"divergence": cases.MIXES[1]},
         {"reduction": "none"},
         {"shift": True, "return_parts": True},
         {"soft_weight": 0.0, "return_parts": True},
@@ -84,12 +85,13 @@ def test_autocast(backend: str) -> None:
     assert weight.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("divergence", [fastkd.ForwardKL(), cases.MIXES[0]], ids=str)
 @pytest.mark.parametrize("requires_grad", [True, False])
-def test_opcheck(backend: str, requires_grad: bool) -> None:
+def test_opcheck(backend: str, requires_grad: bool, divergence: fastkd.divergences.Divergence) -> None:
     student, teacher, labels = inputs()
     student = student.detach().requires_grad_(requires_grad)
     scale = torch.rand(6)
-    spec = cases.spec(fastkd.ForwardKL(), V)
+    spec = cases.spec(divergence, V)
     arguments = call_for(student, teacher, labels.clamp(min=0), scale, scale, spec)
     ops = torch.ops.fastkd
     torch.library.opcheck(ops.kd_loss.default, (*arguments, [requires_grad, False, False]))

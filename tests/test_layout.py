@@ -18,6 +18,7 @@ LAYERS = [
     ("fastkd.gradients", "fastkd.projection"),
     ("fastkd.ops",),
     ("fastkd.autograd",),
+    ("fastkd.at_once",),
     ("fastkd.losses", "fastkd.statistics"),
     ("fastkd.students",),
     ("fastkd.terms",),

@@ -9,7 +9,6 @@ from torch import Tensor
 
 import fastkd
 from fastkd.backend import warn_once
-from fastkd.divergences import TABLE
 from tests import cases, compare
 
 B, S, V = 3, 5, 130
@@ -209,7 +208,7 @@ def test_hard_term_alone_needs_no_teacher(backend: str) -> None:
     agrees(fastkd.KDLoss(soft_weight=0, hard_weight=1)(student, None, labels), expected, student)
 
 
-@pytest.mark.parametrize("divergence", TABLE)
+@pytest.mark.parametrize("divergence", cases.NAMES)
 def test_padded_vocabularies_of_different_width(backend: str, divergence: str) -> None:
     student, teacher, labels = batch()
     size = V - 10
@@ -272,17 +271,22 @@ def test_no_tokens_at_all(backend: str) -> None:
 
 def test_student_without_grad_costs_no_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     from fastkd.kernels import cpu
+    from fastkd.kernels.cpu import at_once
 
     wanted = []
-    original = cpu.kd_rows
-    monkeypatch.setattr(cpu, "kd_rows", lambda *a: (wanted.append(a[-1] is not None), original(*a))[1])
+    rows, whole = cpu.kd_rows, at_once.kd_loss
+    monkeypatch.setattr(cpu, "kd_rows", lambda *a: (wanted.append(a[-1] is not None), rows(*a))[1])
     student, teacher, labels = batch()
-    loss = fastkd.KDLoss(2.0)(student.detach(), teacher, labels)
-    with torch.no_grad():
+    for dtype in (torch.float16, torch.float32):  # of which only the second is computed at once
+        monkeypatch.setattr(at_once, "kd_loss", lambda *a: (wanted.append(a[6] is not None), whole(*a))[1])
+        student = student.detach().to(dtype).requires_grad_()
+        wanted.clear()
+        loss = fastkd.KDLoss(2.0)(student.detach(), teacher, labels)
+        with torch.no_grad():
+            fastkd.KDLoss(2.0)(student, teacher, labels)
         fastkd.KDLoss(2.0)(student, teacher, labels)
-    fastkd.KDLoss(2.0)(student, teacher, labels)
-    assert not loss.requires_grad
-    assert wanted == [False, False, True]
+        assert not loss.requires_grad
+        assert wanted == [False, False, True]
 
 
 def test_teacher_never_gets_a_gradient(backend: str) -> None:
@@ -320,7 +324,7 @@ def test_double_backward_raises(backend: str, settings: dict[str, object]) -> No
 
 
 @pytest.mark.parametrize("dtype", cases.DTYPES, ids=str)
-@pytest.mark.parametrize("divergence", TABLE)
+@pytest.mark.parametrize("divergence", cases.NAMES)
 @pytest.mark.parametrize("vocab", [130, 3001])  # less than one block of the native kernels, and several
 def test_in_place_equals_out_of_place(backend: str, divergence: str, dtype: torch.dtype, vocab: int) -> None:
     student, teacher, labels = batch(dtype, vocab)

@@ -20,7 +20,7 @@ from tests import cases, compare
 from tests.memory import printed
 
 N, V, H = 23, 1100, 16
-TEMPERED = [row() for row in TABLE.values() if row.tempered]
+TEMPERED = [*(row() for row in TABLE.values() if row.tempered), cases.MIXES[0]]
 WEIGHTS = [0.2, 0.5, 0.3]
 
 
@@ -52,7 +52,8 @@ def by_the_formula(
     with torch.no_grad():
         p = sum(w * torch.softmax(z / temperature, -1) for w, z in zip(weights, teachers, strict=True))
     log_q = torch.log_softmax(leaf / temperature, -1)
-    term, _ = reference.DIVERGENCES[divergence.name](torch.log(p), log_q, divergence.canonical().parameters)
+    own = ((reference.DIVERGENCES[part.name], part.parameters, w) for part, w in divergence.canonical().parts)
+    term = sum(w * function(torch.log(p), log_q, parameters)[0] for function, parameters, w in own)
     hard = torch.nn.functional.cross_entropy(leaf, labels.clamp(min=0), reduction="none")
     loss = (scale * (weight * temperature**2 * term.sum(-1) + (1 - weight) * hard)).sum() / scale.sum()
     return loss.detach(), torch.autograd.grad(loss, leaf)[0]

@@ -54,6 +54,7 @@ def test_soft_term_alone(divergence: Divergence, family: str) -> None:
         (cases.DIVERGENCES[0], 1e-6),  # forward KL
         (cases.DIVERGENCES[1], 1e-3),  # reverse KL, whose value is summed from rounded exponents
         *((divergence, 1e-2) for divergence in cases.DIVERGENCES if divergence.name == "alpha_beta"),
+        (fastkd.Mix({fastkd.ForwardKL(): 0.5, fastkd.JSD(beta=0.1): 2.0, fastkd.SkewReverseKL(): 1.0}), 1e-6),
     ],
     ids=str,
 )

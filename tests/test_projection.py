@@ -248,7 +248,8 @@ def test_strided_operands() -> None:
 # --- with the rest of PyTorch -----------------------------------------------------------------------------------
 
 
-def test_autocast_rounds_nothing_on_the_cpu() -> None:
+def test_autocast_rounds_nothing_in_fp32_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FASTKD_CPU_PRODUCTS", "fp32")
     student, teacher = operands("near_equal")
     labels = cases.labels(N, V)
     plain = from_projections(student, teacher, labels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import fastkd
-from fastkd.divergences import TABLE, Divergence
+from fastkd.divergences import Divergence
 from fastkd.projection import sides
 from tests import cases, compare
 from tests.memory import printed
@@ -54,7 +54,7 @@ def test_numerics_of_every_divergence(divergence: Divergence, family: str) -> No
 
 @pytest.mark.parametrize("budget", [WHOLE, FEW, TILES])
 @pytest.mark.parametrize(("student_as", "teacher_as"), [("projection", "logits"), ("logits", "projection")])
-@pytest.mark.parametrize("divergence", TABLE)
+@pytest.mark.parametrize("divergence", cases.NAMES)
 def test_numerics_of_mixed_sources(divergence: str, student_as: str, teacher_as: str, budget: int | None) -> None:
     for family in ("far", "near_equal"):
         for ignored in ((), (0, 7, 8)):

@@ -59,6 +59,9 @@ def textbook(divergence: Divergence, student: Tensor, teacher: Tensor) -> Tensor
                 return ((q**a / p**a).log() + (q**a / p**a) ** -1 - 1).sum(-1) / a**2
             mixed = p**a * q**b - a / (a + b) * p ** (a + b) - b / (a + b) * q ** (a + b)
             return -mixed.sum(-1) / (a * b)
+        case fastkd.Mix():
+            rows = [weight * textbook(part, student, teacher) for part, weight in divergence.parts]
+            return torch.stack(rows).sum(0)
     raise AssertionError(divergence)
 
 

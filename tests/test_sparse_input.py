@@ -11,6 +11,8 @@ import torch
 
 import fastkd
 from fastkd import arguments
+from fastkd.backend import select
+from fastkd.sparse import sparse_rows
 from tests import cases
 from tests.sparse_targets import kept
 
@@ -126,3 +128,57 @@ def test_unchecked_ids_give_nan_and_no_stray_read(monkeypatch: pytest.MonkeyPatc
     (grad,) = torch.autograd.grad(rows.sum(), z)
     assert grad[1].isnan().all()
     assert grad[[0, 2]].isfinite().all()
+
+
+def in_order(kind: str, with_rest: bool, with_entropy: bool) -> fastkd.SparseTargets:
+    """Six rows of 40 tokens, ids ascending, one with an entry that is not there and one without any."""
+    teacher = torch.randn(6, 500, generator=torch.Generator().manual_seed(3)) * 2
+    logprobs = torch.log_softmax(teacher, -1)
+    ids = logprobs.topk(40).indices.sort(-1).values
+    rest = torch.logsumexp(logprobs.scatter(-1, ids, -math.inf), -1)
+    known = logprobs.gather(-1, ids)
+    known[1, -1] = known[2] = -math.inf
+    rest[2] = 0
+    return fastkd.SparseTargets(
+        ids, known, kind, 2.0, rest=rest if with_rest else None, entropy=torch.rand(6) if with_entropy else None
+    )
+
+
+needs_cpu = pytest.mark.skipif(not fastkd.backends()["cpu"].available, reason="no native library")
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    ("kind", "with_rest", "with_entropy"),
+    [("ghost", True, False), ("ghost", False, False), ("renormalize", False, False), ("sampled", False, True)],
+)
+def test_native_rows_are_those_of_pytorch(kind: str, with_rest: bool, with_entropy: bool) -> None:
+    targets, native = in_order(kind, with_rest, with_entropy), select(torch.zeros(1))
+    found = native.sparse_rows(targets, None, 500, 0.05, 1e-6)  # type: ignore[attr-defined]
+    wanted = sparse_rows(targets, None, 500, torch.float64)
+    for ours, theirs in zip(found[:4], wanted[:4], strict=True):
+        torch.testing.assert_close(ours.to(theirs.dtype), theirs, rtol=2e-6, atol=2e-7)
+
+
+@needs_cpu
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda ids, logprobs: ids.copy_(ids.flip(-1)),
+        lambda ids, logprobs: ids[3, 5:7].fill_(int(ids[3, 5])),
+        lambda ids, logprobs: ids[3, -1:].fill_(500),
+        lambda ids, logprobs: ids[3, :1].fill_(-1),
+        lambda ids, logprobs: logprobs[3].add_(0.1),
+        lambda ids, logprobs: logprobs[3].sub_(9),
+        lambda ids, logprobs: logprobs[3, :1].fill_(math.inf),
+        lambda ids, logprobs: logprobs[3, :1].fill_(-math.inf),
+    ],
+    ids=["descending", "twice", "beyond", "negative", "too much", "too little", "infinite", "absent first"],
+)
+def test_rows_in_disorder_are_left_to_pytorch(spoil: Callable[[torch.Tensor, torch.Tensor], Any]) -> None:
+    targets, native = in_order("ghost", True, False), select(torch.zeros(1))
+    live = torch.ones(6)
+    spoil(targets.ids, targets.logprobs)
+    assert native.sparse_rows(targets, live, 500, 0.05, 1e-6) is None  # type: ignore[attr-defined]
+    live.zero_()  # what does not count may hold anything
+    assert native.sparse_rows(targets, live, 500, 0.05, 1e-6) is not None  # type: ignore[attr-defined]

@@ -26,6 +26,8 @@ BUILDS = [
     *(("sm_90", static.stage(name, "gradient")) for name in TABLE),
     *(("sm_90", static.stage(name, "terms")) for name, row in TABLE.items() if row.normalised),
     *(("sm_90", static.sparse(name, "ghost", 12)) for name, row in TABLE.items() if row.tempered),
+    *(("sm_90", static.stage(static.MIXES[0], stage)) for stage in ("statistics", "terms", "gradient")),
+    *(("sm_90", static.sparse(name, "ghost", 12)) for name in static.MIXES),
 ]
 
 

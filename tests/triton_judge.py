@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastkd import reference
-from fastkd.divergences import TABLE, Divergence
+from fastkd.divergences import Divergence, of_spec
 from fastkd.kernels import gpu
 from fastkd.rows import RowSpec, Tile
 from tests import cases, compare
@@ -67,7 +67,7 @@ def kd_rows_in_tiles(
 
     The tiles lie in buffers as wide as the widest, and all that is not yet written is NaN.
     """
-    terms = soft_scale is not None and TABLE[spec.divergence].normalised
+    terms = soft_scale is not None and of_spec(spec.divergence, spec.parameters).normalised
     state = gpu.tile_state(len(student), student.device).fill_(torch.nan)
     values = torch.empty(0), torch.empty(0)
     for stage in ("statistics", "terms", "gradient"):

@@ -12,9 +12,10 @@ from bench.harness.contender import FRESH, IN_PLACE, TEMPERATURE, Contender
 from bench.rivals import recipes
 from fastkd.divergences import Divergence
 
-__all__ = ["LOSS_ONLY", "add_floors", "kd_contender", "kd_contenders"]
+__all__ = ["A_LOSS_EACH", "LOSS_ONLY", "add_floors", "kd_contender", "kd_contenders"]
 
 LOSS_ONLY = "fastkd loss only"  # forward alone, without a gradient
+A_LOSS_EACH = "a loss each"  # a `KDLoss` for each part of a mix
 
 
 def kd_contender(name: str, batch: Batch, divergence: Divergence, truth: Truth | None = None) -> Contender:
@@ -25,6 +26,8 @@ def kd_contender(name: str, batch: Batch, divergence: Divergence, truth: Truth |
         loss: recipes.Loss = fastkd.KDLoss(TEMPERATURE, divergence=divergence, inplace=True)
     elif name in (FRESH, LOSS_ONLY):
         loss = fastkd.KDLoss(TEMPERATURE, divergence=divergence)
+    elif name == A_LOSS_EACH:
+        loss = _a_loss_each(divergence)
     elif name.startswith("compile"):
         loss = recipes.compiled(recipe(divergence, TEMPERATURE))
     else:
@@ -54,11 +57,23 @@ def kd_contender(name: str, batch: Batch, divergence: Divergence, truth: Truth |
     return Contender(name, run, prepare, verify, compiles=name in recipes.COMPILED)
 
 
+def _a_loss_each(mix: Divergence) -> recipes.Loss:
+    losses = [
+        fastkd.KDLoss(TEMPERATURE, soft_weight=0.5 * weight, hard_weight=0.0 if i else 0.5, divergence=part)
+        for i, (part, weight) in enumerate(mix.parts)
+    ]
+
+    def total(student: Tensor, teacher: Tensor | None, labels: Tensor) -> Tensor:
+        return torch.stack([loss(student, teacher, labels) for loss in losses]).sum()
+
+    return total
+
+
 def kd_contenders(batch: Batch, divergence: Divergence) -> list[Contender]:
     """All of one race: fastkd first, then the recipes in every precision that differs, then the floors."""
     recipes.recipe_is_right(divergence, TEMPERATURE)
     truth = check.kd_truth(batch, divergence, TEMPERATURE)
-    names = [FRESH, IN_PLACE, "eager", "compile"]
+    names = [FRESH, IN_PLACE, *([A_LOSS_EACH] if isinstance(divergence, fastkd.Mix) else []), "eager", "compile"]
     if batch.student.dtype != torch.float32:
         names += ["eager fp32", "compile fp32"]
     runnable = [name for name in names if recipes.can_compile() or not name.startswith("compile")]

@@ -130,7 +130,10 @@ def kd_loss(divergence: Divergence, temperature: float, objective: Objective = B
             return F.mse_loss(student, teacher)
         log_q = F.log_softmax(student / temperature, -1)
         log_p = F.log_softmax(teacher / temperature, -1)
-        return temperature**2 * RECIPES[divergence.name](log_p, log_q, *divergence.parameters)
+        if divergence.name in RECIPES:
+            return temperature**2 * RECIPES[divergence.name](log_p, log_q, *divergence.parameters)
+        rows = [weight * RECIPES[part.name](log_p, log_q, *part.parameters) for part, weight in divergence.parts]
+        return temperature**2 * torch.stack(rows).sum()
 
     return loss
 

@@ -16,6 +16,7 @@ from fastkd import arguments
 from fastkd.divergences import Divergence, resolve
 from fastkd.projection.devices import GPUS, Gpu, gpu_of
 from fastkd.projection.plan import HeadSize, Plan, plan_for
+from fastkd.projection.products import gradient_dtype, operand_of
 from fastkd.rows import Wants, kept_dtype
 
 __all__ = ["plan", "product_seconds"]
@@ -68,10 +69,12 @@ def plan(
     if gpu is not None and (gpu not in GPUS or device.type != "cuda"):
         raise ValueError(f"gpu must be one of {', '.join(GPUS)}, with device='cuda', got {gpu!r} with {str(device)!r}")
     size = dtype.itemsize
-    operand = 4 if device.type == "cpu" and size == 2 else size
+    on_cpu = device.type == "cpu" and dtype != torch.float64
+    operand = operand_of(dtype, device) if on_cpu else dtype  # another device may not be there to be asked
+    gradient = gradient_dtype(operand, device)
 
     def head(width: int) -> HeadSize:
-        return HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand)
+        return HeadSize(width, size, kept_dtype(dtype).itemsize, size, operand.itemsize, gradient.itemsize)
 
     student = None if student_hidden is None else head(student_hidden)
     teachers = [head(width) for width in taught]
@@ -113,7 +116,7 @@ def _seconds(
                 d_weight = product_seconds(width, group, h, operand, _mean_traffic(plan.tokens, plan.group), gpu)
                 seconds += groups * tiles * (d_hidden + d_weight)
     read = (4 if student is not None else size) + (4 if teachers else size)
-    written = size if student is None else student.operand_bytes
+    written = size if student is None else student.gradient_bytes
     moved = plan.tokens * plan.vocab_size * ((2 + normalised) * read + written)
     if len(teachers) > 1:
         moved += plan.tokens * plan.vocab_size * (2 * len(teachers) + 1) * 4  # mixed: each read twice, one row written

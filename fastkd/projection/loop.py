@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fastkd.backend import select
 from fastkd.call import Call
-from fastkd.divergences import TABLE, ForwardKL
+from fastkd.divergences import ForwardKL, of_spec
 from fastkd.projection.plan import ROW_ALONE, Plan, plan_for
 from fastkd.projection.sides import (
     Gradients,
@@ -68,7 +68,7 @@ def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
         head_size(call.student_source(), call.autocast),
         teacher_sizes(call),
         wants,
-        TABLE[call.divergence](*call.parameters),
+        of_spec(call.divergence, call.parameters),
         call.student.device,
         call.memory_budget,
         whole_teacher=call.teacher_ids is None,
@@ -159,7 +159,11 @@ class _Loop:
             yield "whole"
             return
         yield "statistics"
-        if self.teacher is not None and self.teacher.whole and TABLE[self.spec.divergence].normalised:
+        if (
+            self.teacher is not None
+            and self.teacher.whole
+            and of_spec(self.spec.divergence, self.spec.parameters).normalised
+        ):
             yield "terms"
         if self.wants.any:
             yield "gradient"

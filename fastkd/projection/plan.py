@@ -59,11 +59,12 @@ class HeadSize(NamedTuple):
     hidden_kept: int  # of their gradient, between forward and backward
     weight_bytes: int
     operand_bytes: int  # as operands of products
+    gradient_bytes: int  # of the logits' gradient, until it is multiplied
     softcap: bool = False
 
 
 #: A buffer of logits that no product fills: the rows of teachers that are mixed.
-ROW_ALONE = HeadSize(0, 4, 4, 4, 4)
+ROW_ALONE = HeadSize(0, 4, 4, 4, 4, 4)
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ class Plan:
     chunk: int
     tile: int
     #: Tokens whose logits' gradient, rounded to 16 bits, is kept until it meets hidden states and head in one product.
-    #: That of one chunk where products take 32 bits, where the head gets no gradient, and on CPUs.
+    #: That of one chunk where products take 32 bits, where the head gets no gradient, and on CPUs, which do not round.
     group: int
     #: Logits and their gradient, casts and what the kernels keep; freed when the loss returns.
     working_bytes: int
@@ -190,7 +191,7 @@ class _Request(NamedTuple):
     @property
     def grouped(self) -> bool:
         """Whether gradients of several chunks wait for one product, to read and write the head's less often."""
-        return self.student is not None and self.wants.weight and self.student.operand_bytes == 2
+        return self.student is not None and self.wants.weight and self.student.gradient_bytes == 2
 
     def working_bytes(self, sizes: _Sizes, tile: int) -> int:
         """Memory beside the gradients while so many tokens × `tile` columns are held."""
@@ -200,8 +201,10 @@ class _Request(NamedTuple):
         if student is not None and self.wants.any:
             if student.softcap:
                 of_chunk += 4 * width  # the slopes
-            if student.operand_bytes == 2:
+            if student.gradient_bytes == 2:
                 of_group += 2 * width  # the gradient, rounded for the products
+            elif student.operand_bytes == 2:
+                of_group += 2 * 2 * min(CAST_COLUMNS, tile)  # the same in two pieces, some columns at a time
         for side in self.sides:
             if side.hidden_bytes != side.operand_bytes:
                 of_group += side.hidden_size * side.operand_bytes

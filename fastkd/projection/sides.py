@@ -4,15 +4,12 @@ A side is the product of a `Projection` (`Head`) or a tensor of logits (`Logits`
 `teachers`. The loop asks no side what it is. Tokens come in groups, and the tokens of a group in parts, the chunks: a
 slice of the group each.
 
-Products accumulate in fp32 and leave fp32, also from 16-bit operands: on GPUs by asking the product for it, elsewhere
-by casting the operands, a part of the head's rows at a time. Nothing here has the size of the vocabulary times that of
-the batch, but what the caller holds already.
+How operands are multiplied is in `products`. Where the head has another dtype than operands, a part of its rows is cast
+at a time. Nothing here has the size of the vocabulary times that of the batch, but what the caller holds already.
 """
 
 from __future__ import annotations
 
-import functools
-import warnings
 from collections.abc import Iterator
 from typing import NamedTuple, Protocol
 
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from fastkd.call import Call
 from fastkd.projection.plan import CAST_COLUMNS, HeadSize, padded
+from fastkd.projection.products import gradient_dtype, gradient_operands, operand_dtype, product
 from fastkd.rows import SparseRows, Wants, kept_dtype, row_dtype
 from fastkd.sources import Projection
 
@@ -33,9 +31,7 @@ __all__ = [
     "autocast_dtype",
     "head_size",
     "held",
-    "operand_dtype",
     "part_of",
-    "product",
     "student_side",
 ]
 
@@ -109,52 +105,6 @@ def student_side(call: Call, wants: Wants, grad: Tensor | None) -> StudentSide:
     )
 
 
-#: RuntimeErrors that say nothing of what a device can do. The second came with torch 2.8.
-_FAILURES: tuple[type[BaseException], ...] = (
-    torch.OutOfMemoryError,
-    *([torch.AcceleratorError] if hasattr(torch, "AcceleratorError") else []),
-)
-
-
-@functools.cache
-def _fp32_results(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether products of `dtype` can leave their fp32 result on this device; decided once, by trying.
-
-    Warns where torch refuses: products in fp32 are many times slower. A device that is out of memory or fails refuses
-    nothing: its error is the caller's, and the next call tries again.
-    """
-    try:
-        square = torch.zeros(16, 16, dtype=dtype, device=device)
-        out = torch.zeros(16, 16, dtype=torch.float32, device=device)
-        torch.mm(square, square, out_dtype=torch.float32, out=out)
-        torch.addmm(out, square, square, out_dtype=torch.float32, out=out)
-    except _FAILURES:
-        raise
-    except (RuntimeError, TypeError) as error:
-        warnings.warn(
-            f"fastkd: torch {torch.__version__} cannot keep the fp32 results of {dtype} products on {device}, so they "
-            f"are computed in fp32, which is slower ({type(error).__name__}: {str(error).partition(chr(10))[0]})",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return False
-    return True
-
-
-def operand_dtype(projection: Projection, autocast: torch.dtype | None) -> torch.dtype:
-    """The dtype in which hidden states, weights and gradients enter products.
-
-    On the CPU fp32: it holds every 16-bit number, and these processors multiply it fastest. On GPUs the 16-bit dtype
-    that both operands share or autocast asks for, if its products can be had in fp32.
-    """
-    if projection.dtype == torch.float64:
-        return torch.float64
-    narrow = autocast if autocast is not None else torch.promote_types(projection.dtype, projection.weight.dtype)
-    if projection.device.type == "cpu" or narrow == torch.float32 or not _fp32_results(projection.device, narrow):
-        return torch.float32
-    return narrow
-
-
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """The dtype products are asked for in here, or None."""
     return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
@@ -164,27 +114,16 @@ def head_size(source: object, autocast: torch.dtype | None) -> HeadSize | None:
     """What the products of a source take; None for one that is no `Projection`."""
     if not isinstance(source, Projection):
         return None
+    operand = operand_dtype(source, autocast)
     return HeadSize(
         hidden_size=source.weight.shape[1],
         hidden_bytes=source.hidden.dtype.itemsize,
         hidden_kept=kept_dtype(source.hidden.dtype).itemsize,
         weight_bytes=source.weight.dtype.itemsize,
-        operand_bytes=operand_dtype(source, autocast).itemsize,
+        operand_bytes=operand.itemsize,
+        gradient_bytes=gradient_dtype(operand, source.device).itemsize,
         softcap=source.softcap is not None,
     )
-
-
-def product(a: Tensor, b: Tensor, out: Tensor, accumulate: bool = False) -> None:
-    """a·b into `out`, or added to it, whose dtype is the operands' or fp32."""
-    if a.dtype == out.dtype:
-        if accumulate:
-            out.addmm_(a, b)
-        else:
-            torch.mm(a, b, out=out)
-    elif accumulate:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-    else:
-        torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
 class Head:
@@ -202,6 +141,7 @@ class Head:
         self.softcap, self.scale = projection.softcap, projection.logit_scale
         self.operand = operand_dtype(projection, autocast)
         self.result = row_dtype(self.operand)
+        self.gradient = gradient_dtype(self.operand, projection.device)
         self.wants = wants
         self._projection = projection
         self._x = self.hidden[:0]
@@ -224,8 +164,8 @@ class Head:
         self._buffer = buffer(chunk, self.result)
         if self.wants.any and self.softcap is not None:
             self._slope = buffer(chunk, self.result)
-        if self.wants.any and self.operand != self.result:
-            self._narrow = buffer(group, self.operand)
+        if self.wants.any and self.gradient != self.result:
+            self._narrow = buffer(group, self.gradient)
 
     def start(self, rows: RowIndex) -> None:
         self._rows = rows
@@ -261,7 +201,7 @@ class Head:
         return self._narrow[part, : columns.stop - columns.start]
 
     def take_gradient(self, columns: slice, part: slice, grad: Tensor) -> None:
-        """Keep it in the operands' dtype: where that is the logits' own, over them, and the part is the group."""
+        """Keep it until it is multiplied: where it is as wide as the logits, over them, and the part is the group."""
         width = columns.stop - columns.start
         if self._slope is not None:
             out = grad if self._narrow is None else self._narrow[part, :width]
@@ -274,12 +214,15 @@ class Head:
             self._bias_grad[columns] += self._grad.sum(0, dtype=self.result)
         first_of_weight = columns.start >= self._weight_met
         self._weight_met = max(self._weight_met, columns.stop)
-        for some in self._parts(columns):
-            g = self._grad[:, some.start - columns.start : some.stop - columns.start]
-            if self.wants.hidden:
-                product(g, self.weight[some].to(self.operand), self._dx, accumulate=some.start > 0)
-            if self.wants.weight:
-                product(g.t(), self._x, self._weight_grad[some], accumulate=not first_of_weight)
+        for some in self._parts(columns, of_gradient=self.gradient != self.operand):
+            gradient = self._grad[:, some.start - columns.start : some.stop - columns.start]
+            weight = self.weight[some].to(self.operand) if self.wants.hidden else None
+            for number, g in enumerate(gradient_operands(gradient, self.operand)):
+                if weight is not None:
+                    product(g, weight, self._dx, accumulate=some.start > 0 or number > 0)
+                if self.wants.weight:
+                    first = first_of_weight and number == 0
+                    product(g.t(), self._x, self._weight_grad[some], accumulate=not first)
 
     def finish(self) -> None:
         if self.wants.hidden:
@@ -312,9 +255,9 @@ class Head:
         whole[: len(grad)] = grad
         return whole
 
-    def _parts(self, columns: slice) -> Iterator[slice]:
-        """All columns at once, or the parts in which the head's rows are cast."""
-        step = columns.stop - columns.start if self.weight.dtype == self.operand else CAST_COLUMNS
+    def _parts(self, columns: slice, of_gradient: bool = False) -> Iterator[slice]:
+        """All columns at once, or the parts in which the head's rows, or the gradient of their logits, are cast."""
+        step = CAST_COLUMNS if of_gradient or self.weight.dtype != self.operand else columns.stop - columns.start
         for start in range(columns.start, columns.stop, step):
             yield slice(start, min(start + step, columns.stop))
 

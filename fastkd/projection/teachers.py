@@ -43,7 +43,8 @@ def teacher_sizes(call: Call) -> tuple[HeadSize, ...]:
 def rows_at_hand(teacher: Teacher | None, call: Call) -> Tensor | SparseRows | None:
     """What a backend is given of a teacher that needs no product. Raises TypeError for a source it does not know."""
     if isinstance(teacher, SparseTargets):
-        return sparse_rows(teacher, call.soft_scale, call.vocab_size, row_dtype(call.student.dtype))
+        dtype = row_dtype(call.student.dtype)
+        return sparse_rows(teacher, call.soft_scale, call.vocab_size, dtype, select(call.student))
     if teacher is None or isinstance(teacher, Tensor):
         return teacher
     raise TypeError(f"no backend is given rows of a {type(teacher).__name__}")

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from fastkd.autograd import scale_saved
-from fastkd.projection.sides import autocast_dtype, operand_dtype, product
+from fastkd.projection.products import gradient_operands, operand_dtype, product
+from fastkd.projection.sides import autocast_dtype
 from fastkd.rows import kept_dtype, row_dtype
 from fastkd.sources import Projection
 
@@ -144,12 +145,13 @@ def _value_and_gradients(
             if dx is not None:
                 dx[chunk] = dp.to(dx.dtype)
             continue
-        dp = dp.to(operand)
-        if dweight is not None:
-            product(dp.t(), x, dweight, accumulate=True)
-        if dx is not None:
-            found = torch.empty(len(x), x.shape[-1], dtype=result, device=x.device)
-            product(dp, weight, found)
+        found = None if dx is None else torch.empty(len(x), x.shape[-1], dtype=result, device=x.device)
+        for number, part in enumerate(gradient_operands(dp, operand)):
+            if dweight is not None:
+                product(part.t(), x, dweight, accumulate=True)
+            if found is not None:
+                product(part, weight, found, accumulate=number > 0)
+        if dx is not None and found is not None:
             dx[chunk] = found.to(dx.dtype)
     gradients = (
         None if dx is None else dx.div_(width).view(student.shape),
@@ -160,7 +162,7 @@ def _value_and_gradients(
 
 
 def _operand(x: Tensor, projector: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """As in the library's products with an output head: 16 bits where a GPU has their results in fp32."""
+    """As in the library's products with an output head: 16 bits where their results can be had in fp32."""
     return operand_dtype(Projection(x.detach(), projector.detach()), autocast)
 
 

@@ -13,6 +13,7 @@ from fastkd.training import loading as loading
 from fastkd.training import machine as machine
 from fastkd.training import places as places
 from fastkd.training import plots as plots
+from fastkd.training import precision as precision
 from fastkd.training import report as report
 from fastkd.training import run as run
 from fastkd.training import samples as samples

@@ -17,7 +17,7 @@ __all__ = ["arguments", "courses", "distillation_loss", "steps_and_epochs", "ste
 #: Options of a training that Trainer has under the same name.
 _SAME = (
     *("gradient_accumulation_steps", "learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "max_grad_norm"),
-    *("fp16", "bf16", "logging_steps", "eval_steps", "seed"),
+    *("fp16", "logging_steps", "eval_steps", "seed"),
 )
 
 
@@ -64,6 +64,7 @@ def arguments(options: Options, directory: Path, *, resumed: bool = False) -> Tr
         return TrainingArguments(
             output_dir=str(directory),
             **{name: getattr(training, name) for name in _SAME},
+            bf16=bool(training.bf16),
             num_train_epochs=training.epochs or 1.0,
             max_steps=training.max_steps or -1,
             per_device_train_batch_size=training.batch_size,

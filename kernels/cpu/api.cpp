@@ -1,6 +1,6 @@
 // The C entry points: the first call picks the instruction set, and every call is forwarded to its kernels.
 #include "api.h"
-#include "row_scalars.h"
+#include "at_once.h"
 
 #include <cstdlib>
 #include <cstring>
@@ -51,7 +51,7 @@ const Choice& chosen() {
 
 // What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
 // functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
-FASTKD_API int fastkd_abi() { return 6; }
+FASTKD_API int fastkd_abi() { return 9; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
@@ -61,14 +61,22 @@ FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.kn
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"MixRows", sizeof(MixRows)}, {"Statistics", sizeof(Statistics)},
-      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)}, {"RowScales", sizeof(RowScales)},
-      {"WeightedTotal", sizeof(WeightedTotal)}, {"state", kStateBytes}};
+      {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)},
+      {"SparseInput", sizeof(SparseInput)}, {"RowScales", sizeof(RowScales)},
+      {"WeightedTotal", sizeof(WeightedTotal)}, {"KDLoss", sizeof(KDLoss)}, {"state", kStateBytes}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
   return -1;
 }
 
 FASTKD_API int fastkd_kd_rows(const KDRows* call) { return chosen().kernels.kd_rows(*call); }
+
+FASTKD_API int fastkd_kd_loss(const KDLoss* form, void* student, void* teacher, const int64_t* labels,
+                              const float* weights, const float* upstream, void* grad, float* loss, double divisor,
+                              int64_t threads) {
+  const LossValues values{student, teacher, labels, weights, upstream, grad, loss, divisor, threads};
+  return kd_loss(*form, values, chosen().kernels);
+}
 
 FASTKD_API int fastkd_mix_rows(const MixRows* call) { return chosen().kernels.mix_rows(*call); }
 
@@ -81,6 +89,8 @@ FASTKD_API int fastkd_log_softmax_backward(const LogSoftmax* call) {
 }
 
 FASTKD_API int fastkd_select(const Selection* call) { return chosen().kernels.select(*call); }
+
+FASTKD_API int fastkd_sparse_rows(const SparseInput* call) { return chosen().kernels.sparse_rows(*call); }
 
 FASTKD_API int fastkd_row_scales(const RowScales* call) {
   row_scales(*call);

@@ -18,6 +18,9 @@ enum Stage : int64_t { kWhole = 0, kStatistics = 1, kTerms = 2, kGradient = 3 };
 
 constexpr int64_t kStateBytes = 128;  // per row
 
+// See fastkd/divergences.py, PARAMETERS and PARTS.
+constexpr int kParameters = 2, kMostParts = 16;
+
 // See fastkd/rows.py, SparseRows: `count` entries a row.
 struct SparseTeacher {
   const int64_t* ids;  // nullptr: absent
@@ -26,6 +29,28 @@ struct SparseTeacher {
   const float* offset;
   float* picked;
   int64_t count;
+};
+
+enum SparseKind : int64_t { kGhost = 0, kRenormalize = 1, kSampled = 2 };
+
+// See fastkd/backend.py, Backend.sparse_rows: [rows, count], or [rows].
+struct SparseInput {
+  const int64_t* ids;
+  const float* logprobs;
+  const float* rest;     // nullptr: not given
+  const float* entropy;  // nullptr: not given
+  const float* live;     // 0 in rows that do not count; nullptr: all do
+  int64_t* ids_out;
+  float* logprobs_out;
+  float* rest_out;
+  float* offset_out;
+  int64_t rows;
+  int64_t count;
+  int64_t vocab_size;
+  int64_t kind;  // SparseKind
+  int64_t threads;
+  double slack;    // by how much probabilities may miss a sum of 1
+  double nothing;  // a rest below it is rounding
 };
 
 // See fastkd/backend.py, Backend.kd_rows. `grad` may be `student`.
@@ -38,9 +63,10 @@ struct KDRows {
   float* hard;
   int64_t rows;
   int64_t vocab_size;  // columns of a whole row that count
-  const char* divergence;  // its name
+  const char* divergence;  // its name, or that of a mix (mix.h)
   int64_t threads;
-  double parameters[2];
+  const double* parameters;  // kParameters, the divergence's own first; or those of a mix
+  int64_t parameter_count;
   double temperature, teacher_temperature;
   double soft_weight, hard_weight;
   int64_t stage;
@@ -123,7 +149,29 @@ struct WeightedTotal {
   double soft_weight, hard_weight;
 };
 
-enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2 };
+// See fastkd/at_once.py. All of a loss but its values; pointers are unset.
+struct KDLoss {
+  KDRows rows;
+  RowScales scales;
+  int64_t soft, hard;    // whether the loss has these terms
+  int64_t masked_apart;  // whether masked rows count in the soft term
+  int64_t total;         // whether the loss is one number, not one of each row
+};
+
+// And its values. Tensors in main memory, of the forms that KDLoss says; nullptr: absent.
+struct LossValues {
+  void* student;
+  void* teacher;
+  const int64_t* labels;
+  const float* weights;
+  const float* upstream;  // [rows], by which the rows' gradients are multiplied
+  void* grad;
+  float* loss;
+  double divisor;
+  int64_t threads;
+};
+
+enum Outcome : int { kDone = 0, kOutOfMemory = 1, kUnknownDivergence = 2, kRefused = 3 };
 
 // The kernels of one instruction set. Each returns an Outcome; `knows` whether there is a divergence of that name.
 struct Kernels {
@@ -133,5 +181,6 @@ struct Kernels {
   int (*log_softmax)(const LogSoftmax&);
   int (*log_softmax_backward)(const LogSoftmax&);
   int (*select)(const Selection&);
+  int (*sparse_rows)(const SparseInput&);
   bool (*knows)(const char*);
 };

@@ -87,6 +87,13 @@ inline int64_t lower_bound(const int64_t* numbers, int64_t count, int64_t least)
   return low;
 }
 
+// Fetches the columns from some column on into the cache.
+struct Prefetch {
+  const char* from;
+  int64_t size;  // of an element
+  void operator()(int64_t column) const { __builtin_prefetch(from + column * size); }
+};
+
 // A row to be read. `buffer` has room for one block.
 struct Reader {
   const char* row;
@@ -105,7 +112,7 @@ struct Reader {
     return f;
   }
 
-  void prefetch(int64_t column) const { __builtin_prefetch(row + column * element_size(dtype)); }
+  Prefetch prefetch(int64_t start) const { return {row + start * element_size(dtype), element_size(dtype)}; }
 
   // Columns [start, start + n) as fp32, readable up to a whole number of vectors.
   const float* fetch(int64_t start, int64_t n) const {

@@ -9,7 +9,7 @@
 //     divergence. Its operator()(const Cell&) returns a Pair, or a Ratio if g / q is bounded.
 //   - Its name in FASTKD_DIVERGENCES below. A library that lacks a name of fastkd/divergences.py is refused when it is
 //     loaded. (Leave `normalised` true in that table: where rows come in tiles, it asks for the functor's sweep.)
-// Then rebuild: pip install --editable .
+// Then rebuild: pip install --editable . It can be a part of a mix (mix.h) without more.
 //
 // What a functor must get right, and tests judge against float64:
 //   - Rows that nearly agree, as they do late in training. Work from `d = log q - log p`. It comes from the difference
@@ -22,6 +22,8 @@
 //     the derivative is near a multiple of q where p is near q, subtract that multiple: what remains does not cancel.
 #pragma once
 #include "vector.h"
+
+#include <type_traits>
 
 namespace FASTKD_ISA {
 
@@ -49,40 +51,69 @@ inline Divergence centred_at(const Divergence& divergence, const Cell&) {
   return divergence;
 }
 
-// q - p where the two nearly cancel.
+// q - p. Where the two nearly cancel it is computed from d.
 inline vec probability_gap(const Cell& c) {
-  return select(c.d > 0.f, c.q, -c.p) * -expm1_nonpositive(-abs(c.d));
+  const vec y = c.d * kLog2e;
+  return select(abs(y) <= 0.5f, c.p * (y * expm1_poly(y)), c.q - c.p);
 }
 
 // The Kullback-Leibler family needs no sweep 2: its value and gradient are linear in sums that sweep 1 takes.
-// `forward` and `reverse` say which of these sums, and mark the family. The functors serve sparse.h, which takes none.
+// `forward` and `reverse` say which of these sums, and mark the family; the weights are those of the two directions. The
+// functors serve sparse.h, which takes no such sums, and mixes with divergences of other families.
 struct ForwardKL {
   static constexpr bool forward = true, reverse = false;
+  double weight = 1;
   explicit ForwardKL(const double*) {}
-  double weight() const { return 1; }  // of the forward direction
-  Pair operator()(const Cell& c) const { return {keep(c.p != 0.f, -c.p * c.d), probability_gap(c)}; }
+  double forward_weight() const { return weight; }
+  double reverse_weight() const { return 0; }
+  Pair operator()(const Cell& c) const {
+    const float w = (float)weight;
+    return {w * keep(c.p != 0.f, -c.p * c.d), w * probability_gap(c)};
+  }
 };
 
 struct ReverseKL {
   static constexpr bool forward = false, reverse = true;
+  double weight = 1;
   explicit ReverseKL(const double*) {}
-  double weight() const { return 0; }
+  double forward_weight() const { return 0; }
+  double reverse_weight() const { return weight; }
   Pair operator()(const Cell& c) const {
-    const vec term = keep(c.q != 0.f, c.q * c.d);
+    const vec term = (float)weight * keep(c.q != 0.f, c.q * c.d);
     return {term, term};
   }
 };
 
 struct SymmetricKL {
   static constexpr bool forward = true, reverse = true;
-  double w;
-  explicit SymmetricKL(const double* parameters) : w(parameters[0]) {}
-  double weight() const { return w; }
-  Pair operator()(const Cell& c) const {
-    const Pair forward_pair = ForwardKL(nullptr)(c), reverse_pair = ReverseKL(nullptr)(c);
-    const float a = (float)w, b = (float)(1 - w);
-    return {a * forward_pair.term + b * reverse_pair.term, a * forward_pair.g + b * reverse_pair.g};
+  ForwardKL forward_kl{nullptr};
+  ReverseKL reverse_kl{nullptr};
+  explicit SymmetricKL(const double* parameters) : SymmetricKL(parameters[0], 1 - parameters[0]) {}
+  SymmetricKL(double forward_weight, double reverse_weight) {
+    forward_kl.weight = forward_weight, reverse_kl.weight = reverse_weight;
   }
+  double forward_weight() const { return forward_kl.weight; }
+  double reverse_weight() const { return reverse_kl.weight; }
+  Pair operator()(const Cell& c) const {
+    Pair total{};
+    // A direction without weight is left out: it may be infinite.
+    if (forward_kl.weight != 0) total = forward_kl(c);
+    if (reverse_kl.weight != 0) {
+      const Pair pair = reverse_kl(c);
+      total = {total.term + pair.term, total.g + pair.g};
+    }
+    return total;
+  }
+};
+
+// Which of the Kullback-Leibler family's sums a divergence needs: neither, unless it says so.
+template <class Divergence, class = void>
+struct CrossSums {
+  static constexpr bool forward = false, reverse = false;
+};
+template <class Divergence>
+struct CrossSums<Divergence, std::void_t<decltype(Divergence::forward)>> {
+  static constexpr bool forward = Divergence::forward, reverse = Divergence::reverse;
 };
 
 // log(weight + (1 - weight) e^d) = max(d, 0) + log_mix(d), for 0 < weight < 1. The two parts stay apart: nothing
@@ -267,10 +298,11 @@ struct MSE {
 
 // Every divergence, by the name that users write: the one list of them in C++. When the library is loaded, each name of
 // fastkd/divergences.py is looked up here.
-#define FASTKD_DIVERGENCES(X)                                                                \
-  X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(symmetric_kl, SymmetricKL) X(jsd, JSD) \
-  X(skew_kl, SkewKL) X(skew_reverse_kl, SkewReverseKL) X(tvd, TVD)                           \
-  X(squared_hellinger, SquaredHellinger) X(alpha_beta, AlphaBeta) X(mse, MSE)
+#define FASTKD_KL(X) X(forward_kl, ForwardKL) X(reverse_kl, ReverseKL) X(symmetric_kl, SymmetricKL)
+#define FASTKD_FUNCTORS(X)                                                         \
+  X(jsd, JSD) X(skew_kl, SkewKL) X(skew_reverse_kl, SkewReverseKL) X(tvd, TVD)     \
+  X(squared_hellinger, SquaredHellinger) X(alpha_beta, AlphaBeta)
+#define FASTKD_DIVERGENCES(X) FASTKD_KL(X) FASTKD_FUNCTORS(X) X(mse, MSE)
 
 // A type passed as a value, to a generic lambda.
 template <class Divergence>

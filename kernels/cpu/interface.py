@@ -8,12 +8,14 @@ from typing import Any
 __all__ = [
     "ENTRIES",
     "STRUCTURES",
+    "KDLoss",
     "KDRows",
     "LogSoftmax",
     "Matrix",
     "MixRows",
     "RowScales",
     "Selection",
+    "SparseInput",
     "SparseTeacher",
     "Statistics",
     "WeightedTotal",
@@ -58,7 +60,8 @@ class KDRows(ctypes.Structure):
         ("vocab_size", ctypes.c_int64),
         ("divergence", ctypes.c_char_p),
         ("threads", ctypes.c_int64),
-        ("parameters", ctypes.c_double * 2),
+        ("parameters", ctypes.POINTER(ctypes.c_double)),
+        ("parameter_count", ctypes.c_int64),
         ("temperature", ctypes.c_double),
         ("teacher_temperature", ctypes.c_double),
         ("soft_weight", ctypes.c_double),
@@ -123,6 +126,27 @@ class Selection(ctypes.Structure):
     )
 
 
+class SparseInput(ctypes.Structure):
+    _fields_ = (
+        ("ids", ctypes.c_void_p),
+        ("logprobs", ctypes.c_void_p),
+        ("rest", ctypes.c_void_p),
+        ("entropy", ctypes.c_void_p),
+        ("live", ctypes.c_void_p),
+        ("ids_out", ctypes.c_void_p),
+        ("logprobs_out", ctypes.c_void_p),
+        ("rest_out", ctypes.c_void_p),
+        ("offset_out", ctypes.c_void_p),
+        ("rows", ctypes.c_int64),
+        ("count", ctypes.c_int64),
+        ("vocab_size", ctypes.c_int64),
+        ("kind", ctypes.c_int64),
+        ("threads", ctypes.c_int64),
+        ("slack", ctypes.c_double),
+        ("nothing", ctypes.c_double),
+    )
+
+
 class RowScales(ctypes.Structure):
     _fields_ = (
         ("labels", ctypes.c_void_p),
@@ -151,10 +175,21 @@ class WeightedTotal(ctypes.Structure):
     )
 
 
+class KDLoss(ctypes.Structure):
+    _fields_ = (
+        ("rows", KDRows),
+        ("scales", RowScales),
+        ("soft", ctypes.c_int64),
+        ("hard", ctypes.c_int64),
+        ("masked_apart", ctypes.c_int64),
+        ("total", ctypes.c_int64),
+    )
+
+
 #: The argument structs, by their names in C++.
 STRUCTURES = {
     structure.__name__: structure
-    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, RowScales, WeightedTotal)
+    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, SparseInput, RowScales, WeightedTotal, KDLoss)
 }
 
 #: Every entry point: what it returns, and what it takes.
@@ -164,11 +199,13 @@ ENTRIES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "fastkd_knows": (ctypes.c_int, (ctypes.c_char_p,)),
     "fastkd_size": (ctypes.c_int64, (ctypes.c_char_p,)),
     "fastkd_kd_rows": (ctypes.c_int, (ctypes.POINTER(KDRows),)),
+    "fastkd_kd_loss": (ctypes.c_int, (ctypes.c_char_p, *[ctypes.c_void_p] * 7, ctypes.c_double, ctypes.c_int64)),
     "fastkd_mix_rows": (ctypes.c_int, (ctypes.POINTER(MixRows),)),
     "fastkd_row_statistics": (ctypes.c_int, (ctypes.POINTER(Statistics),)),
     "fastkd_log_softmax": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),
     "fastkd_log_softmax_backward": (ctypes.c_int, (ctypes.POINTER(LogSoftmax),)),
     "fastkd_select": (ctypes.c_int, (ctypes.POINTER(Selection),)),
+    "fastkd_sparse_rows": (ctypes.c_int, (ctypes.POINTER(SparseInput),)),
     "fastkd_row_scales": (ctypes.c_int, (ctypes.POINTER(RowScales),)),
     "fastkd_weighted_total": (ctypes.c_int, (ctypes.POINTER(WeightedTotal),)),
     "fastkd_advise_huge_pages": (None, (ctypes.c_void_p, ctypes.c_int64)),

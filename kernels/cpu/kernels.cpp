@@ -8,6 +8,7 @@
 //   threads.h      the rows of a call shared among threads, and their memory
 //   row.h          what the sweeps share: numbers of the loss, memory, sums
 //   divergences.h  one functor per divergence, and their list
+//   mix.h          a weighted sum of them
 //   near.h         blocks in which student and teacher nearly agree
 //   sweeps.h       the three sweeps over a row
 //   sparse.h       the loss of a row beside a sparse teacher
@@ -15,6 +16,7 @@
 //   normaliser.h   log-softmax and row statistics, on row.h alone
 //   mixture.h      several teachers as one, on normaliser.h
 //   select.h       top-k and sampling, on normaliser.h
+//   sparse_rows.h  the rows of a sparse teacher, checked, on threads.h alone
 //
 // Everything is in the namespace FASTKD_ISA, types that templates are instantiated with included. Otherwise the linker
 // would keep one instruction set's copy of a template for all of them.
@@ -22,9 +24,12 @@
 #include "mixture.h"
 #include "normaliser.h"
 #include "select.h"
+#include "sparse_rows.h"
 
 namespace FASTKD_ISA {
 
-Kernels kernels() { return {kd_rows, mix_rows, row_statistics, log_softmax, log_softmax_backward, select, knows}; }
+Kernels kernels() {
+  return {kd_rows, mix_rows, row_statistics, log_softmax, log_softmax_backward, select, sparse_rows, knows};
+}
 
 }  // namespace FASTKD_ISA

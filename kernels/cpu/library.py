@@ -17,7 +17,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from fastkd.divergences import TABLE, Divergence
+from fastkd.divergences import PARAMETERS, TABLE, Divergence
 from fastkd.kernels.cpu.interface import (
     ENTRIES,
     STRUCTURES,
@@ -27,32 +27,41 @@ from fastkd.kernels.cpu.interface import (
     MixRows,
     RowScales,
     Selection,
+    SparseInput,
     SparseTeacher,
     Statistics,
     WeightedTotal,
 )
 from fastkd.rows import RowSpec, SparseRows, Tile, row_count, row_layout
+from fastkd.sources import SparseTargets
 
 __all__ = [
+    "DTYPES",
     "advise_huge_pages",
     "kd_rows",
+    "loaded",
     "log_softmax",
     "log_softmax_backward",
     "mix_rows",
+    "parameter_array",
     "row_scales",
     "row_statistics",
     "sample",
     "scratch_bytes",
+    "sparse_rows",
     "status",
     "tile_state",
     "top_k",
     "weighted_total",
 ]
 
-_ABI = 6
-_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_ABI = 9
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_PADDING = (0.0,) * PARAMETERS
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
-_OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE = 1, 2
+_SPARSE_KINDS = {"ghost": 0, "renormalize": 1, "sampled": 2}
+_OUT_OF_MEMORY, _UNKNOWN_DIVERGENCE, _REFUSED = 1, 2, 3
+_MAIN_MEMORY = torch.device("cpu")
 _HUGE_PAGE_THRESHOLD = 4 << 20  # bytes; below it the allocator recycles pages and the advice is a wasted call
 
 
@@ -104,37 +113,50 @@ def status() -> tuple[bool, str]:
     return library is not None, detail
 
 
-def _library() -> ctypes.CDLL:
+def loaded() -> ctypes.CDLL:
+    """The library. Raises RuntimeError where there is none."""
     library, detail = _load()
     if library is None:
         raise RuntimeError(f"the cpu backend is not available: {detail}")
     return library
 
 
-def _call(name: str, arguments: ctypes.Structure) -> None:
-    outcome = getattr(_library(), name)(ctypes.byref(arguments))
+def _call(name: str, arguments: ctypes.Structure) -> bool:
+    """False if the library refused its rows."""
+    outcome = getattr(loaded(), name)(ctypes.byref(arguments))
     if outcome == _OUT_OF_MEMORY:
         raise MemoryError(f"{name}: out of memory for the per-thread row buffers")
     if outcome == _UNKNOWN_DIVERGENCE:
         beside = " beside a sparse teacher" if arguments.sparse.ids else ""
         raise ValueError(f"the native library computes no divergence {arguments.divergence.decode()!r}{beside}")
+    return bool(outcome != _REFUSED)
 
 
 def _matrix(tensor: Tensor | None) -> Matrix:
     if tensor is None:
         return Matrix()
-    layout = row_layout(tensor)
-    if tensor.dtype not in _DTYPES or tensor.device.type != "cpu" or layout is None:
+    layout, dtype = row_layout(tensor), DTYPES.get(tensor.dtype)
+    if dtype is None or layout is None or not tensor.is_cpu:
         raise TypeError(
             f"the cpu backend takes float32, bfloat16 and float16 tensors in main memory, got {tensor.dtype} on "
             f"{tensor.device}; fastkd.use_backend('reference') takes any"
         )
-    return Matrix(tensor.data_ptr(), _DTYPES[tensor.dtype], tensor.shape[-1], *layout[1:])
+    return Matrix(tensor.data_ptr(), dtype, tensor.shape[-1], *layout[1:])
 
 
 def _new(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Memory for the library to write: fp32 in main memory, whatever dtype and device torch would take."""
-    return torch.empty(shape, dtype=dtype, device="cpu")
+    return torch.empty(shape, dtype=dtype, device=_MAIN_MEMORY)
+
+
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
+
+
+def parameter_array(spec: RowSpec) -> ctypes.Array[ctypes.c_double]:
+    """A divergence's parameters as the library reads them."""
+    parameters = (*spec.parameters, *_PADDING)[: max(PARAMETERS, len(spec.parameters))]
+    return (ctypes.c_double * len(parameters))(*parameters)
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -154,9 +176,8 @@ def kd_rows(
     """See `fastkd.backend.Backend.kd_rows`."""
     rows = row_count(student)
     soft, hard = _new(rows), _new(rows)
-    labels, soft_scale, hard_scale = (
-        None if tensor is None else tensor.contiguous() for tensor in (labels, soft_scale, hard_scale)
-    )
+    labels, soft_scale, hard_scale = _contiguous(labels), _contiguous(soft_scale), _contiguous(hard_scale)
+    parameters = parameter_array(spec)
     sparse = SparseTeacher()
     if isinstance(teacher, SparseRows):
         sparse = SparseTeacher(*(part.data_ptr() for part in teacher), teacher.ids.shape[-1])
@@ -175,7 +196,8 @@ def kd_rows(
             spec.vocab_size,
             spec.divergence.encode(),
             torch.get_num_threads(),
-            (ctypes.c_double * 2)(*spec.parameters),
+            parameters,
+            len(parameters),
             spec.temperature,
             spec.teacher_temperature,
             spec.soft_weight,
@@ -189,12 +211,13 @@ def kd_rows(
 
 def tile_state(rows: int, device: torch.device) -> Tensor:
     """See `fastkd.backend.Backend.tile_state`."""
-    return _new(rows, _library().fastkd_size(b"state"), dtype=torch.uint8)
+    return _new(rows, loaded().fastkd_size(b"state"), dtype=torch.uint8)
 
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
     """What the threads stash: see `lay_out` in kernels/cpu/row.h. Arguments as in `backend.scratch_bytes`."""
-    teacher_rows = whole_teacher * (1 if divergence.name == "forward_kl" else 2)
+    forward_kl = all(part.name == "forward_kl" for part, _ in divergence.parts)
+    teacher_rows = whole_teacher * (1 if forward_kl else 2)
     rows = divergence.tempered * teacher_rows + own_exponential
     if not gradient and (not divergence.normalised or not whole_teacher):
         rows = 0
@@ -214,7 +237,7 @@ def row_scales(
     rows, both = row_count(student), labels is not None and not mask_soft
     scales = _new(1 + both, rows)
     moved = _new(rows, dtype=torch.int64) if shift and labels is not None else None
-    labels = None if labels is None else labels.contiguous()
+    labels = _contiguous(labels)
     weights = None if weights is None else weights.to(torch.float32).contiguous()
     _call(
         "fastkd_row_scales",
@@ -268,7 +291,7 @@ def mix_rows(
 ) -> None:
     """See `fastkd.backend.Backend.mix_rows`."""
     count = len(teachers)
-    scale = None if scale is None else scale.contiguous()
+    scale = _contiguous(scale)
     _call(
         "fastkd_mix_rows",
         MixRows(
@@ -289,7 +312,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     rows = row_count(logits)
     log_sum_exp, entropy, label_logprob = (_new(rows) for _ in range(3))
     argmax = _new(rows, dtype=torch.int64)
-    labels = None if labels is None else labels.contiguous()
+    labels = _contiguous(labels)
     _call(
         "fastkd_row_statistics",
         Statistics(
@@ -368,6 +391,36 @@ def _select(logits: Tensor, k: int, temperature: float, uniforms: Tensor | None)
         ),
     )
     return ids, log_weights, summary
+
+
+def sparse_rows(
+    targets: SparseTargets, live: Tensor | None, vocab_size: int, slack: float, nothing: float
+) -> SparseRows | None:
+    """See `fastkd.backend.Backend.sparse_rows`."""
+    count = targets.shape[-1]
+    ids = targets.ids.reshape(-1, count).to(torch.int64).contiguous()
+    logprobs, rest, entropy, live = (
+        None if values is None else values.to(torch.float32).contiguous()
+        for values in (targets.logprobs, targets.rest, targets.entropy, live)
+    )
+    rows = len(ids)
+    found = SparseRows(
+        _new(rows, count, dtype=torch.int64), _new(rows, count), _new(rows), _new(rows), _new(rows, count)
+    )
+    arguments = SparseInput(
+        ids.data_ptr(),
+        *map(_pointer, (logprobs, rest, entropy, live)),
+        *map(_pointer, found[:4]),
+        rows,
+        count,
+        vocab_size,
+        _SPARSE_KINDS[targets.kind],
+        torch.get_num_threads(),
+        slack,
+        nothing,
+    )
+    in_order = _call("fastkd_sparse_rows", arguments)
+    return found if in_order else None
 
 
 def advise_huge_pages(tensor: Tensor) -> None:

@@ -3,22 +3,10 @@
 #pragma once
 #include "sparse.h"
 
-#include <type_traits>
-
 namespace FASTKD_ISA {
 
 // Stands in for a divergence, for calls and rows without a soft term.
 struct NoSoft {};
-
-// Which of the Kullback-Leibler family's sums a divergence needs: neither, unless it says so.
-template <class Divergence, class = void>
-struct CrossSums {
-  static constexpr bool forward = false, reverse = false;
-};
-template <class Divergence>
-struct CrossSums<Divergence, std::void_t<decltype(Divergence::forward)>> {
-  static constexpr bool forward = Divergence::forward, reverse = Divergence::reverse;
-};
 
 // What the sweeps must know of a divergence.
 template <class Divergence>
@@ -73,11 +61,11 @@ inline void one_row(const Divergence& divergence, const Row& row, const RowSpec&
     const double apart = close ? ::log1p(sums.gap / sums.teacher) : ::log(sums.student) - ::log(sums.teacher);
     const double forward = forward_sums ? ln2 * sums.forward / sums.teacher + apart : 0;
     const double reverse = reverse_sums ? ln2 * sums.reverse / sums.student - apart : 0;
-    const double w = divergence.weight();
-    value = (w != 0 ? w * forward : 0) + (w != 1 ? (1 - w) * reverse : 0);
-    combination.gap = soft * w;
-    combination.student = reverse_sums ? -soft / sums.student * (1 - w) * reverse : 0;
-    combination.ratio = soft / sums.student * (1 - w) * ln2;
+    const double f = divergence.forward_weight(), r = divergence.reverse_weight();
+    value = (f != 0 ? f * forward : 0) + (r != 0 ? r * reverse : 0);
+    combination.gap = soft * f;
+    combination.student = reverse_sums ? -soft / sums.student * r * reverse : 0;
+    combination.ratio = soft / sums.student * r * ln2;
   } else if constexpr (functor) {
     combination.student = -soft * state.total_g / sums.student;
     combination.g = soft;
@@ -170,8 +158,12 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   const bool stash_in_grad = call.grad.data && call.grad.dtype == kFloat32 &&
                              (family::reads_logits_once || call.grad.data != call.student.data);
   const bool stash = spec.want_grad || (family::functor && call.stage != kStatistics);
+  const bool fp32 = call.student.dtype == kFloat32 && call.teacher.dtype == kFloat32 && call.grad.dtype == kFloat32;
+  // Only the last block passes through buffers if rows are read as they lie and every other block is stashed elsewhere.
+  const bool every_block = !fp32 || family::sparse || !spec.want_grad;
   const ScratchSizes sizes{spec.columns, stash && !stash_in_grad, stash && family::stashes_teacher,
-                           stash && spec.hard == kOwnExponential, family::sparse ? call.sparse.count : 0};
+                           stash && spec.hard == kOwnExponential, every_block, family::reads_logits_once,
+                           family::sparse ? call.sparse.count : 0};
   const auto lay_out_scratch = [&](Arrays& arrays) { return lay_out(arrays, sizes); };
   return for_rows(call.rows, spec.columns, call.threads, lay_out_scratch, [&](int64_t i, Scratch& scratch) {
     const Row row = row_of(call, i, scratch);
@@ -193,14 +185,31 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   });
 }
 
+// A functor, beside the teacher of the call.
+template <class Divergence>
+int kd_rows_beside(const Divergence& divergence, const KDRows& call) {
+  if (!call.sparse.ids) return kd_rows(divergence, call);
+  return kd_rows(Sparse{category_slopes<Divergence>, &divergence}, call);
+}
+
+inline int mixed_kd_rows(const Mix& mix, const KDRows& call) {
+  if (!mix.known) return kUnknownDivergence;
+  if (call.sparse.ids || !mix.kl_alone()) return kd_rows_beside(mix, call);
+  // A direction without weight is left out: it may be infinite.
+  if (mix.kl.reverse_weight() == 0) return kd_rows(mix.kl.forward_kl, call);
+  if (mix.kl.forward_weight() == 0) return kd_rows(mix.kl.reverse_kl, call);
+  return kd_rows(mix.kl, call);
+}
+
 inline int kd_rows(const KDRows& call) {
   if (!call.soft_scale) return kd_rows(NoSoft{}, call);
+  if (Mix::names(call.divergence))
+    return mixed_kd_rows(Mix(call.divergence, call.parameters, call.parameter_count), call);
   return with_divergence(call.divergence, (int)kUnknownDivergence, [&](auto kind) {
     using Divergence = typename decltype(kind)::type;
-    if (!call.sparse.ids) return kd_rows(Divergence(call.parameters), call);
+    if constexpr (!std::is_same<Divergence, MSE>::value) return kd_rows_beside(Divergence(call.parameters), call);
     // A sparse teacher has probabilities, and no logits to compare.
-    if constexpr (std::is_same<Divergence, MSE>::value) return (int)kUnknownDivergence;
-    else return kd_rows(Sparse{category_slopes<Divergence>, call.parameters, call.sparse.count}, call);
+    else return call.sparse.ids ? (int)kUnknownDivergence : kd_rows(MSE(call.parameters), call);
   });
 }
 

@@ -31,15 +31,15 @@ struct NearBlock {
 // Arguments come by value, so that the compiler knows that no store changes them. Not inlined: the sweep over other
 // blocks has no registers to spare.
 template <bool reverse, int hard>
-__attribute__((noinline)) int64_t near_statistics(const NearBlock at, const Reader student, const Reader teacher,
-                                                  int64_t next, const Nearness nearness, const RowSpec& spec,
-                                                  Sums& sums) {
+__attribute__((noinline)) int64_t near_statistics(const NearBlock at, const Prefetch next_student,
+                                                  const Prefetch next_teacher, const Nearness nearness,
+                                                  const RowSpec& spec, Sums& sums) {
   const float cs = spec.student_scale, ct = spec.teacher_scale;
   const float student_max = sums.student_max, teacher_max = sums.teacher_max;
   int64_t count = 0;
   vec sum_s{}, sum_t{}, sum_h{}, sum_gap{}, sum_forward{}, sum_reverse{};
   for (int64_t i = 0; i < at.n; i += lanes) {
-    student.prefetch(next + i), teacher.prefetch(next + i);
+    next_student(i), next_teacher(i);
     const vec s = load(at.s + i), t = load(at.t + i);
     const vec zs = s - student_max, yt = (t - teacher_max) * ct, et = exp2_nonpositive(yt);
     const vec apart = nearness.difference(s, t);

@@ -62,8 +62,7 @@ inline Normaliser normalise(const Reader& row, int64_t width, float scale) {
       while (z[i] != top) i++;
       result.argmax = start + i;
     }
-    const int64_t next = start + block;
-    const Masses these = masses<full>(z, n, {scale, result.max}, [&](int64_t i) { row.prefetch(next + i); });
+    const Masses these = masses<full>(z, n, {scale, result.max}, row.prefetch(start + block));
     result.sum += these.sum, result.weighted += these.weighted;
   }
   return result;

@@ -55,20 +55,30 @@ struct Scratch {
 struct ScratchSizes {
   int64_t columns;
   bool student, teacher, hard;  // stashes to keep whole
+  bool every_block;             // passes through the buffers and tails; else the last, partial one alone
+  bool read_once;               // no sweep reads logits again: exponentials may replace those in the buffers
   int64_t tokens;               // of a row of a sparse teacher, else 0
 };
 
 inline Scratch lay_out(Arrays& arrays, const ScratchSizes& sizes) {
   const int64_t whole_blocks = sizes.columns / block, blocks = whole_blocks + 1, vectors = sizes.columns / lanes + 1;
+  const int64_t part = (sizes.columns % block + lanes - 1) / lanes * lanes, room = sizes.every_block ? block : part;
   const auto floats = [&](int64_t count) { return arrays.take<float>(count); };
-  const auto stash = [&](bool keep) { return Stash{floats(keep ? whole_blocks * block : 0), floats(block)}; };
+  const auto whole = [&](bool keep) { return floats(keep ? whole_blocks * block : 0); };
   const auto category = [&] { return floats(Categories::padded(sizes.tokens)); };
   Scratch scratch;
-  scratch.student = stash(sizes.student), scratch.teacher = stash(sizes.teacher), scratch.hard = stash(sizes.hard);
+  scratch.student.row = whole(sizes.student), scratch.teacher.row = whole(sizes.teacher);
   scratch.student_max = floats(blocks), scratch.teacher_max = floats(blocks);
-  scratch.student_block = floats(block), scratch.teacher_block = floats(block), scratch.out_block = floats(block);
+  scratch.near_block = arrays.take<uint8_t>(blocks);
+  scratch.student_block = floats(room), scratch.teacher_block = floats(room);
+  scratch.student.tail = sizes.read_once ? scratch.student_block : floats(room);
+  scratch.teacher.tail = sizes.read_once ? scratch.teacher_block : floats(room);
+  // Of the last block the gradient may even replace the exponentials.
+  scratch.out_block = sizes.read_once && !sizes.every_block ? scratch.student_block : floats(room);
+  // What few calls touch comes last: a page that nobody touches is not there.
+  scratch.near = arrays.take<uint8_t>(vectors);
+  scratch.hard.row = whole(sizes.hard), scratch.hard.tail = floats(room);
   scratch.categories = {category(), category(), category(), category(), category(), category(), category()};
-  scratch.near_block = arrays.take<uint8_t>(blocks), scratch.near = arrays.take<uint8_t>(vectors);
   return scratch;
 }
 

@@ -44,6 +44,16 @@ inline void row_scales(const RowScales& call) {
   }
 }
 
+// The same of each row, into `total[row]`.
+inline void weighted_rows(const WeightedTotal& call) {
+  const bool soft = call.soft_scale && call.soft_weight != 0, hard = call.hard_scale && call.hard_weight != 0;
+  for (int64_t row = 0; row < call.rows; row++) {
+    const float soft_part = soft ? (float)call.soft_weight * call.soft_scale[row] * call.soft[row] : 0;
+    const float hard_part = hard ? (float)call.hard_weight * call.hard_scale[row] * call.hard[row] : 0;
+    call.total[row] = soft_part + hard_part;
+  }
+}
+
 inline void weighted_total(const WeightedTotal& call) {
   double total = 0;
   for (int64_t row = 0; row < call.rows; row++) {

@@ -14,13 +14,13 @@ namespace FASTKD_ISA {
 
 // Returns the value of a row. Fills `at.slope` with the derivative by each category's logit, without the factor 1/T.
 template <class Divergence>
-double category_slopes(const double* parameters, const Categories& at, int64_t count) {
+double category_slopes(const void* functor, const Categories& at, int64_t count) {
   int64_t top = 0;
   for (int64_t k = 0; k <= count; k++)
     if (at.q[k] > at.q[top]) top = k;
   const Cell likeliest{splat(at.p[top]), splat(at.q[top]), splat(at.log_p[top]), splat(at.log_q[top]),
                        splat(at.d[top])};
-  const Centred<Divergence> divergence(Divergence(parameters), likeliest);
+  const Centred<Divergence> divergence(*static_cast<const Divergence*>(functor), likeliest);
   vec terms{};
   for (int64_t k = 0; k <= count; k += lanes) {
     const Cell cell{load(at.p + k), load(at.q + k), load(at.log_p + k), load(at.log_q + k), load(at.d + k)};
@@ -38,13 +38,12 @@ double category_slopes(const double* parameters, const Categories& at, int64_t c
   return sum(terms);
 }
 
-using CategorySlopes = double (*)(const double* parameters, const Categories& at, int64_t count);
+using CategorySlopes = double (*)(const void* functor, const Categories& at, int64_t count);
 
 // Stands in for a functor in loss.h.
 struct Sparse {
   CategorySlopes slopes;
-  const double* parameters;
-  int64_t count;
+  const void* functor;
 };
 
 // The sums of a whole row: those of the rest and of the K tokens, relative to the larger maximum. Fills all of `at` but
@@ -125,7 +124,7 @@ inline void one_row(const Sparse& sparse, const Row& row, const RowSpec& spec, c
   const Sums& rest = state.sums;
   const Categories& at = scratch.categories;
   const Sums sums = with_categories<hard>(teacher, spec, rest, at);
-  const double value = sparse.slopes(sparse.parameters, at, teacher.count) + teacher.offset;
+  const double value = sparse.slopes(sparse.functor, at, teacher.count) + teacher.offset;
   soft_out = (float)value;
 
   hard_out = 0;

@@ -16,8 +16,10 @@
 // A row may also come in tiles of columns, with its logits computed again for each sweep. Then `State` keeps what is
 // known of the row between tiles, and sweeps 2 and 3 begin by stashing the tile's exponentials again.
 #pragma once
-#include "divergences.h"
+#include "mix.h"
 #include "near.h"
+
+#include <type_traits>
 
 namespace FASTKD_ISA {
 
@@ -27,7 +29,7 @@ template <bool with_teacher, bool forward, bool reverse, int hard>
 inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scratch, bool keep_stash, Sums sums) {
   constexpr bool functor = with_teacher && !forward && !reverse;
   int64_t top_start = -1;  // of the block that holds the largest logit
-  const float cs = spec.student_scale, ct = spec.teacher_scale;
+  const float cs = spec.student_scale, ct_by_cs = spec.teacher_scale / cs;
   bool mostly_near = false;  // the previous block
   for (const auto [start, n] : for_blocks(spec.columns)) {
     const int64_t b = start / block;
@@ -48,6 +50,9 @@ inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scrat
       if (with_teacher) scratch.teacher_max[b] = teacher_max;
     }
 
+    // The next block is fetched meanwhile: its maximum would wait for memory.
+    const Prefetch next_s = row.student.prefetch(start + block);
+    const Prefetch next_t = with_teacher ? row.teacher.prefetch(start + block) : next_s;
     float *es_out = scratch.student.tail, *et_out = scratch.teacher.tail, *eh_out = scratch.hard.tail;
     if (keep_stash) {
       es_out = scratch.student.at(start, n), et_out = scratch.teacher.at(start, n);
@@ -61,45 +66,62 @@ inline Sums statistics(const Row& row, const RowSpec& spec, const Scratch& scrat
         mostly_near = false;
         if (look) {
           const NearBlock at{s, t, es_out, et_out, eh_out, keep_stash ? scratch.near + start / lanes : nullptr, n};
-          const int64_t next = start + block;
-          const int64_t near = near_statistics<reverse, hard>(at, row.student, row.teacher, next, nearness, spec, sums);
+          const int64_t near = near_statistics<reverse, hard>(at, next_s, next_t, nearness, spec, sums);
           mostly_near = 2 * lanes * near > n;
           if (keep_stash) scratch.near_block[b] = true;
           continue;
         }
       }
     }
+    const Peak student_peak(student_max, cs), hard_peak(student_max, kLog2e);
+    const Peak teacher_peak(teacher_max, spec.teacher_scale);
     vec sum_s{}, sum_t{}, sum_h{}, sum_forward{}, sum_reverse{};
-    for (int64_t i = 0; i < n; i += lanes) {
-      row.student.prefetch(start + block + i);  // block_max of the next block would wait for memory
-      if (with_teacher) row.teacher.prefetch(start + block + i);
-      const vec zs = load(s + i) - student_max;
-      const vec ys = zs * cs;
-      const vec es = exp2_nonpositive(ys);
-      store(es_out + i, es);
-      sum_s += es;
-      if constexpr (hard == kOwnExponential) {
-        const vec eh = exp2_nonpositive(zs * kLog2e);
-        store(eh_out + i, eh);
-        sum_h += eh;
-      } else if constexpr (hard > kPower1) {
-        sum_h += power<hard>(es);
+    const auto add = [&](int64_t first, auto vectors) {  // of the columns from `first` on
+      constexpr int m = vectors;
+      Exponentials<with_teacher ? 2 * m : m> soft;
+      Exponentials<m> own;
+      for (int k = 0; k < m; k++) {
+        const int64_t i = first + k * lanes;
+        soft.set(k, student_peak, load(s + i));
+        if constexpr (with_teacher) soft.set(m + k, teacher_peak, load(t + i));
+        if constexpr (hard == kOwnExponential) own.set(k, hard_peak, load(s + i));
       }
-      if constexpr (with_teacher) {
-        const vec yt = (load(t + i) - teacher_max) * ct;
-        const vec et = exp2_nonpositive(yt);
-        store(et_out + i, et);
-        sum_t += et;
-        // A probability of 0 contributes 0 even beside an infinity (or a NaN from inf - inf).
-        if constexpr (forward) sum_forward += keep(et != 0.f, et * (yt - ys));
-        if constexpr (reverse) sum_reverse += keep(es != 0.f, es * (ys - yt));
+      soft.compute();
+      if constexpr (hard == kOwnExponential) own.compute();
+      for (int k = 0; k < m; k++) {
+        const int64_t i = first + k * lanes;
+        const vec es = soft.power[k];
+        store(es_out + i, es);
+        sum_s += es;
+        if constexpr (hard == kOwnExponential) {
+          store(eh_out + i, own.power[k]);
+          sum_h += own.power[k];
+        } else if constexpr (hard > kPower1) {
+          sum_h += power<hard>(es);
+        }
+        if constexpr (with_teacher) {
+          const vec et = soft.power[m + k];
+          store(et_out + i, et);
+          sum_t += et;
+          const vec apart = soft.below[k] - soft.below[m + k] * ct_by_cs;  // (y_t - y_s) / cs
+          // A probability of 0 contributes 0 even beside an infinity (or a NaN from inf - inf).
+          if constexpr (forward) sum_forward += et * keep(soft.counted[m + k], apart);
+          if constexpr (reverse) sum_reverse -= es * keep(soft.counted[k], apart);
+        }
       }
+    };
+    constexpr int step = with_teacher ? 2 : 4;  // vectors; four exponentials at once fill the registers
+    int64_t i = 0;
+    for (; i + step * lanes <= n; i += step * lanes) {
+      for (int k = 0; k < step; k += 2) next_s(i + k * lanes), next_t(i + k * lanes);
+      add(i, std::integral_constant<int, step>{});
     }
+    for (; i < n; i += lanes) add(i, std::integral_constant<int, 1>{});
     sums.student += sum(sum_s);
     if constexpr (hard > kPower1) sums.hard += sum(sum_h);
     if constexpr (with_teacher) sums.teacher += sum(sum_t);
-    if constexpr (forward) sums.forward += sum(sum_forward), sums.gap += (double)sum(sum_s) - sum(sum_t);
-    if constexpr (reverse) sums.reverse += sum(sum_reverse);
+    if constexpr (forward) sums.forward += cs * (double)sum(sum_forward), sums.gap += (double)sum(sum_s) - sum(sum_t);
+    if constexpr (reverse) sums.reverse += cs * (double)sum(sum_reverse);
   }
   if (hard == kPower1) sums.hard = sums.student;
   if (functor && top_start >= 0) {
@@ -115,7 +137,7 @@ struct Cells {
   const RowSpec& spec;
   const Sums& sums;
   const Scratch& scratch;
-  LogRatio log_ratio;
+  LogRatio log_ratio;  // has the maxima and scales too
   float log_zs, log_zt;  // to base 2
 
   Cells(const RowSpec& spec, const Sums& sums, const Scratch& scratch)
@@ -132,8 +154,8 @@ struct Cells {
   }
 
   Cell operator()(vec zs, vec zt, vec p, vec q) const {
-    const vec log_q = (zs - sums.student_max) * spec.student_scale - log_zs;
-    const vec log_p = (zt - sums.teacher_max) * spec.teacher_scale - log_zt;
+    const vec log_q = (zs - log_ratio.student_max) * log_ratio.cs - log_zs;
+    const vec log_p = (zt - log_ratio.teacher_max) * log_ratio.ct - log_zt;
     return {p, q, log_p * kLn2, log_q * kLn2, log_ratio(zs, zt) * kLn2};
   }
 };
@@ -148,6 +170,57 @@ inline Cell top_cell(const Cells& cells) {
   return cells(s, t, et * (float)(1 / sums.teacher), es * (float)(1 / sums.student));
 }
 
+// A block of sweep 2: logits, exponentials, and the factors from these to probabilities.
+struct CellBlock {
+  const float *s, *t, *es, *et;
+  float to_q, to_p;
+  int64_t n;
+};
+
+// Adds a functor's terms in a block to `value` and its g to `total_g`. Calls put(column, g). The functor and the cells
+// come by value, so that the compiler knows that no store changes them. `flatten`: left alone, it would call a mix's
+// functors for every vector.
+template <class Functor, class Put>
+__attribute__((noinline, flatten)) void block_sums(const Functor functor, const Cells cells, const CellBlock at,
+                                                   double& value, double& total_g, const Put put) {
+  vec sum_term{}, sum_g{};
+  for (int64_t i = 0; i < at.n; i += lanes) {
+    const vec zs = load(at.s + i), zt = load(at.t + i);
+    const Cell cell = cells(zs, zt, load(at.et + i) * at.to_p, load(at.es + i) * at.to_q);
+    const Pair pair = functor(cell);
+    // Columns that are -inf on both sides, such as padding, count for nothing, whatever the functor returns.
+    const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
+    const vec g = keep(counted, pair.g);
+    sum_term += keep(counted, pair.term);
+    sum_g += g;
+    put(i, g);
+  }
+  value += sum(sum_term);
+  total_g += sum(sum_g);
+}
+
+// Sweep 2 of one block. `out` may be at.et.
+template <class Divergence>
+inline void block_terms(const Centred<Divergence>& divergence, const Cells& cells, const CellBlock& at, float* out,
+                        double& value, double& total_g) {
+  block_sums(divergence, cells, at, value, total_g, [&](int64_t i, vec g) { store(out + i, g); });
+}
+
+// The parts of a mix one after the other, while the block is in the first-level cache: each in a loop of its own, whose
+// constants have registers.
+inline void block_terms(const Centred<Mix>& mix, const Cells& cells, const CellBlock& at, float* out, double& value,
+                        double& total_g) {
+  float* const total = cells.scratch.out_block;
+  int left = mix.mix.count;
+  bool first = true;
+  mix.each([&](const auto& part) {
+    float* const to = --left ? total : out;
+    if (first) block_sums(part, cells, at, value, total_g, [=](int64_t i, vec g) { store(to + i, g); });
+    else block_sums(part, cells, at, value, total_g, [=](int64_t i, vec g) { store(to + i, load(total + i) + g); });
+    first = false;
+  });
+}
+
 // Sweep 2: adds a functor's terms to `value` and its g to `total_g`. Stashes g in place of the teacher's exponentials.
 template <class Divergence>
 inline void divergence_sums(const Divergence& divergence, const Row& row, const RowSpec& spec,
@@ -158,23 +231,9 @@ inline void divergence_sums(const Divergence& divergence, const Row& row, const 
     const int64_t b = start / block;
     const float* s = row.student.fetch(start, n);
     const float* t = row.teacher.fetch(start, n);
-    const float to_q = cells.to_q(b), to_p = cells.to_p(b);
-    const float* es = scratch.student.at(start, n);
     float* et = scratch.teacher.at(start, n);
-    vec sum_term{}, sum_g{};
-    for (int64_t i = 0; i < n; i += lanes) {
-      const vec zs = load(s + i), zt = load(t + i);
-      const Cell cell = cells(zs, zt, load(et + i) * to_p, load(es + i) * to_q);
-      const Pair pair = centred(cell);
-      // Columns that are -inf on both sides, such as padding, count for nothing, whatever the functor returns.
-      const ivec counted = (zs > -kInf) | (zt > -kInf) | (zs != zs) | (zt != zt);
-      const vec g = keep(counted, pair.g);
-      sum_term += keep(counted, pair.term);
-      sum_g += g;
-      store(et + i, g);
-    }
-    value += sum(sum_term);
-    total_g += sum(sum_g);
+    const CellBlock at{s, t, scratch.student.at(start, n), et, cells.to_q(b), cells.to_p(b), n};
+    block_terms(centred, cells, at, et, value, total_g);
   }
 }
 

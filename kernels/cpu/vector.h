@@ -70,14 +70,13 @@ inline float largest(vec v) {
   return x[0];
 }
 
-// 2^f - 1 = f * expm1_poly(f) on [-1/2, 1/2], relative error 1e-7.
+// 2^f - 1 = f * expm1_poly(f) on [-1/2, 1/2], relative error 1e-7. Coefficients from the highest power to the lowest.
+constexpr float kExpm1[] = {1.534581243e-04f, 1.339993090e-03f, 9.618489072e-03f,
+                            5.550328642e-02f, 2.402264625e-01f, 6.931471825e-01f};
 inline vec expm1_poly(vec f) {
-  vec p = splat(1.534581243e-04f);
-  p = p * f + 1.339993090e-03f;
-  p = p * f + 9.618489072e-03f;
-  p = p * f + 5.550328642e-02f;
-  p = p * f + 2.402264625e-01f;
-  return p * f + 6.931471825e-01f;
+  vec p = splat(kExpm1[0]);
+  for (int i = 1; i < 6; i++) p = p * f + kExpm1[i];
+  return p;
 }
 
 // y = n + f with n an integer and |f| <= 1/2, for |y| < 2^21. `scale` is 2^n for -126 <= n <= 127. Adding 1.5 * 2^23
@@ -85,10 +84,10 @@ inline vec expm1_poly(vec f) {
 struct Split {
   vec f, scale;
 };
+constexpr float kSplit = 12582912.f + 127;
 inline Split split(vec y) {
-  const vec magic = splat(12582912.f + 127);
-  const vec shifted = y + magic;
-  return {y - (shifted - magic), from_bits(bits(shifted) << 23)};
+  const vec shifted = y + kSplit;
+  return {y - (shifted - kSplit), from_bits(bits(shifted) << 23)};
 }
 
 // 2^y for y <= 0 (a rounding error above 0 is harmless). A result below 2^-125 is exactly 0, so that `p != 0` is a safe
@@ -98,6 +97,41 @@ inline vec exp2_nonpositive(vec y) {
   const vec power = (s.f * expm1_poly(s.f) + 1.f) * s.scale;
   return y < -125.f ? vec{} : power;
 }
+
+// What the logits z of a row are exponentiated by: y = (z - max) * scale, with scale = log2(e)/T. 2^y is 0 further than
+// `farthest` below `max`, as in exp2_nonpositive.
+struct Peak {
+  vec max, scale, farthest;
+  // `farthest` is finite, so that a logit of -inf is beyond it at any temperature.
+  Peak(float max, float scale)
+      : max(splat(max)), scale(splat(scale)), farthest(splat(scale > 1e-36f ? 125.f / scale : 1e38f)) {}
+};
+
+// 2^y of `count` vectors of logits, as exp2_nonpositive, but the product with the scale is not rounded. The steps of
+// the vectors alternate: each waits for the one before, and a processor does not see far enough ahead to find another
+// vector's.
+template <int count>
+struct Exponentials {
+  vec below[count], scale[count];  // max - z
+  ivec counted[count];             // where 2^y is not 0
+  vec power[count];
+
+  void set(int k, const Peak& peak, vec z) {
+    below[k] = peak.max - z, scale[k] = peak.scale;
+    counted[k] = ~(below[k] > peak.farthest);
+  }
+
+  void compute() {
+    vec shifted[count], f[count];
+    for (int k = 0; k < count; k++) shifted[k] = kSplit - below[k] * scale[k];
+    for (int k = 0; k < count; k++) f[k] = (kSplit - shifted[k]) - below[k] * scale[k];
+    for (int k = 0; k < count; k++) power[k] = splat(kExpm1[0]);
+    for (int i = 1; i < 6; i++)
+      for (int k = 0; k < count; k++) power[k] = power[k] * f[k] + kExpm1[i];
+    for (int k = 0; k < count; k++) power[k] = power[k] * f[k] + 1.f;
+    for (int k = 0; k < count; k++) power[k] = keep(counted[k], power[k] * from_bits(bits(shifted[k]) << 23));
+  }
+};
 
 // 2^y for any y. A result below 2^-125 is 0, a result of 2^127 or more is +inf.
 inline vec exp2(vec y) {

@@ -3,7 +3,7 @@
 A pair is `term(p, q, gap, log_p, log_q, d, a, b)`, whose sum over the vocabulary is the divergence, and `slope` of the
 same arguments, the derivative of the term with respect to log q. p is the teacher's probability, q the student's,
 gap = q − p, d = log q − log p (±inf where one probability is 0; where both are, NaN or 0, and log p = log q = 0), a and
-b the divergence's parameters; everything fp32. Where `about_top`, gap and b mean something else: see `Divergence`.
+b the divergence's parameters; everything fp32. Where `about_top`, b means something else: see `Divergence`.
 
 The student-logit gradient is `(slope − q·Σ slope) / temperature`. A multiple of q added to every slope does not change
 it. That freedom is used to make slopes vanish where p = q, so that nothing cancels between nearly equal rows.
@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from fastkd.kernels.gpu.elementary import LN2, exp, expm1, log2, reciprocal, weighted
+from fastkd.kernels.gpu.elementary import LN2, exp, expm1, log2, log_near_one, reciprocal, weighted
 
 # --- what several divergences are made of -----------------------------------------------------------------------
 
@@ -101,6 +101,11 @@ def log_over_teacher(m, lam, mu):
 
 
 @triton.jit
+def forward_kl_term(p, q, gap, log_p, log_q, d, a, b):
+    return -weighted(p, d)
+
+
+@triton.jit
 def forward_kl_close(forward, reverse, a, b):
     return forward, 0.0
 
@@ -111,6 +116,11 @@ def forward_kl_slope(p, q, gap, log_p, log_q, d, a, b):
 
 
 @triton.jit
+def reverse_kl_term(p, q, gap, log_p, log_q, d, a, b):
+    return weighted(q, d)
+
+
+@triton.jit
 def reverse_kl_close(forward, reverse, a, b):
     return reverse, reverse
 
@@ -118,6 +128,11 @@ def reverse_kl_close(forward, reverse, a, b):
 @triton.jit
 def reverse_kl_slope(p, q, gap, log_p, log_q, d, a, b):
     return weighted(q, d)
+
+
+@triton.jit
+def symmetric_kl_term(p, q, gap, log_p, log_q, d, weight, b):
+    return (1 - weight) * weighted(q, d) - weight * weighted(p, d)
 
 
 @triton.jit
@@ -158,6 +173,8 @@ def skew_kl_slope(p, q, gap, log_p, log_q, d, lam, ratio):
     sure of, w is near 0 at the student's top. Only the constant w_top keeps the digits of both.
     """
     scale = (1 - lam) * (1 - lam) / (lam + (1 - lam) * ratio)
+    # q − ratio·p cancels, too, where p and q are equal and their rows' sums are not.
+    gap = probability_gap(ratio * p, q, d - log_near_one(ratio, ratio - 1))
     return scale * gap * (q * reciprocal(tl.maximum(lam * p + (1 - lam) * q, 1e-37)))
 
 
@@ -291,8 +308,9 @@ class Divergence:
 
     `sweeps` is "closed" (`term` is a `close`; `forward` and `reverse` say which sums it uses), "normalised" (both
     softmaxes must be known before the term) or "raw" (d is the difference of logits; there is no softmax). Where
-    `about_top`, b is not a parameter but the ratio q / p of the student's likeliest token, and gap = q − b·p. `vectors`
-    is an argument of `launch.block_for`: what a thread computes at once must fit into its registers.
+    `about_top`, b is not a parameter but the ratio q / p of the student's likeliest token. `vectors` is an argument of
+    `launch.block_for`: what a thread computes at once must fit into its registers. `beside` is the term of a closed
+    divergence in a mix with others.
     """
 
     term: Any
@@ -302,12 +320,20 @@ class Divergence:
     reverse: bool = False
     about_top: bool = False
     vectors: int = 2
+    beside: Any = None
+
+    @property
+    def in_mix(self) -> Any:
+        """The term, where this is a part of a mix whose sweeps are "normalised"."""
+        return self.beside or self.term
 
 
 DIVERGENCES = {
-    "forward_kl": Divergence(forward_kl_close, forward_kl_slope, "closed", forward=True),
-    "reverse_kl": Divergence(reverse_kl_close, reverse_kl_slope, "closed", reverse=True),
-    "symmetric_kl": Divergence(symmetric_kl_close, symmetric_kl_slope, "closed", forward=True, reverse=True),
+    "forward_kl": Divergence(forward_kl_close, forward_kl_slope, "closed", forward=True, beside=forward_kl_term),
+    "reverse_kl": Divergence(reverse_kl_close, reverse_kl_slope, "closed", reverse=True, beside=reverse_kl_term),
+    "symmetric_kl": Divergence(
+        symmetric_kl_close, symmetric_kl_slope, "closed", forward=True, reverse=True, beside=symmetric_kl_term
+    ),
     "jsd": Divergence(jsd_term, jsd_slope),
     "skew_kl": Divergence(skew_kl_term, skew_kl_slope, about_top=True, vectors=1),
     "skew_reverse_kl": Divergence(skew_reverse_kl_term, skew_reverse_kl_slope),

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastkd.kernels.gpu.divergences import Divergence
 from fastkd.kernels.gpu.elementary import LOG2E
+from fastkd.kernels.gpu.mixes import parameters_of
 from fastkd.rows import RowSpec, row_layout
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -119,12 +120,12 @@ class Numbers(NamedTuple):
     teacher_scale: float
     soft_weight: float  # divided by what the gradient is divided by
     hard_weight: float
-    a: float
+    a: Any  # a parameter, or those of a mix: see `mixes`
     b: float  # a parameter as a is, or the ratio of a row: see `points.with_ratio`
 
 
 def numbers_for(spec: RowSpec, divergence: Divergence) -> Numbers:
-    a, b = (*spec.parameters, 0.0, 0.0)[:2]
+    a, b = parameters_of(spec)
     return Numbers(
         student_inverse=1 / spec.temperature,
         teacher_inverse=1 / spec.teacher_temperature,

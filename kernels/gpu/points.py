@@ -98,12 +98,9 @@ def raw_gap(s, t):
 
 
 @triton.jit
-def gap_of(p, q, d, numbers, FINE: tl.constexpr, MODE: tl.constexpr):
-    """q − p or, for a divergence that is `about_top`, q − b·p, which is 0 at the student's likeliest token."""
-    if MODE.about_top:
-        p *= numbers.b
-        d -= log_near_one(numbers.b, numbers.b - 1)
-    if FINE or MODE.about_top:  # q − b·p cancels, too, where p and q are equal and their rows' sums are not
+def gap_of(p, q, d, FINE: tl.constexpr):
+    """q − p."""
+    if FINE:
         return probability_gap(p, q, d)
     else:
         return q - p
@@ -134,7 +131,7 @@ def point(s, t, normalisers, numbers, MODE: tl.constexpr):
         nowhere = tl.maximum(s, t) == float("-inf")
         log_q = tl.where(nowhere, 0.0, z * numbers.student_inverse - normalisers.student_log_sum)
         log_p = tl.where(nowhere, 0.0, y * numbers.teacher_inverse - normalisers.teacher_log_sum)
-        return p, q, gap_of(p, q, d, numbers, MODE.fine, MODE), log_p, log_q, d
+        return p, q, gap_of(p, q, d, MODE.fine), log_p, log_q, d
 
 
 @triton.jit

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastkd.kernels.gpu.divergences import DIVERGENCES
 from fastkd.kernels.gpu.frame import Launch
 from fastkd.kernels.gpu.launch import (
     Rows,
@@ -14,6 +13,7 @@ from fastkd.kernels.gpu.launch import (
     numbers_for,
     rows_of,
 )
+from fastkd.kernels.gpu.mixes import divergence_of
 from fastkd.kernels.gpu.mode import mode_for
 from fastkd.kernels.gpu.sparse import Kept, run_sparse
 from fastkd.kernels.gpu.state import VocabularyTile
@@ -39,7 +39,7 @@ def kd_rows(
     soft, hard = (torch.empty(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count == 0:
         return soft, hard
-    divergence = DIVERGENCES[spec.divergence]
+    divergence = divergence_of(spec.divergence)
     width = spec.vocab_size if tile is None else student.shape[-1]
     logits = [tensor for tensor in (student, teacher) if isinstance(tensor, Tensor)]
     with device_of(student):

@@ -123,8 +123,8 @@ def sparse_kernel(launch, TERM: tl.constexpr, SLOPE: tl.constexpr, MODE: tl.cons
     if MODE.about_top:
         top_d = tl.max(tl.where(present & (q == likeliest), d, float("-inf")), 0)
         numbers = with_ratio(numbers, tl.where(q_rest > likeliest, d_rest, top_d))
-    gap = gap_of(p, q, d, numbers, True, MODE)
-    gap_rest = gap_of(p_rest, q_rest, d_rest, numbers, True, MODE)
+    gap = gap_of(p, q, d, True)
+    gap_rest = gap_of(p_rest, q_rest, d_rest, True)
     a = numbers.a
     b = numbers.b
     if MODE.closed:

@@ -262,6 +262,7 @@ BAD_OPTIONS = [
     ({"optimizer": "nonsense"}, "the training options are refused"),
     ({"scheduler": "nonsense"}, "scheduler is 'nonsense'; those that need"),
     ({"divergence": "nonsense"}, "nonsense"),
+    ({"divergence": "forward_kl:0.5+nonsense:0.5"}, "unknown divergence 'nonsense' in 'forward_kl:0.5"),
     ({"data": "absent.txt"}, "cannot read absent.txt"),
     ({"data": "text.pdf"}, "cannot tell the format"),
     ({"student": "absent/at/all"}, "cannot load the student"),

@@ -21,7 +21,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 from fastkd import SparseTargets
-from fastkd.divergences import TABLE
+from fastkd.divergences import TABLE, resolve
 from fastkd.kernels import gpu
 from fastkd.kernels.gpu.launch import SHARING, Block
 from fastkd.kernels.gpu.walks import CLUSTER_TRITON
@@ -45,6 +45,7 @@ __all__ = [
     "CASES",
     "CLUSTER_CASES",
     "CLUSTER_TARGETS",
+    "MIXES",
     "OTHER_VOCABULARIES",
     "TICKET_CASES",
     "VOCABULARIES",
@@ -113,7 +114,8 @@ class Case:
 
 
 def _spec(divergence: str, vocab: int) -> RowSpec:
-    return RowSpec(divergence, TABLE[divergence]().parameters, 2.0, 2.0, 2.0, 0.5, vocab)
+    row = resolve(divergence)
+    return RowSpec(row.name, row.parameters, 2.0, 2.0, 2.0, 0.5, vocab)
 
 
 def kd(
@@ -130,7 +132,7 @@ def kd(
         gpu.kd_rows(student, teacher, _labels(), scale, scale, _spec(divergence, vocab), out)
 
     name = ", ".join([divergence, *(["value alone"] if grad is None else []), *([walk] if walk != "sweeps" else [])])
-    times = 1 + TABLE[divergence].normalised + (grad is not None)
+    times = 1 + resolve(divergence).normalised + (grad is not None)
     return Case(name, launch, 2 * times, int(grad is not None), logits, grad or logits, walk=walk)
 
 
@@ -191,8 +193,10 @@ def _scale(vocab: int) -> None:
     gpu.scale_(_logits(vocab), torch.ones(()))
 
 
+#: A mix with a part of the Kullback-Leibler family, and one of many parts with `about_top`.
+MIXES = ("forward_kl:0.5+tvd:0.5", "jsd:0.3+reverse_kl:0.5+skew_kl:1.5")
 CASES = (
-    *(kd(divergence) for divergence in TABLE),
+    *(kd(divergence) for divergence in (*TABLE, *MIXES)),
     kd("forward_kl", grad=None),
     kd("forward_kl", torch.float16, torch.float16),
     kd("forward_kl", torch.float32, torch.float32),
@@ -210,11 +214,11 @@ CASES = (
     Case("scale_", _scale, 1, 1),
 )
 TICKET_CASES = (
-    *(kd(divergence, walk="tickets") for divergence in TABLE),
+    *(kd(divergence, walk="tickets") for divergence in (*TABLE, *MIXES)),
     kd("forward_kl", torch.float32, torch.float32, walk="tickets"),
 )
 CLUSTER_CASES = (
-    *(kd(divergence, walk="cluster") for divergence in TABLE),
+    *(kd(divergence, walk="cluster") for divergence in (*TABLE, *MIXES)),
     kd("forward_kl", torch.float32, torch.float32, walk="cluster"),
 )
 #: What other vocabularies are compiled for.

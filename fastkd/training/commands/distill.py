@@ -68,6 +68,7 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
     written, where the options cannot be met; after Ctrl-C KeyboardInterrupt, whose text says what resumes the run. A
     report that cannot be made is no failure of the run, which has its student: a warning names what is missing.
     """
+    options = training.precision.decided(options)
     started, judge = time.perf_counter(), training.judge
     with training.run.claimed(options, config=config) as run:
         materials = training.setup.gather(options)

@@ -93,7 +93,9 @@ class SweepOptions(ModeOptions):
     alpha: list[float] = option([0.0, 0.5, 1.0], "weights to try; alpha_on says of which loss, the other has the rest")
     alpha_on: Literal["soft", "hard"] = option("soft", "the loss that alpha multiplies")
     temperature: list[float] = option([1.0, 2.0, 4.0], "temperatures of the soft loss to try")
-    divergence: str = option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
+    divergence: str = option(
+        "forward_kl", "forward_kl, reverse_kl, jsd, ...: a name of fastkd's table, or a sum: forward_kl:0.5+tvd:0.5"
+    )
     teacher_mode: list[str] = option(
         ["frozen"],
         f"teachers to try, the first with all terms, the others with the first of them: {', '.join(TAKES)}",
@@ -197,6 +199,7 @@ def sweep(options: Options, grid: SweepOptions, config: str | None = None) -> li
 
     Raises InputError and KeyboardInterrupt as `distill` does; a sweep that is resumed keeps the rows of finished cells.
     """
+    options = training.precision.decided(options)
     if options.models.teacher == TRAINED_TEACHER:
         raise InputError(
             f"a sweep needs a teacher that is there: train one with fastkd distill --teacher {TRAINED_TEACHER}, "

@@ -21,6 +21,7 @@ __all__ = [
     "did_you_mean",
     "expand_home",
     "option",
+    "switch",
 ]
 
 Schedule = Literal["constant", "linear", "cosine"]
@@ -45,6 +46,11 @@ def option(default: Any, help: str, *aliases: str) -> Any:
     if isinstance(default, list):
         return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def switch(help: str) -> Any:
+    """A field that is True, False, or None where nobody said: `--name` alone is True."""
+    return field(default=None, metadata={"help": help.replace("%", "%%"), "nargs": "?", "const": True})
 
 
 def check_finite(options: object) -> None:

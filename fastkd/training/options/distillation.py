@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from fastkd import served
-from fastkd.divergences import TABLE, resolve
+from fastkd.divergences import resolve
 from fastkd.training.options.base import InputError, Schedule, check_finite, check_temperatures, expand_home, option
 
 __all__ = ["DistillationOptions", "check_kept"]
@@ -27,7 +27,9 @@ class DistillationOptions:
     alpha_on: Literal["soft", "hard"] | None = option(
         None, "the loss that alpha multiplies; published recipes mean either"
     )
-    divergence: str = option("forward_kl", "forward_kl, reverse_kl, jsd, ...: the names of fastkd's table")
+    divergence: str = option(
+        "forward_kl", "forward_kl, reverse_kl, jsd, ...: a name of fastkd's table, or a sum: forward_kl:0.5+tvd:0.5"
+    )
     temperature_schedule: Schedule = option("constant", "how temperature goes to final_temperature")
     final_temperature: float | None = option(None, "temperature of the last step")
     weight_schedule: Schedule = option("constant", "how soft_weight goes to final_soft_weight")
@@ -83,7 +85,10 @@ class DistillationOptions:
     def _check_served(self) -> None:
         """What the cache keeps must be what the loss needs."""
         kind = served.FORMATS[str(self.cache_format)]
-        reason = served.refusal(kind, resolve(self.divergence)) if self.divergence in TABLE else None
+        try:
+            reason = served.refusal(kind, resolve(self.divergence))
+        except ValueError as error:
+            raise InputError(str(error)) from error
         if reason is not None:
             raise InputError(
                 f"divergence is {self.divergence!r}, which a {self.cache_format} cache cannot serve: {reason}; or take "

@@ -7,7 +7,7 @@ from importlib.util import find_spec
 from typing import ClassVar
 
 from fastkd.training.optimizers import OPTIMIZER_PACKAGES, OPTIMIZERS_WITH_ARGUMENTS, SCHEDULERS
-from fastkd.training.options.base import InputError, at_least, check_finite, did_you_mean, expand_home, option
+from fastkd.training.options.base import InputError, at_least, check_finite, did_you_mean, expand_home, option, switch
 
 __all__ = ["TrainingOptions"]
 
@@ -31,7 +31,9 @@ class TrainingOptions:
     adam_beta2: float = option(0.95, "AdamW's")
     max_grad_norm: float = option(1.0, "gradients are clipped to this norm; 0: they are not")
     fp16: bool = option(False, "mixed precision in float16")
-    bf16: bool = option(False, "mixed precision in bfloat16")
+    bf16: bool | None = switch(
+        "mixed precision in bfloat16 [on a CPU whose units for it make products faster: true; else false]"
+    )
     gradient_checkpointing: bool = option(False, "recompute activations in the backward pass: less memory, more time")
     logging_steps: int = option(10, "steps from one line of losses to the next")
     eval_steps: int = option(50, "steps from one validation and checkpoint to the next")
