@@ -160,7 +160,9 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
   const bool stash = spec.want_grad || (family::functor && call.stage != kStatistics);
   const bool fp32 = call.student.dtype == kFloat32 && call.teacher.dtype == kFloat32 && call.grad.dtype == kFloat32;
   // Only the last block passes through buffers if rows are read as they lie and every other block is stashed elsewhere.
-  const bool every_block = !fp32 || family::sparse || !spec.want_grad;
+  // The parts of a mix add up in one.
+  const bool mix = std::is_same<Divergence, Mix>::value;
+  const bool every_block = !fp32 || family::sparse || mix || !spec.want_grad;
   const ScratchSizes sizes{spec.columns, stash && !stash_in_grad, stash && family::stashes_teacher,
                            stash && spec.hard == kOwnExponential, every_block, family::reads_logits_once,
                            family::sparse ? call.sparse.count : 0};
