@@ -11,10 +11,10 @@ comes, and in a second pytest with `THP_MEM_ALLOC_ENABLE=1` (huge pages for torc
 variable yourself, to 0 or 1, to get that pass alone. Where there is a GPU everything runs there, timed by events, once.
 
 Results land in `results/<machine>/`: `results.json`, and what is made of it, `report.md` and, where matplotlib is
-installed, `speedups.png`; the README's table is written anew too. A run of some questions (`-k projection`, one file)
-replaces theirs and keeps the others'; a run of some cases of a question replaces all of it; a run that is stopped
-replaces nothing of the pass it was in. Name another place with `--benchmark-json=PATH` (one pass, no report) to keep
-what is there.
+installed, `speedups.png` and `rates.png`; the README's table is written anew too. A run of some questions (`-k
+projection`, one file) replaces theirs and keeps the others'; a run of some cases of a question replaces all of it; a
+run that is stopped replaces nothing of the pass it was in. Name another place with `--benchmark-json=PATH` (one pass,
+no report) to keep what is there.
 
 A contender that computes something wrong fails its test. A bar that is missed does not: the report says
 MISSED. Peers that are not installed are no contenders.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench import bench_demo, bench_logits, gate
+import fastkd
+from bench import bench_demo, bench_host, bench_logits, gate
 from bench.harness import check, machine, race, store
+from bench.harness.check import HARD, SOFT
 from bench.harness.contender import Contender
 from bench.harness.machine import ALLOCATORS
-from bench.harness.question import faster, within
+from bench.harness.question import Case, faster, selected, within
 from bench.harness.results import Result, results_of
 from bench.questions import QUESTIONS
 from bench.report import compared, files, page, readme
-from bench.rivals import recipes
+from bench.rivals import peers, recipes
+from bench.rivals.hidden import Hidden, hidden_loss, projection_contender
+from fastkd import at_once, losses
 from fastkd.divergences import TABLE, resolve
+from tools import host_time
 
 _ROOT = Path(__file__).parent.parent
 _README = (_ROOT / "README.md").read_text()
@@ -168,6 +174,75 @@ def test_every_divergence_is_raced_against_a_recipe_that_is_right(name: str) -> 
     recipes.recipe_is_right(resolve(name), 2.0)
     raced = {case.divergence for case in bench_logits.CASES}
     assert name in raced
+
+
+class _Torch:
+    """torch's `linear_cross_entropy`, whose chunks take probabilities or, as in 2.13, do not."""
+
+    def __init__(self, takes_probabilities: bool) -> None:
+        self.takes_probabilities = takes_probabilities
+        self.in_chunks = 0
+
+    def linear_cross_entropy(
+        self, hidden: torch.Tensor, weight: torch.Tensor, target: torch.Tensor, *, options: object = None
+    ) -> torch.Tensor:
+        known = target.dtype == torch.int64 or (self.takes_probabilities and target.dtype == hidden.dtype)
+        if options is not None and not known:
+            warnings.warn("linear_cross_entropy: ``options`` ignored", stacklevel=2)
+        self.in_chunks += options is not None
+        return torch.nn.functional.cross_entropy(hidden.float() @ weight.float().T, target)
+
+    def exported(self, module: str, name: str) -> object:
+        return self.linear_cross_entropy if name == "linear_cross_entropy" else lambda **options: options
+
+
+@pytest.mark.parametrize("takes_probabilities", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_torchs_chunks_are_raced_with_probabilities_where_they_take_them(
+    monkeypatch: pytest.MonkeyPatch, takes_probabilities: bool, dtype: torch.dtype
+) -> None:
+    name, stand_in = "linear_cross_entropy chunked", _Torch(takes_probabilities)
+    monkeypatch.setattr(peers, "_exported", stand_in.exported)
+    for objective, sizes in ((SOFT, (8, 12)), (HARD, (8,))):
+        offered = takes_probabilities or objective == HARD
+        assert name in peers.raced(objective)
+        assert (hidden_loss(name, objective) is not None) == offered
+        if offered:
+            batch = Hidden.random(20, 33, sizes, dtype)
+            contender = projection_contender(name, batch, batch.truth(objective), objective)
+            before = stand_in.in_chunks
+            contender.verify(contender.run())
+            assert stand_in.in_chunks == before + 1
+
+
+@pytest.mark.skipif(not fastkd.backends()["cpu"].available, reason="the native library is not there")
+@pytest.mark.parametrize("case", [case for case in bench_host.CASES if case.question == bench_host.SMALL], ids=str)
+def test_a_small_loss_is_one_native_call(monkeypatch: pytest.MonkeyPatch, case: Case) -> None:
+    """Each contender of fastkd's, as it is timed, goes the way that is asked about, and is named in the bars."""
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+    general: list[str] = []
+    computed = at_once.loss
+
+    def watched(*arguments: Any) -> Any:
+        found = computed(*arguments)
+        if found is None:
+            general.append("the general way")
+        return found
+
+    monkeypatch.setattr(losses.at_once, "loss", watched)
+    monkeypatch.setattr(
+        host_time, "microseconds", lambda contenders: {name: run() for name, (_, run) in contenders.items()}
+    )
+    names = bench_host.in_main_memory(case).keys()
+    assert not general
+    assert {bar.ours for bar in case.bars} == {name for name in names if name.startswith("fastkd")}
+
+
+def test_what_is_asked_of_cpus_is_not_asked_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cuda"))
+    assert selected(bench_host.CASES, quick=False) == [bench_host.FOR_GPUS]
+    monkeypatch.setattr(machine, "DEVICE", torch.device("cpu"))
+    assert selected(bench_host.CASES, quick=False) == list(bench_host.CASES)
 
 
 # --- judging ----------------------------------------------------------------------------------------------------

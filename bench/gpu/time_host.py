@@ -13,7 +13,7 @@ from bench.harness.contender import TEMPERATURE
 
 
 def run(visit: Visit) -> None:
-    (case,) = bench_host.CASES
+    case = bench_host.FOR_GPUS
     with torch.device(visit.device.kind):
         found = bench_host.microseconds(case)
         races.values(visit, case, {name: lambda value=value: value for name, value in found.items()})

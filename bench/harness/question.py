@@ -43,6 +43,7 @@ class Question:
     measure: Literal["bytes", "flops"] = "bytes"  # of the least work
     floor: str | None = None  # the contender that does this least work and nothing else
     both_allocators: bool = False  # or torch's default one alone
+    on_cpus: bool = False  # alone: with a GPU it is not asked
     gated: bool = False  # whether `bench.gate` compares its quick cases with the baseline
 
 
@@ -142,11 +143,15 @@ class Case:
         return self.flops if self.question.measure == "flops" else self.question.passes * self.matrix_bytes
 
 
+def _of_cpus(case: Case) -> bool:
+    return case.question.on_cpus or case.threads is not None
+
+
 def selected(cases: tuple[Case, ...], quick: bool) -> list[Case]:
     """The cases to run on this machine under this allocator; with `quick` a few, cut to 256 rows."""
     here = [
         case
         for case in cases
-        if machine.allocator() in case.allocators and (case.threads is None or machine.DEVICE.type == "cpu")
+        if machine.allocator() in case.allocators and (machine.DEVICE.type == "cpu" or not _of_cpus(case))
     ]
     return [replace(case, rows=min(case.rows, 256)) for case in here if case.in_quick] if quick else here

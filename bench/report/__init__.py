@@ -1,1 +1,1 @@
-"""From `results.json` to what people read: `report.md` and `speedups.png` of every machine, and the README's block."""
+"""From `results.json` to what people read: `report.md` and its plots of every machine, and the README's block."""

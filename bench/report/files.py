@@ -6,7 +6,7 @@ import pathlib
 from collections.abc import Iterator
 
 from bench.harness import machine, store
-from bench.report import page, plot, readme
+from bench.report import page, plot, rates, readme
 
 __all__ = ["machines", "write", "write_all"]
 
@@ -24,6 +24,7 @@ def write(folder: pathlib.Path) -> str:
     text = page.text(stored)
     (folder / "report.md").write_text(text)
     plot.draw(stored, folder / "speedups.png")
+    rates.draw(stored, folder / "rates.png")
     readme.update(machine.ROOT / "README.md")
     return text
 
@@ -32,4 +33,4 @@ def write_all() -> Iterator[str]:
     """Make every machine's; say which."""
     for folder in machines():
         write(folder)
-        yield f"{folder.relative_to(machine.ROOT)}: report.md, speedups.png"
+        yield f"{folder.relative_to(machine.ROOT)}: report.md, speedups.png, rates.png"

@@ -14,7 +14,7 @@ from bench.harness.question import Bar, Question, Section
 from bench.harness.results import Result, Verdict, in_order
 from bench.harness.store import Pass, Stored
 from bench.questions import QUESTIONS
-from bench.report import compared
+from bench.report import compared, rates
 from bench.rivals.peers import RIVALS
 
 __all__ = ["text"]
@@ -44,7 +44,8 @@ known of the teacher.
   `torch.compile` of it, `chunked` a loop over 128 tokens at a time under autograd. The others are other libraries'
   losses, and torch's own `linear_cross_entropy`.
 - A *floor* does the least work of the case and nothing else: `add` is torch.add of student and teacher into fresh
-  memory, `add out=` into memory touched before, `products` the matrix products alone, `sum` one read of the logits.
+  memory, `add out=` into memory touched before, `products` the matrix products alone, `sum` one read of the logits,
+  `autograd alone` a function that computes nothing and returns a gradient that is there.
 
 **Other columns.**
 
@@ -59,6 +60,13 @@ known of the teacher.
 **Ratios.** `A ÷ B` is the median of A divided by that of B. `eager ÷ fastkd` above 1 means that fastkd is faster (or
 smaller, or more exact); `fastkd ÷ add` is fastkd's distance from the floor. Limits that fastkd sets itself are in
 parentheses, with *met* or *MISSED*."""
+_RATES_PLOT = """\
+![The rate of every loss from hidden states, beside that of the machine's matrix products](rates.png)
+
+A bar is the FLOPs of a loss's matrix products ÷ fastkd's time, forward and backward, with torch's default allocator.
+The tick is the rate of the products alone in the same race. A dashed line is the best rate of products that was
+measured here, in fp32 and, where there are units for it, in bf16: what a loss would reach if it did nothing else. Where
+bf16 is multiplied on a CPU it cannot: the gradient of logits enters its products in two pieces, counted as one."""
 _SIZES = {"bytes": ("MB", 1e6), "flops": ("GFLOP", 1e9)}
 _RATES = {"bytes": "GB/s", "flops": "GFLOP/s"}
 
@@ -91,6 +99,8 @@ def _lines(stored: Stored) -> Iterator[str]:
         mine = {each.name: [result for result in results if result.question == each.name] for each in asked}
         if any(mine.values()):
             yield f"\n## {section.value}"
+            if section == Section.HIDDEN and rates.rates(stored):
+                yield f"\n{_RATES_PLOT}"
             for question in asked:
                 if mine[question.name]:
                     yield from _tables(mine[question.name], question)

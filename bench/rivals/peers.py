@@ -61,23 +61,14 @@ def _trl(objective: Objective, temperature: float) -> HiddenLoss | None:
 
 
 def _linear_ce(objective: Objective, temperature: float) -> HiddenLoss | None:
-    """Forward KL is the cross-entropy against the teacher's probabilities minus their entropy."""
     found = _exported("torch.nn.functional", "linear_cross_entropy")
     if found is None:
         return None
-
-    def soft(x: Operands) -> Tensor:
-        assert x.above is not None
-        assert x.head is not None
-        p = torch.softmax(x.above @ x.head.T / temperature, -1, dtype=torch.float32)
-        entropy = torch.special.entr(p).sum(-1).mean()
-        return objective.soft * temperature**2 * (found(x.hidden / temperature, x.weight, p) - entropy)
-
-    return soft if objective.soft else lambda x: objective.hard * found(x.hidden, x.weight, x.labels)
+    return _from_cross_entropy(found, objective, temperature)
 
 
 def _linear_ce_chunked(objective: Objective, temperature: float) -> HiddenLoss | None:
-    """For class indices only: given probabilities, it warns and forms all logits.
+    """torch 2.13 takes class indices alone: given probabilities, it warns and forms all logits. 2.14 takes both.
 
     On CPUs its default is chunks of a few rows, each of which adds to the whole gradient of the weight: 15 times slower
     than these at 1024 rows and a vocabulary of 50257.
@@ -87,13 +78,44 @@ def _linear_ce_chunked(objective: Objective, temperature: float) -> HiddenLoss |
     if found is None or options is None:
         return None
 
-    def loss(x: Operands) -> Tensor:
+    def chunked(hidden: Tensor, weight: Tensor, target: Tensor) -> Tensor:
+        """Probabilities have to be of the operands' dtype."""
+        target = target.to(hidden.dtype) if target.is_floating_point() else target
         with warnings.catch_warnings():
             warnings.filterwarnings("error", message="linear_cross_entropy")  # its other path must not pass for it
-            chunks = options() if x.hidden.is_cuda else options(batch_chunk_size=256)
-            return objective.hard * found(x.hidden, x.weight, x.labels, options=chunks)
+            chunks = options() if hidden.is_cuda else options(batch_chunk_size=256)
+            loss: Tensor = found(hidden, weight, target, options=chunks)
+            return loss
 
-    return loss
+    if objective.soft and not _takes_probabilities(chunked):
+        return None
+    return _from_cross_entropy(chunked, objective, temperature)
+
+
+#: `(hidden [N, H], weight [V, H], labels [N] or probabilities [N, V])` → mean over rows
+_CrossEntropy = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def _takes_probabilities(chunked: _CrossEntropy) -> bool:
+    """Found out by asking: it warns where it does not, which is an error here."""
+    try:
+        chunked(torch.zeros(2, 1), torch.zeros(3, 1), torch.full((2, 3), 1 / 3))
+    except UserWarning:
+        return False
+    return True
+
+
+def _from_cross_entropy(cross_entropy: _CrossEntropy, objective: Objective, temperature: float) -> HiddenLoss:
+    """Forward KL is the cross-entropy against the teacher's probabilities minus their entropy."""
+
+    def soft(x: Operands) -> Tensor:
+        assert x.above is not None
+        assert x.head is not None
+        p = torch.softmax(x.above @ x.head.T / temperature, -1, dtype=torch.float32)
+        entropy = torch.special.entr(p).sum(-1).mean()
+        return objective.soft * temperature**2 * (cross_entropy(x.hidden / temperature, x.weight, p) - entropy)
+
+    return soft if objective.soft else lambda x: objective.hard * cross_entropy(x.hidden, x.weight, x.labels)
 
 
 def _cut_ce(objective: Objective, temperature: float) -> HiddenLoss | None:
@@ -130,7 +152,7 @@ PEERS = {
     "liger triton": Peer(_liger_triton, (SOFT,)),
     "trl": Peer(_trl, (SOFT,)),
     "linear_cross_entropy": Peer(_linear_ce, (SOFT, HARD)),  # torch's own, since 2.13
-    "linear_cross_entropy chunked": Peer(_linear_ce_chunked, (HARD,)),
+    "linear_cross_entropy chunked": Peer(_linear_ce_chunked, (SOFT, HARD)),
     "cut-cross-entropy": Peer(_cut_ce, (HARD,), compiles=True),
     "quack": Peer(_quack, (HARD,)),
 }

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["detail", "gains_in_torch", "multiplies", "multiply", "pieces"]
+__all__ = ["detail", "gains_in_torch", "missing", "multiplies", "multiply", "pieces"]
 
 #: Values of FASTKD_CPU_PRODUCTS.
 _WAYS = ("auto", "fp32", "mkl")
@@ -62,6 +62,13 @@ def detail() -> str:
     """The way of bfloat16 and why, for people. Raises as `multiplies` does."""
     way, reason = _named() or _once(_race)
     return f"bf16 products: {way} ({reason})"
+
+
+def missing() -> str | None:
+    """What keeps oneMKL's product out of the race here, for people; None where it takes part."""
+    if not _has_units():
+        return "no bf16 units"
+    return f"PyTorch {torch.__version__} exports no {_SYMBOL}" if _gemm() is None else None
 
 
 def gains_in_torch() -> bool:
@@ -174,10 +181,8 @@ def _once(race: Callable[[], _Outcome]) -> _Outcome:
 
 
 def _race() -> _Choice:
-    if not _has_units():
-        return _Choice("fp32", "no bf16 units")
-    if _gemm() is None:
-        return _Choice("fp32", f"PyTorch {torch.__version__} exports no {_SYMBOL}")
+    if reason := missing():
+        return _Choice("fp32", reason)
     gain, error = _raced(_in_fp32, _by_mkl)
     if not error <= _SAME:
         return _Choice("fp32", f"those of mkl have a relative error of {error:.1e}")
