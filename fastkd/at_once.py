@@ -29,6 +29,8 @@ _OWN = (Tensor, torch.nn.Parameter)  # types of tensors
 _COUNTS = (torch.int64, torch.int32, torch.float32, torch.float64)  # dtypes of their number
 _KEPT = 256  # forms of calls that a loss remembers
 _LARGEST = 1e300  # of their numbers
+#: What packs saved tensors, which may come back with other strides than a template says. Private: else assumed.
+_hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", lambda _: True)
 _UNKNOWN = Template(b"", ())  # in the place of the template of a form that was not met yet
 
 
@@ -75,7 +77,7 @@ def loss(
             forms.append(None)
         elif type(x) not in _OWN or not x.is_cpu or x.layout is not torch.strided:
             return None
-        elif x is student or not grad_enabled or not x.requires_grad:
+        elif not forms or not grad_enabled or not x.requires_grad:  # only the student, the first, may ask for one
             forms.append((x.dtype, x.shape, x.stride()))
         else:
             return None
@@ -104,7 +106,7 @@ def loss(
         if wanted:
             total = _Total.apply(student, (total, grad))  # type: ignore[no-untyped-call]
         return total
-    if any(x is not None and x.is_inference() for x in given):
+    if any(x is not None and x.is_inference() for x in given) or (wanted and _hooks(False) is not None):
         return None
     values: Tensor = student.new_empty(student.shape[:-1], dtype=torch.float32)
     if not _computed(template, given, divisor, None, None, values):
@@ -131,6 +133,8 @@ def _template(
     counted: bool,
 ) -> Template | None:
     """All of a call but its values, as the library takes it; None where the call is none of those it knows."""
+    if not student.shape or (teacher is not None and not teacher.shape):
+        return None  # no columns
     if student.dtype not in _DTYPES or 0 in student.shape or backend.automatic(student.dtype, "cpu") != "cpu":
         return None
     leading, width = student.shape[:-1], student.shape[-1]

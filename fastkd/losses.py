@@ -97,7 +97,7 @@ class KDLoss(nn.Module):
         super().__init__()
         self.temperature = temperature
         self.soft_weight, self.hard_weight = _weights(soft_weight, hard_weight, alpha, alpha_on)
-        self.divergence = resolve(divergence)
+        self.divergence: Divergence = divergence  # type: ignore[assignment]  # resolved by __setattr__
         self.teacher_temperature = teacher_temperature
         self.scale_t2 = scale_t2
         self.ignore_index = ignore_index
@@ -244,7 +244,9 @@ class KDLoss(nn.Module):
         return soft_and_hard[0], soft_and_hard[-1], labels
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Whoever changes a setting has it checked at the next call."""
+        """Whoever changes a setting has it checked at the next call, and a divergence at once."""
+        if name == "divergence":
+            value = resolve(value)
         super().__setattr__(name, value)
         if name not in ("_checked", "templates"):
             self._checked = False
@@ -265,6 +267,8 @@ class KDLoss(nn.Module):
         for name in ("scale_t2", "shift", "mask_soft", "inplace", "return_parts"):
             arguments.switch(name, getattr(self, name))
         arguments.integer("ignore_index", self.ignore_index)
+        if not -(2**63) <= self.ignore_index < 2**63:  # C would take its lower bits
+            raise ValueError(f"ignore_index must fit in 64 bits, as labels do, got {self.ignore_index}")
         if self.vocab_size is not None:
             arguments.integer("vocab_size", self.vocab_size, least=1)
         if self.memory_budget is not None:

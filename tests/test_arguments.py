@@ -164,6 +164,7 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     *((name, call(**{name: value}), "") for name in TEMPERATURES for value in (0, -1, 1e200, 1e-40, True, *NO_NUMBERS)),
     *((name, call(**{name: value}), "") for name in WEIGHTS for value in (-1, None, *NO_NUMBERS)),
     *(("ignore_index", call(ignore_index=value), "int") for value in (1.5, "x", None, True)),
+    *(("ignore_index", call(ignore_index=value), "64 bits") for value in (2**64 - 100, -(2**63) - 1)),
     *(("vocab_size", call(vocab_size=value), "") for value in (0, 2.5, "9", V + 1)),
     *(("memory_budget", call(memory_budget=value), "") for value in (0, NAN, "1GB")),
     *(("weights", call(weights=weights(value)), str(value)) for value in (-1.0, NAN, INF)),

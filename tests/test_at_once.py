@@ -118,6 +118,7 @@ WRONG = {
     "weight": ({"weights": torch.full(SHAPE, -1.0)}, "weights must be finite and >= 0, got -1"),
     "nan weight": ({"weights": torch.full(SHAPE, torch.nan)}, "weights must be finite"),
     "num_items": ({"num_items": -1.0}, "num_items must be a finite number"),
+    "no columns": ({"teacher": torch.tensor(1.0)}, r"teacher logits must have shape \[\.\.\., vocab\]"),
     "shape": ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has leading shape"),
     "type": ({"teacher": [1.0]}, "teacher must be a torch.Tensor"),
 }
@@ -133,6 +134,11 @@ def test_what_is_wrong_has_the_error_of_the_general_way(wrong: dict[str, Any], m
     leaf = student.requires_grad_()
     with pytest.raises((TypeError, ValueError), match=message):
         fastkd.KDLoss(2.0, reduction=reduction)(leaf, **given)  # type: ignore[arg-type]
+
+
+def test_a_student_without_columns_has_the_error_of_the_general_way() -> None:
+    with pytest.raises(ValueError, match=r"student logits must have shape .*, got \(\)"):
+        fastkd.KDLoss(2.0, hard_weight=0.0)(torch.tensor(1.0), torch.tensor(1.0))
 
 
 def test_a_masked_label_may_be_any(computed: list[bool]) -> None:
@@ -167,6 +173,28 @@ def test_gradients_that_are_refused_or_warned_of() -> None:
     loss = fastkd.kd_loss(leaf, teacher, labels)
     with pytest.raises(RuntimeError, match="no double backward"):
         torch.autograd.grad(loss, leaf, create_graph=True)
+
+
+@pytest.mark.filterwarnings("ignore:fastkd. the teacher requires a gradient")
+def test_a_student_as_its_own_teacher_is_left_to_the_general_way(computed: list[bool]) -> None:
+    student, _, labels, _ = batch()
+    leaf = student.requires_grad_()
+    fastkd.kd_loss(leaf, leaf, labels)  # which warns, once in a process
+    assert computed == []
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_saved_tensors_may_come_back_with_other_strides(reduction: Any) -> None:
+    student, teacher, labels, _ = batch()
+    wide = [torch.cat((x, x.flip(-1)), -1)[..., :VOCAB] for x in (student, teacher)]
+    assert not wide[0].is_contiguous()
+    kd, grads = fastkd.KDLoss(2.0, reduction=reduction), []
+    for pack in (lambda x: x, lambda x: x.clone(memory_format=torch.contiguous_format)):
+        leaf = wide[0].detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            loss = kd(leaf, wide[1], labels).sum()
+        grads += torch.autograd.grad(loss, leaf)
+    assert torch.equal(grads[0], grads[1])
 
 
 def test_a_second_backward_is_right_and_no_gradient_is_shared(computed: list[bool]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
 import math
 import pickle
 from collections.abc import Callable
@@ -60,11 +59,11 @@ def test_the_native_library_refuses_names_it_does_not_know() -> None:
     sparse = sparse_rows(kept(teacher, 5), None, 300, torch.float32)
     for name, given in (("hellinger", teacher), ("", teacher), ("forward", teacher), ("mse", sparse)):
         with pytest.raises(ValueError, match=f"no divergence '{name}'"):
-            cpu.kd_rows(student, given, None, scale, None, dataclasses.replace(spec, divergence=name), None)
+            cpu.kd_rows(student, given, None, scale, None, spec._replace(divergence=name), None)
 
     spec = cases.spec(cases.MIXES[0], 300)
     for name, numbers in (("+forward_kl+hellinger", 6), ("+mse", 3), ("+forward_kl+tvd", 5), ("+" + "x" * 40, 3)):
-        wrong = dataclasses.replace(spec, divergence=name, parameters=(0.5,) * numbers)
+        wrong = spec._replace(divergence=name, parameters=(0.5,) * numbers)
         with pytest.raises(ValueError, match="no divergence"):
             cpu.kd_rows(student, teacher, None, scale, None, wrong, None)
 
@@ -108,6 +107,18 @@ def test_parameters_out_of_range(make: object) -> None:
         make()  # type: ignore[operator]
 
 
+def test_a_divergence_that_is_set_later_resolves_too() -> None:
+    student, teacher = cases.logits("far", 2, 300)
+    kd = fastkd.KDLoss(2.0, hard_weight=0.0)
+    for given, equals in (("tvd", fastkd.TVD()), (fastkd.JSD(beta=0), fastkd.ForwardKL()), ("tvd:1", fastkd.TVD())):
+        kd.divergence = given  # type: ignore[assignment]
+        assert kd.divergence == equals
+        expected = fastkd.KDLoss(2.0, hard_weight=0.0, divergence=equals)(student, teacher)
+        assert torch.equal(kd(student, teacher), expected)
+    with pytest.raises(ValueError, match="unknown divergence 'kl'"):
+        kd.divergence = "kl"  # type: ignore[assignment]
+
+
 def test_wrong_types() -> None:
     with pytest.raises(TypeError, match="number"):
         fastkd.JSD(beta="0.5")  # type: ignore[arg-type]
@@ -126,6 +137,27 @@ _FORWARD, _REVERSE, _TVD = fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.TVD()
 def test_a_spec_has_all_of_a_divergence(divergence: fastkd.divergences.Divergence) -> None:
     canonical = divergence.canonical()
     assert of_spec(canonical.name, canonical.parameters) == canonical
+
+
+@pytest.mark.parametrize("temperature", [2.0, 1.5], ids=["power", "own exponential"])
+@pytest.mark.parametrize("name", ["cpu", "reference"])
+def test_a_mix_has_the_gradient_of_its_parts_beyond_one_block(name: str, temperature: float) -> None:
+    if not fastkd.backends()[name].available:
+        pytest.skip("no native library")
+    student, teacher = cases.logits("far", 4, 2500)
+    labels = cases.labels(4, 2500, ignored=(1,))
+    mix: dict[str | fastkd.divergences.Divergence, float] = {"tvd": 0.25, "jsd": 0.5, "alpha_beta": 0.75}
+
+    def gradient(divergence: str | fastkd.divergences.Divergence, soft: float, hard: float) -> torch.Tensor:
+        leaf = student.clone().requires_grad_()
+        kd = fastkd.KDLoss(temperature, soft_weight=soft, hard_weight=hard, divergence=divergence)
+        (grad,) = torch.autograd.grad(kd(leaf, teacher, labels), leaf)
+        return grad
+
+    with fastkd.use_backend(name):
+        together = gradient(fastkd.Mix(mix), 1.0, 0.5)
+        apart = [gradient(part, weight, 0.5 * (i == 0)) for i, (part, weight) in enumerate(mix.items())]
+    torch.testing.assert_close(together, sum(apart[1:], apart[0]), rtol=1e-4, atol=1e-7)
 
 
 @pytest.mark.parametrize(
