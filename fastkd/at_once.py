@@ -75,7 +75,7 @@ def loss(
     for x in given:
         if x is None:
             forms.append(None)
-        elif type(x) not in _OWN or not x.is_cpu or x.layout is not torch.strided:
+        elif type(x) not in _OWN or not x.is_cpu or x.layout is not torch.strided or x.is_nested:
             return None
         elif not forms or not grad_enabled or not x.requires_grad:  # only the student, the first, may ask for one
             forms.append((x.dtype, x.shape, x.stride()))
@@ -222,5 +222,5 @@ class _PerRow(torch.autograd.Function):
         template, divisor = ctx.call
         grad = _gradient_of(given[0])
         if not _computed(template, given, divisor, upstream.contiguous(), grad, None):
-            raise RuntimeError("labels or weights of a loss were changed before its backward")
+            raise RuntimeError("a loss cannot be computed again: no memory is left, or its labels or weights changed")
         return grad, None

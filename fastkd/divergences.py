@@ -36,6 +36,8 @@ __all__ = [
 
 #: The most parameters that a row of the table has, and the most parts of a mix: kernels keep room for so many.
 PARAMETERS, PARTS = 2, 16
+#: Of a part of a mix, so that its gradient is an fp32 number.
+LARGEST_WEIGHT = 1e30
 
 
 @dataclass(frozen=True)
@@ -234,9 +236,9 @@ TABLE: dict[str, type[Divergence]] = {
 class Mix(Divergence):
     """Σ weight · divergence: several divergences, computed in the same sweeps over the logits.
 
-    `Mix({ForwardKL(): 0.5, TVD(): 0.5})`; a name (`"tvd"`) takes the default parameters. Weights are finite numbers
-    ≥ 0, one of them above 0. They need not sum to 1: the value is the sum as it stands. In a text, such as an option of
-    a command: `forward_kl:0.5+tvd:0.5`.
+    `Mix({ForwardKL(): 0.5, TVD(): 0.5})`; a name (`"tvd"`) takes the default parameters. Weights are numbers in
+    [0, 1e30], one of them above 0. They need not sum to 1: the value is the sum as it stands. In a text, such as an
+    option of a command: `forward_kl:0.5+tvd:0.5`.
 
     A mix in a mix is its parts, equal parts are one, a part of weight 0 is none, and a single part of weight 1 is that
     divergence. Not to be confused with `Mixture`, which is one teacher made of several.
@@ -259,8 +261,8 @@ class Mix(Divergence):
 
     def check(self) -> None:
         for part, weight in self.given:
-            if weight < 0:
-                raise ValueError(f"Mix weight of {part} must be >= 0, got {weight}")
+            if not 0 <= weight <= LARGEST_WEIGHT:
+                raise ValueError(f"Mix weight of {part} must be in [0, {LARGEST_WEIGHT:g}], got {weight}")
             if not part.tempered:
                 raise ValueError(
                     f"{part} compares raw logits, without softmax and T², and cannot be a part of a Mix: add a second "

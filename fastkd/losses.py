@@ -254,7 +254,11 @@ class KDLoss(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what holds in this process only."""
-        return {**self.__dict__, "_checked": False, "templates": {}}
+        return {name: value for name, value in self.__dict__.items() if name not in ("_checked", "templates")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of this version or an earlier one, which kept no templates."""
+        super().__setstate__({**state, "_checked": False, "templates": {}})  # type: ignore[no-untyped-call]
 
     def _check_settings(self) -> None:
         if self._checked and not torch.compiler.is_compiling():

@@ -193,7 +193,7 @@ def test_a_mix_is_what_its_parts_are() -> None:
     [
         (lambda: fastkd.Mix({}), "needs a part with a weight above 0"),
         (lambda: fastkd.Mix({"tvd": 0}), "needs a part with a weight above 0"),
-        (lambda: fastkd.Mix({"tvd": -0.5, "jsd": 1}), r"weight of TVD\(\) must be >= 0, got -0.5"),
+        (lambda: fastkd.Mix({"tvd": -0.5, "jsd": 1}), r"weight of TVD\(\) must be in \[0, 1e\+30\], got -0.5"),
         (lambda: fastkd.Mix({"tvd": math.inf}), "weight of tvd must be finite, got inf"),
         (lambda: fastkd.Mix({"kl": 1}), "unknown divergence 'kl'"),
         (lambda: fastkd.Mix({"mse": 1, "tvd": 1}), r"MSE\(\) compares raw logits"),

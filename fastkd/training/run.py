@@ -40,6 +40,7 @@ __all__ = [
     "is_finished",
     "note_files",
     "results",
+    "started_with",
     "write_whole",
 ]
 
@@ -85,6 +86,20 @@ def claimed(
             raise
 
 
+def started_with(options: Options) -> dict[Any, Any]:
+    """The configuration of the run that `options` resume; empty where they resume none."""
+    if not options.training.resume or not options.training.output:
+        return {}
+    config = _waiting(Path(options.training.output)) / CONFIG_FILE
+    return load(config) if config.is_file() else {}
+
+
+def _waiting(output: Path) -> Path:
+    """Where a run of this output is to be resumed: beside it, if it was to replace an earlier one."""
+    beside = _beside(output)
+    return beside if _state(beside).get("replaces") == output.name else output
+
+
 class Run:
     """A run of a command: where it works, what it was started on, what it leaves."""
 
@@ -95,10 +110,8 @@ class Run:
             anchored(replace(group, overwrite=False, resume=False) if isinstance(group, TrainingOptions) else group)
             for group in groups
         ]
-        beside = _beside(output)
-        waiting = self.resumed and _state(beside).get("replaces") == output.name
         earlier = not self.resumed and options.training.overwrite and bool(self._occupants())
-        self.directory = beside if waiting or earlier else output
+        self.directory = _beside(output) if earlier else _waiting(output) if self.resumed else output
         self._begun = False
 
     def check(self, config: str | None) -> None:

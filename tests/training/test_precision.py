@@ -70,6 +70,17 @@ def test_the_flag(flags, found, tmp_path):
         assert values["bf16"] is found
 
 
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_resumed_run_keeps_what_it_was_started_with(options, races, tmp_path, kept):
+    begun = changed(options, output=str(tmp_path / "out"), bf16=kept)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "config.yaml").write_text(dump(begun))
+    again = changed(begun, bf16=None, resume=True)
+    assert training.precision.decided(again).training.bf16 is kept
+    assert not races
+    assert training.precision.decided(changed(again, resume=False)).training.bf16 is True
+
+
 def test_a_run_says_what_it_was_trained_in(options, races, tmp_path, monkeypatch):
     trained, arguments = [], training.arguments.arguments
 
