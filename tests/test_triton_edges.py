@@ -53,11 +53,13 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("divergence", [x for x in edges.TEMPERED if x.normalised], ids=str)
+@pytest.mark.parametrize(
+    "divergence", [x for x in edges.TEMPERED if x.normalised and "forward_kl" not in x.name], ids=str
+)
 def test_16_bit_rows_that_differ_in_one_token(divergence: Divergence, dtype: torch.dtype) -> None:
     """Elsewhere p / q is one number near 1. The gradient in fp32 shows digits that 16 bits would hide.
 
-    The other divergences take q − p plainly there, and have the digits of the contract alone.
+    The other divergences, and with them sums that have forward KL, take q − p plainly there, and have the digits of the contract alone.
     """
     teacher = 3 * torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     teacher[:, 7] = -6.0
