@@ -59,7 +59,8 @@ def test_confident_rows_that_disagree(divergence: Divergence, temperature: float
 def test_16_bit_rows_that_differ_in_one_token(divergence: Divergence, dtype: torch.dtype) -> None:
     """Elsewhere p / q is one number near 1. The gradient in fp32 shows digits that 16 bits would hide.
 
-    The other divergences, and with them sums that have forward KL, take q − p plainly there, and have the digits of the contract alone.
+    The other divergences, and with them sums that have forward KL, take q − p plainly there, and have the digits of the
+    contract alone.
     """
     teacher = 3 * torch.randn(2, 1000, generator=torch.Generator().manual_seed(0))
     teacher[:, 7] = -6.0
