@@ -30,7 +30,7 @@ SPARSE = Question(
 )
 _BARS = (
     within(FRESH, _CROSS_ENTROPY, 1.15),
-    within(IN_PLACE, _CROSS_ENTROPY_IN_PLACE),
+    within(IN_PLACE, _CROSS_ENTROPY_IN_PLACE, 1.1),
     faster(FRESH, "eager", 8),
     faster(FRESH, "compile"),
 )
