@@ -1,4 +1,7 @@
-"""Gradients that a caller may ask for and does not get. Only the student has a gradient, in reverse mode."""
+"""Gradients that a caller may ask for and does not get: only the student has one, in reverse mode.
+
+And what must not be where a gradient is written over the student's logits.
+"""
 
 from __future__ import annotations
 
@@ -8,9 +11,11 @@ from torch.autograd import forward_ad
 
 from fastkd import sources
 from fastkd.backend import warn_once
+from fastkd.overlap import may_overlap_itself, may_share_memory
+from fastkd.rows import row_layout
 from fastkd.sources import Mixture, Projection, Source, Teacher
 
-__all__ = ["check", "refuse_forward_mode"]
+__all__ = ["check", "check_writable", "refuse_forward_mode"]
 
 
 def check(student: Source, teacher: Teacher | None, weights: Tensor | None, num_items: float | Tensor | None) -> None:
@@ -48,3 +53,20 @@ def _wants_gradient(teacher: Teacher) -> bool:
     if isinstance(teacher, Mixture):
         return any(_wants_gradient(member) for member in teacher.teachers)
     return any(tensor.requires_grad for tensor in sources.tensors(teacher))
+
+
+def check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
+    """ValueError where the gradient cannot be written over the student's logits without harm to what is still read."""
+    if row_layout(student) is None or may_overlap_itself(student):
+        raise ValueError(
+            f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
+            f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
+        )
+    read = {"labels": [labels], "weights": [weights]}
+    read["teacher"] = [] if teacher is None else list(sources.tensors(teacher))
+    for name, tensors in read.items():
+        if any(tensor is not None and may_share_memory(student, tensor) for tensor in tensors):
+            raise ValueError(
+                f"inplace=True would write the gradient over the {name}, which shares memory with the student's "
+                f"logits; pass {name}.clone()"
+            )

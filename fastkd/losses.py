@@ -18,10 +18,9 @@ from fastkd import arguments, at_once, autograd, gradients, served, sources
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.live import Mask, checked, counted_on_host, moved
-from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
-from fastkd.rows import RowSpec, Wants, row_layout
+from fastkd.rows import RowSpec, Wants
 from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
@@ -339,7 +338,7 @@ class KDLoss(nn.Module):
             else:
                 arguments.number("num_items", num_items)
         if self.inplace and isinstance(student, Tensor) and not torch.compiler.is_compiling():
-            _check_writable(student, teacher, labels, weights)
+            gradients.check_writable(student, teacher, labels, weights)
 
     def _check_served(self, kind: str, teacher: Teacher) -> None:
         reason = served.refusal(kind, self.divergence)
@@ -435,20 +434,3 @@ def _for_backward(call: Call, wants: Wants) -> Call:
         return call
     kept = [x if x is None or not x.is_inference() else x.clone() for x in call.tensors]
     return Call.of(kept, call.numbers)
-
-
-def _check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
-    """ValueError where the gradient cannot be written over the student's logits without harm to what is still read."""
-    if row_layout(student) is None or may_overlap_itself(student):
-        raise ValueError(
-            f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "
-            f"{tuple(student.shape)} with strides {student.stride()}; pass .contiguous() logits"
-        )
-    read = {"labels": [labels], "weights": [weights]}
-    read["teacher"] = [] if teacher is None else list(sources.tensors(teacher))
-    for name, tensors in read.items():
-        if any(tensor is not None and may_share_memory(student, tensor) for tensor in tensors):
-            raise ValueError(
-                f"inplace=True would write the gradient over the {name}, which shares memory with the student's "
-                f"logits; pass {name}.clone()"
-            )
