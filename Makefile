@@ -40,7 +40,7 @@ runtime = $(shell $(CXX) -print-file-name=$(1))
 sanitize: $(VENV)/test $(SANITIZED)
 	$(PASSIVE) FASTKD_LIBRARY=$(abspath $(SANITIZED)) LD_PRELOAD=$(call runtime,libasan.so):$(call runtime,libstdc++.so) \
 	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-	  $(BIN)/python -m pytest --capture=sys -m "not large" $(SANITIZED_TESTS:%=tests/test_%.py)
+	  $(BIN)/python -m pytest --capture=sys -n auto --maxprocesses 4 -m "not large" $(SANITIZED_TESTS:%=tests/test_%.py)
 
 $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 	CXX=$(CXX) $(BIN)/python -m pip install --quiet --no-deps --upgrade --target build/sanitized \

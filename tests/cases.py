@@ -40,6 +40,21 @@ DIVERGENCES: tuple[Divergence, ...] = (
     *MIXES,
 )
 
+#: One divergence for each way through a kernel, for tests of how rows are walked: that does not depend on formulas.
+KINDS: tuple[Divergence, ...] = (
+    fastkd.ForwardKL(),
+    fastkd.ReverseKL(),
+    fastkd.SymmetricKL(),
+    fastkd.JSD(),
+    fastkd.SkewKL(),
+    fastkd.TVD(),
+    fastkd.AlphaBeta(),
+    fastkd.MSE(),
+    MIXES[1],
+    MIXES[2],
+    MIXES[5],
+)
+
 
 def near_equal(generator: torch.Generator, rows: int, vocab: int) -> tuple[Tensor, Tensor]:
     """The student has almost become the teacher: every gradient is a difference of near-equal numbers."""

@@ -17,6 +17,8 @@ TEMPERED = tuple(divergence for divergence in cases.DIVERGENCES if divergence.te
 #: What gradients of confident rows may be off, of which eager may have no digit: the documents' figures.
 CONFIDENT = {"skew_kl": 1e-6, "skew_reverse_kl": 1e-2, "jsd": 0.1}
 MIXED = tuple(divergence for divergence in TEMPERED if divergence.name in CONFIDENT)
+#: Of `cases.KINDS`.
+KINDS = tuple(divergence for divergence in cases.KINDS if divergence.tempered)
 LOWEST = torch.finfo(torch.float32).min
 PLACES = (-1e10, -1e30, LOWEST, 1e30)
 TEMPERATURES = (1e-30, 1e-12, 1e-9, 1e-3, 1e3, 1e6)

@@ -67,6 +67,8 @@ def test_copies_ahead_where_plain_loads_are_too_few(target: str, stages: set[int
     """By the launch table: on a B200, for what its memory limits."""
     found = set()
     for name, row in TABLE.items():
+        if target != "sm_100" and name not in ("forward_kl", "jsd"):  # there no row of the table says anything else
+            continue
         with compiled(TARGETS[target]) as kernels:
             static.kd(name).launch(128256)
         copied = {sweep.copies > 0 for sweep in sweeps(kernels[0])}

@@ -21,7 +21,7 @@ from tests.triton_judge import judge
 
 
 @pytest.mark.parametrize("place", edges.PLACES[1:3])
-@pytest.mark.parametrize("divergence", edges.TEMPERED, ids=str)
+@pytest.mark.parametrize("divergence", edges.KINDS, ids=str)
 def test_where_a_row_lies_changes_nothing(divergence: Divergence, place: float) -> None:
     with interpreted():
         edges.judge_place(gpu.kd_rows, divergence, place, 300)

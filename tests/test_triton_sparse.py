@@ -14,7 +14,8 @@ from fastkd.kernels import gpu
 from fastkd.rows import RowSpec, SparseRows, Tile
 from fastkd.sparse import sparse_rows
 from tests import cases
-from tests.sparse_targets import TEMPERED, judge, kept
+from tests.edges import KINDS
+from tests.sparse_targets import judge, kept
 from tests.triton_interpreter import interpreted
 from tools.machine_code import static
 from tools.machine_code.offline import TARGETS
@@ -23,7 +24,7 @@ VOCAB = 2501
 
 
 @pytest.mark.parametrize("family", cases.FAMILIES)
-@pytest.mark.parametrize("divergence", TEMPERED, ids=str)
+@pytest.mark.parametrize("divergence", KINDS, ids=str)
 def test_contract(divergence: Divergence, family: str) -> None:
     student, teacher = cases.logits(family, 2, VOCAB)
     with interpreted():
@@ -128,8 +129,7 @@ def test_skipped_rows() -> None:
     assert (trace.loads(student)[2] == 0).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-@pytest.mark.parametrize("vocab", [50257, 128256])
+@pytest.mark.parametrize(("vocab", "dtype"), [(50257, torch.bfloat16), (128256, torch.float32)], ids=str)
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiled(target: str, vocab: int, dtype: torch.dtype) -> None:
     """As the table in `static.md` asks, in other dtypes and for a divergence that needs the normalisers too."""

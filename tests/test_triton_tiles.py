@@ -18,7 +18,7 @@ WIDTHS = (256, 256, 256, 132)
 SOME = (fastkd.ForwardKL(), fastkd.ReverseKL(), fastkd.JSD(), fastkd.AlphaBeta(), fastkd.MSE())
 
 
-@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", cases.KINDS, ids=str)
 def test_tiles(divergence: Divergence) -> None:
     """A label in every tile, the first and the last column among them; of one row a tile without any probability."""
     student, teacher = cases.logits("far", 4, 900)
@@ -89,7 +89,7 @@ def test_one_sided_infinities_in_tiles(divergence: str) -> None:
     compare.assert_value(ours, truth)
 
 
-@pytest.mark.parametrize("divergence", cases.DIVERGENCES, ids=str)
+@pytest.mark.parametrize("divergence", cases.KINDS, ids=str)
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 def test_nan_is_never_hidden_in_tiles(divergence: Divergence, side: int) -> None:
     """The tiles before and after the one with the NaN have a gradient of NaN somewhere too, and no other row has."""

@@ -19,9 +19,11 @@ from tools.machine_code.offline import TARGETS, compiled, resources
 
 triton = pytest.importorskip("triton", reason="Triton has no build for this platform")
 
-#: What `tools.machine_code.static` reads, for one NVIDIA and one AMD target; and what it leaves out.
+#: What `tools.machine_code.static` reads, and what it leaves out. A version breaks on what is written, seldom on the
+#: GPU that it is compiled for: so AMD gets some of it.
 BUILDS = [
-    *((target, case) for target in ("sm_90", "gfx942") for case in static.CASES),
+    *(("sm_90", case) for case in static.CASES),
+    *(("gfx942", case) for case in static.CASES[::4]),
     *(("sm_90", static.stage(name, "statistics")) for name in TABLE),
     *(("sm_90", static.stage(name, "gradient")) for name in TABLE),
     *(("sm_90", static.stage(name, "terms")) for name, row in TABLE.items() if row.normalised),
