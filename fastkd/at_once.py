@@ -9,6 +9,7 @@ that all can be done.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -98,9 +99,17 @@ def loss(
         divisor = float(num_items)
 
     wanted = grad_enabled and student.requires_grad
+    if wanted and kd.inplace:
+        if _hooks(False) is not None or not _writable(student, given[1:]):
+            return None
+        total: Tensor = student.new_empty((), dtype=torch.float32)
+        if not _computed(template, given, divisor, None, student, total):
+            return None
+        total = _InPlace.apply(student, total)  # type: ignore[no-untyped-call]
+        return total
     if kd.reduction != "none":
         grad = _gradient_of(student) if wanted else None
-        total: Tensor = student.new_empty((), dtype=torch.float32)
+        total = student.new_empty((), dtype=torch.float32)
         if not _computed(template, given, divisor, None, grad, total):
             return None
         if wanted:
@@ -141,8 +150,8 @@ def _template(
     teacher_width = width if teacher is None else teacher.shape[-1]
     vocab_size = width if kd.vocab_size is None else int(kd.vocab_size)
     known = (
-        not kd.inplace
-        and not kd.return_parts
+        not kd.return_parts
+        and (not kd.inplace or student.is_contiguous)
         and len(leading) >= (bool(kd.shift) or kd.reduction == "batchmean")
         and (kd.soft_weight == 0 if teacher is None else teacher.shape[:-1] == leading)
         and (teacher_width == width if kd.vocab_size is None else vocab_size <= min(width, teacher_width))
@@ -166,6 +175,19 @@ def _template(
         total=kd.reduction != "none",
     )
     return template
+
+
+def _writable(student: Tensor, others: Iterable[Tensor | None]) -> bool:
+    """Whether the others' memory lies before or behind the student's. `gradients.check_writable` looks closer."""
+    start = student.data_ptr()
+    end = start + student.nbytes
+    return all(x is None or x.data_ptr() >= end or x.data_ptr() + _reach(x) <= start for x in others)
+
+
+def _reach(tensor: Tensor) -> int:
+    """Bytes from the first element to the end of the last."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
 
 
 def _gradient_of(student: Tensor) -> Tensor:
@@ -202,6 +224,23 @@ class _Total(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         (grad,) = ctx.saved_tensors
         return scale_on_host(grad, upstream), None
+
+
+class _InPlace(torch.autograd.Function):
+    """A scalar, whose gradient is where the student's logits were."""
+
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, total: Tensor) -> Tensor:
+        # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
+        torch.autograd.graph.increment_version(student)
+        ctx.save_for_backward(student)
+        return total
+
+    @staticmethod
+    @differentiates_once
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (student,) = ctx.saved_tensors
+        return scale_on_host(student.detach(), upstream), None
 
 
 class _PerRow(torch.autograd.Function):

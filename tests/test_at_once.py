@@ -81,6 +81,39 @@ def test_the_same_bits_as_the_general_way(
         assert grad.any()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("more", [{}, {"vocab_size": 211}, {"reduction": "sum", "shift": True}], ids=str)
+def test_in_place_too(more: dict[str, Any], dtype: torch.dtype, computed: list[bool]) -> None:
+    student, teacher, labels, weights = batch(dtype)
+    labels = labels.clamp(max=210)
+    expected = outcome(fastkd.KDLoss(2.0, **more), student, teacher, labels, weights=weights)
+    computed.clear()
+    place = student.clone().requires_grad_()
+    loss = fastkd.KDLoss(2.0, inplace=True, **more)(place, teacher, labels, weights=weights)
+    assert computed == [True]
+    (grad,) = torch.autograd.grad(loss * 0.75, place)
+    assert torch.equal(loss, expected[0])
+    assert torch.equal(grad, expected[1])
+    assert grad.data_ptr() == place.data_ptr()
+
+
+def test_in_place_what_is_read_beside_the_gradient_is_looked_at_closely(computed: list[bool]) -> None:
+    """Rows of one matrix in turn: their memory interleaves, and does not overlap. Then the same memory twice."""
+    student, teacher, labels, _ = batch()
+    both = torch.stack((student.view(10, VOCAB), teacher.view(10, VOCAB)), 1)
+    expected = outcome(fastkd.KDLoss(2.0), student.view(10, VOCAB), teacher.view(10, VOCAB), labels.view(10))
+    computed.clear()
+    kd, leaf = fastkd.KDLoss(2.0, inplace=True), both[:, 0].detach().requires_grad_()
+    (grad,) = torch.autograd.grad(kd(leaf, both[:, 1], labels.view(10)) * 0.75, leaf)
+    assert torch.equal(grad, expected[1])
+    with pytest.raises(ValueError, match="over the teacher, which shares memory"):
+        kd(student.requires_grad_(), student.detach(), labels)
+    assert computed == []
+    with torch.autograd.graph.save_on_cpu():
+        kd(student, teacher, labels).backward()
+    assert computed == []
+
+
 @pytest.mark.parametrize("terms", [{"soft_weight": 0.0}, {"hard_weight": 0.0}, {"vocab_size": 211}], ids=str)
 def test_terms_and_columns_that_do_not_count(
     terms: dict[str, Any], computed: list[bool], general: pytest.MonkeyPatch
