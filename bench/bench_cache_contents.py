@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 import fastkd.cache
 from bench.harness import machine
@@ -81,9 +82,8 @@ def _angles(case: Case, folder: pathlib.Path) -> dict[str, float]:
     """Degrees, per format."""
     assert case.hidden is not None
     teacher, ids = teachers.rows_of(case.rows), teachers.windows(case.rows)
-    batches = [
-        {"input_ids": some, "rows": rows} for some, rows in zip(ids.split(8), teacher.hidden.split(8), strict=True)
-    ]
+    sequences = [{"input_ids": some, "rows": rows} for some, rows in zip(ids, teacher.hidden, strict=True)]
+    batches = [default_collate(sequences[i : i + 8]) for i in range(0, len(sequences), 8)]
     student = _student(teacher, case.hidden[0])
     dense = _gradient(student, teacher)
 
@@ -91,7 +91,7 @@ def _angles(case: Case, folder: pathlib.Path) -> dict[str, float]:
         cache = fastkd.cache.write(
             lambda batch: replace(teacher, hidden=batch["rows"]), batches, folder / f"{format}-{k}", format=format, k=k
         )
-        targets = cache.targets(list(ids))
+        targets = cache.targets(sequences)
         assert isinstance(targets, SparseTargets)
         return targets
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import fastkd
-from bench import bench_demo, bench_host, bench_logits, gate
+from bench import bench_cache_contents, bench_demo, bench_host, bench_logits, gate
 from bench.harness import check, machine, race, store
 from bench.harness.check import HARD, SOFT
 from bench.harness.contender import Contender
@@ -357,3 +357,15 @@ def queued(stream: _Stream, seconds: float) -> Callable[[], object]:
         stream.now += seconds
 
     return launch
+
+
+def test_gradients_from_caches_turn_less_the_more_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden, head = (torch.randn(*shape, generator=generator) for shape in ((16, 8, 12), (300, 12)))
+    rows, ids = fastkd.Projection(hidden, head), torch.randint(300, (16, 8), generator=generator)
+    monkeypatch.setattr(bench_cache_contents.teachers, "rows_of", lambda tokens: rows)
+    monkeypatch.setattr(bench_cache_contents.teachers, "windows", lambda tokens: ids)
+    case = Case(bench_cache_contents.GRADIENT, 128, 300, torch.float32, (), hidden=(4, 12))
+    found = bench_cache_contents._angles(case, tmp_path)
+    assert 0 < found["ghost 64"] < found["ghost 12"] < 90
+    assert 0 < found["sampled 64"] < found["sampled 12"] < 90
