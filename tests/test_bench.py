@@ -145,8 +145,15 @@ def test_a_demo_of_another_size_is_refused(tmp_path: Path, monkeypatch: pytest.M
     metrics = tmp_path / "metrics.json"
     metrics.write_text(json.dumps({"models": {}, "training": {"student": {"tokens": 128}}}))
     monkeypatch.setattr(bench_demo, "_METRICS", metrics)
-    with pytest.raises(AssertionError, match="trained on 128 tokens, not on the demo's 172,032: run make demo"):
+    with pytest.raises(AssertionError, match="trained on 128 tokens, not on the demo's 114,688: run make demo"):
         bench_demo.bench_demo(None, bench_demo.CASES[0])  # type: ignore[arg-type]
+
+
+def test_the_demo_that_is_asked_about_is_the_one_that_is_run() -> None:
+    """An evaluation after each epoch, of so many steps."""
+    settings = dict(re.findall(r"^(\w+): (\d+)", (_ROOT / "examples" / "demo.yaml").read_text(), re.M))
+    epochs, batch, steps = (int(settings[name]) for name in ("epochs", "batch_size", "eval_steps"))
+    assert epochs * batch * steps * 128 == bench_demo.TOKENS
 
 
 # --- questions and rivals ---------------------------------------------------------------------------------------
