@@ -105,7 +105,7 @@ def loss(
         total: Tensor = student.new_empty((), dtype=torch.float32)
         if not _computed(template, given, divisor, None, student, total):
             return None
-        total = _InPlace.apply(student, total)  # type: ignore[no-untyped-call]
+        total = _InPlace.apply(student, (total,))  # type: ignore[no-untyped-call]
         return total
     if kd.reduction != "none":
         grad = _gradient_of(student) if wanted else None
@@ -230,10 +230,11 @@ class _InPlace(torch.autograd.Function):
     """A scalar, whose gradient is where the student's logits were."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, total: Tensor) -> Tensor:
+    def forward(ctx: Any, student: Tensor, computed: tuple[Tensor]) -> Tensor:
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
         torch.autograd.graph.increment_version(student)
         ctx.save_for_backward(student)
+        (total,) = computed  # an argument that is returned would be a view of itself
         return total
 
     @staticmethod
