@@ -40,6 +40,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+#: Files of tests whose runs draw their figures, which take more than half of a short run's time.
+DRAWING = ("test_commands", "test_distill", "test_mixing", "test_report", "test_report_page")
+
+
+@pytest.fixture(autouse=True)
+def _no_figures(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Elsewhere pages have none. The patch is its own: tests undo theirs halfway."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__.rpartition(".")[2] not in DRAWING:
+            patch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
+        yield
+
+
 @pytest.fixture(scope="session")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with a random Llama `teacher`, its word-level tokenizer, `student.json` and `text.txt`."""

@@ -51,7 +51,6 @@ def test_a_run_is_resumed_and_judged_from_any_directory(options, inputs, tmp_pat
         eval_windows=4,
         sample_tokens=0,
     )
-    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
     with monkeypatch.context() as patched:
         patched.setattr("fastkd.training.report.write", _interrupted)
         with pytest.raises(KeyboardInterrupt, match="--resume"):

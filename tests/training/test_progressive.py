@@ -194,7 +194,6 @@ def test_an_interrupted_stage_is_resumed_where_it_was_moved_to(asked, inputs, in
     monkeypatch.chdir(inputs)
     output, moved, begun = tmp_path / "stages", tmp_path / "moved", asked(teacher="teacher")
     write = report.write
-    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")  # figures take most of the time
 
     def interrupted(staging, *given):
         if staging.parent.name == at:

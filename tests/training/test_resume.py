@@ -77,12 +77,6 @@ def whole(options, tmp_path, kept):
     return kept["whole"]
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """They take most of the time."""
-    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
-
-
 def test_killed_anywhere_and_resumed_it_ends_with_the_same_weights(options, tmp_path):
     """At random file operations, again and again until the run ends. One that had not begun is started anew."""
     whole = tmp_path / "whole"

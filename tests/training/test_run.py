@@ -22,12 +22,6 @@ from tests.training.conftest import changed, run
 from tests.training.killed import in_child
 
 
-@pytest.fixture(autouse=True)
-def _no_figures(monkeypatch):
-    """They take most of the time."""
-    monkeypatch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
-
-
 @pytest.fixture
 def options(options):
     return changed(options, max_steps=4, eval_steps=2, eval_windows=4, sample_tokens=0, cache_tokens=8)
