@@ -11,7 +11,7 @@ from fastkd.mixture import Mixture
 from fastkd.projection.estimate import plan
 from fastkd.projection.models import project
 from fastkd.projection.plan import Plan
-from fastkd.sources import Projection, SparseTargets
+from fastkd.sources import Projection, SparseTargets, VocabShard
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ __all__ = [
     "Projection",
     "RowStatistics",
     "SparseTargets",
+    "VocabShard",
     "backends",
     "kd_loss",
     "log_softmax",

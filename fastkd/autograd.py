@@ -26,6 +26,7 @@ __all__ = [
     "kd_loss",
     "kd_loss_",
     "kd_loss_per_row",
+    "read_by_ranks",
     "row_scales",
     "scale_on_host",
     "scale_saved",
@@ -189,6 +190,24 @@ class _LogSoftmax(torch.autograd.Function):
         if upstream is None:
             return None, None, None
         return None, torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, ctx.temperature), None
+
+
+class _ReadByRanks(torch.autograd.Function):
+    """The identity, of which several ranks find a part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.fastkd.sum_of_ranks(upstream, ctx.group), None
+
+
+def read_by_ranks(values: Tensor, group: str) -> Tensor:
+    """The same values; their gradient is the sum of those of all ranks of the group, which all get it."""
+    return _ReadByRanks.apply(values, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _below_autograd(compute: Compute, arguments: tuple[Any, ...]) -> Any:

@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fastkd import arguments, at_once, autograd, gradients, served, sources
+from fastkd import arguments, at_once, autograd, gradients, placed, served, sources
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.live import Mask, checked, counted_on_host, moved
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
 from fastkd.rows import RowSpec, Wants
-from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher
+from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher, VocabShard
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
 
@@ -152,6 +152,8 @@ class KDLoss(nn.Module):
             computed = at_once.loss(self, student, teacher, labels, weights, num_items)
             if computed is not None:
                 return computed
+        student, teacher = placed.here(student, "student"), placed.here(teacher, "teacher")
+        labels, weights = placed.beside(labels, "labels"), placed.beside(weights, "weights")
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
@@ -162,6 +164,7 @@ class KDLoss(nn.Module):
             teacher = teacher.simplified()
         gradients.check(student, teacher, weights, num_items)
         self._check_call(student, teacher, labels, weights, num_items, live)
+        student = placed.student_here(student)
         if labels is not None:
             labels = labels.detach().to(torch.int64)
 
@@ -337,8 +340,9 @@ class KDLoss(nn.Module):
                 arguments.check_counts("num_items", num_items)
             else:
                 arguments.number("num_items", num_items)
-        if self.inplace and isinstance(student, Tensor) and not torch.compiler.is_compiling():
-            gradients.check_writable(student, teacher, labels, weights)
+        written = student.source if isinstance(student, VocabShard) else student
+        if self.inplace and isinstance(written, Tensor) and not torch.compiler.is_compiling():
+            gradients.check_writable(written, teacher, labels, weights)
 
     def _check_served(self, kind: str, teacher: Teacher) -> None:
         reason = served.refusal(kind, self.divergence)

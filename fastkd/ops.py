@@ -8,6 +8,7 @@ Opaque operators in the namespace `fastkd`. They are defined and implemented thr
 - `kd_loss_per_row`  one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
 - `row_scales`: what each row's terms are multiplied by
+- `sum_of_ranks`: of a gradient that each rank has a part of
 - `log_softmax` and its backward, `row_statistics`
 
 A loss takes logits or hidden states with an output head, for student and teacher (see `Call`).
@@ -31,9 +32,11 @@ from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import of_spec
 from fastkd.kernels.cpu.library import advise_huge_pages
+from fastkd.projection.columns import in_chunks, over_ranks
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
 from fastkd.projection.teachers import rows_at_hand
+from fastkd.ranks import sum_of_ranks
 from fastkd.reference import weighted_rows
 from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
 
@@ -50,6 +53,7 @@ library.define(
     "row_scales(Tensor student, Tensor? labels, Tensor? weights, Tensor? num_items, float? number, str reduction, "
     "int ignore_index, bool shift, bool mask_soft) -> (Tensor scales, Tensor moved)"
 )
+library.define("sum_of_ranks(Tensor values, str group) -> Tensor")
 library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
 library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
 library.define(
@@ -91,15 +95,17 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
 def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
     """Run the backend. `grad`, for a student that is a tensor, may be that tensor."""
     _check_labels(call.labels, call.hard_scale, call.vocab_size)
-    if not call.on_logits:
+    if in_chunks(call):
         return from_hidden_states(call, grad, wants)
     student = addressable(call.student)
     teacher = rows_at_hand(call.teacher_source(), call)
     if isinstance(teacher, Tensor):
         teacher = addressable(teacher)
-    soft, hard = select(student).kd_rows(
-        student, teacher, call.labels, call.soft_scale, call.hard_scale, call.spec, grad
-    )
+    row = (call.labels, call.soft_scale, call.hard_scale)
+    if call.student_cut:
+        soft, hard = over_ranks(call, student, teacher, *row, grad)
+    else:
+        soft, hard = select(student).kd_rows(student, teacher, *row, call.spec, grad)
     return soft, hard, Gradients()
 
 
@@ -156,7 +162,7 @@ def _kd_loss(*arguments: Any) -> tuple[Tensor | None, ...]:
     call, wants = Call(*fields), Wants(*wants_)
     grad = None
     if call.student_weight is None and wants.hidden:
-        grad = _empty_like_rows(call.student) if call.on_logits else _zeros_like_rows(call.student)
+        grad = _zeros_like_rows(call.student) if in_chunks(call) else _empty_like_rows(call.student)
     scaled, factor = _in_range(call)
     soft, hard, gradients = _compute(scaled, grad, wants)
     loss = select(soft).weighted_total(*_weighted(call, soft, hard))
@@ -167,7 +173,7 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor | None, ...]:
     call = Call(*arguments)
     scaled, factor = _in_range(call)
     soft, hard, _ = _compute(scaled, call.student, Wants(True, False, False))
-    if not call.on_logits:  # the kernels saw neither masked rows nor padding
+    if in_chunks(call):  # the kernels saw neither masked rows nor padding
         scales = [scale != 0 for scale in (call.soft_scale, call.hard_scale) if scale is not None]
         live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
         call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
@@ -289,6 +295,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kd_loss_": _kd_loss_in_place,
     "kd_loss_per_row": _kd_loss_per_row,
     "row_scales": _row_scales,
+    "sum_of_ranks": sum_of_ranks,
     "log_softmax": _log_softmax,
     "log_softmax_backward": _log_softmax_backward,
     "row_statistics": _row_statistics,
@@ -298,6 +305,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "kd_loss_": _fake_kd_loss_in_place,
     "kd_loss_per_row": _fake_kd_loss_per_row,
     "row_scales": _fake_row_scales,
+    "sum_of_ranks": lambda values, group: torch.empty_like(values),
     "log_softmax": _fake_log_softmax,
     "log_softmax_backward": _fake_log_softmax_backward,
     "row_statistics": _fake_row_statistics,

@@ -18,6 +18,7 @@ from torch import Tensor
 from fastkd import arguments
 from fastkd.mixture import Mixture
 from fastkd.projected import LogProbabilities, Projection, check_logits
+from fastkd.shards import VocabShard
 
 __all__ = [
     "LogProbabilities",
@@ -27,6 +28,7 @@ __all__ = [
     "SparseKind",
     "SparseTargets",
     "Teacher",
+    "VocabShard",
     "check",
     "check_logits",
     "of_parts",
@@ -147,8 +149,8 @@ class SparseTargets:
         return replace(self, ids=function(self.ids), logprobs=function(self.logprobs), rest=rest, entropy=entropy)
 
 
-Source = Tensor | Projection
-Teacher = Tensor | Projection | SparseTargets | Mixture
+Source = Tensor | Projection | VocabShard
+Teacher = Tensor | Projection | VocabShard | SparseTargets | Mixture
 
 
 def check(
@@ -163,7 +165,7 @@ def check(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or size.
     """
     _check_source("student", student)
-    projected = any(isinstance(source, Projection) for source in (student, *_members(teacher)))
+    projected = any(isinstance(source, Projection) for source in map(_held, (student, *_members(teacher))))
     arguments.holds_values("student", student)
     if teacher is not None:
         if not isinstance(teacher, SparseTargets):
@@ -196,6 +198,12 @@ def parts(side: str, source: Teacher | None) -> dict[str, Any]:
 
 def of_parts(side: str, call: Any) -> Teacher | None:
     """The source that `parts` took apart, or None; `call` has the parts as attributes."""
+    cut = getattr(call, f"{side}_cut", None)
+    if cut:
+        first, total = cut
+        return VocabShard(
+            Projection.of_parts(side, call) or getattr(call, side), first, total, getattr(call, f"{side}_group")
+        )
     for kind in _COMPOSED:
         source = kind.of_parts(side, call)
         if source is not None:
@@ -204,12 +212,19 @@ def of_parts(side: str, call: Any) -> Teacher | None:
     return logits
 
 
+def _held(source: object) -> object:
+    """What a rank has of a source that is spread, or the source."""
+    return source.source if isinstance(source, VocabShard) else source
+
+
 def tensors(source: Teacher) -> list[Tensor]:
     """Every tensor a source is made of."""
     if isinstance(source, Tensor):
         return [source]
     if isinstance(source, Mixture):
         return [tensor for teacher in source.teachers for tensor in tensors(teacher)]
+    if isinstance(source, VocabShard):
+        return tensors(source.source)
     return [value for value in vars(source).values() if isinstance(value, Tensor)]
 
 
@@ -219,7 +234,7 @@ def _members(teacher: object) -> tuple[object, ...]:
 
 
 def _check_source(name: str, source: object) -> None:
-    if isinstance(source, Projection) or (isinstance(source, Mixture) and name == "teacher"):
+    if isinstance(source, (Projection, VocabShard)) or (isinstance(source, Mixture) and name == "teacher"):
         return  # checked itself
     if not isinstance(source, Tensor):
         also = ", fastkd.SparseTargets or fastkd.Mixture" if name == "teacher" else ""
@@ -240,7 +255,7 @@ def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Siz
 def _check_doubles(student: Source, teacher: Teacher) -> None:
     """TypeError for float64 beside another dtype, but that the reference widens a teacher's logits to the student's."""
     doubles = [source.dtype == torch.float64 for source in (student, teacher)]
-    widened = doubles == [True, False] and isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    widened = doubles == [True, False] and isinstance(student, Tensor) and isinstance(_held(teacher), Tensor)
     if any(doubles) and not all(doubles) and not widened and not isinstance(teacher, SparseTargets):
         raise TypeError(f"student and teacher must both be float64 or neither, got {student.dtype} and {teacher.dtype}")
 

@@ -18,7 +18,7 @@ from fastkd.rows import RowSpec
 
 SPEC = RowSpec("forward_kl", (), 2.0, 2.0, 1.0, 0.0, 5)
 #: Functions of `Backend` that a row may lack: the reference takes no tiles.
-OPTIONAL = {"reference": {"tile_state"}}
+OPTIONAL = {"reference": {"tile_state", "state_fields"}}
 
 HALF = torch.full((3,), 0.5).log()
 ONE_OF_EACH: list[Any] = [

@@ -50,12 +50,11 @@ __all__ = [
     "scratch_bytes",
     "sparse_rows",
     "status",
-    "tile_state",
     "top_k",
     "weighted_total",
 ]
 
-_ABI = 9
+_ABI = 10
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PADDING = (0.0,) * PARAMETERS
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
@@ -202,16 +201,17 @@ def kd_rows(
             spec.teacher_temperature,
             spec.soft_weight,
             spec.hard_weight,
-            *((0, 0, None) if tile is None else (_STAGES[tile.stage], tile.first, tile.state.data_ptr())),
+            *_placed(tile),
             sparse,
         ),
     )
     return soft, hard
 
 
-def tile_state(rows: int, device: torch.device) -> Tensor:
-    """See `fastkd.backend.Backend.tile_state`."""
-    return _new(rows, loaded().fastkd_size(b"state"), dtype=torch.uint8)
+def _placed(tile: Tile | None) -> tuple[int, int, int, int | None]:
+    if tile is None:
+        return 0, 0, 0, None
+    return _STAGES[tile.stage], tile.first, tile.origin, tile.state.data_ptr()
 
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:

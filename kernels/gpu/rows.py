@@ -59,7 +59,7 @@ def kd_rows(
         hard,
         numbers_for(spec, divergence),
         spec.vocab_size,
-        None if tile is None else VocabularyTile(tile.state, tile.first, width),
+        None if tile is None else VocabularyTile(tile.state, tile.first, width, tile.origin),
         student.shape[-1] if grad is None else grad.shape[-1],
     )
     mode = mode_for(spec, divergence, student, teacher, labels, grad, walk.block, tile)
