@@ -124,8 +124,9 @@ class _KDLossPerRow(torch.autograd.Function):
         outputs = _below_autograd(compute, call)
         ctx.numbers, ctx.backend = call.numbers, forced()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*call.tensors)
+        ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not None))
+        state, picked = (None if x is None or x.numel() == 0 else x for x in outputs[3:])
+        ctx.save_for_backward(*call._replace(row_state=state, picked=picked).tensors)
         return outputs
 
     @staticmethod

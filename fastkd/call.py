@@ -23,7 +23,9 @@ class Call(NamedTuple):
     or the parts of `SparseTargets` or of a `Mixture`. The fields of `RowSpec` are here under their own names. At most
     `live` rows have a scale that is not 0, which matters from hidden states on devices that cannot be asked how many.
     Of a `VocabShard` the fields are its source's, beside `*_cut`, its first column and the vocabulary's size (empty:
-    the side is whole), and `*_group`. What a forward learned of each row over all ranks may come as `row_state`.
+    the side is whole), and `*_group`. Then a call without gradients leaves in `row_state` what all ranks know of each
+    row, and in `picked` the student's logits of a sparse teacher's tokens. One with gradients reads them, and exchanges
+    nothing.
     """
 
     student: Tensor
@@ -40,6 +42,7 @@ class Call(NamedTuple):
     soft_scale: Tensor | None
     hard_scale: Tensor | None
     row_state: Tensor | None
+    picked: Tensor | None
     teacher_mixed: Sequence[Tensor | None]
     student_head: Sequence[float]
     teacher_head: Sequence[float]

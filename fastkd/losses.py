@@ -214,7 +214,8 @@ class KDLoss(nn.Module):
         if self.reduction == "none":
             if any(wants) and not torch.compiler.is_compiling():
                 call = _for_backward(call, Wants(*wants))
-            return autograd.kd_loss_per_row(*call)  # type: ignore[no-any-return]
+            loss, soft, hard, *_ = autograd.kd_loss_per_row(*call)
+            return loss, soft, hard
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
             return autograd.kd_loss_(*call)
         loss, soft, hard, *_ = autograd.kd_loss(*call, wants)

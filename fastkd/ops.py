@@ -32,13 +32,13 @@ from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import of_spec
 from fastkd.kernels.cpu.library import advise_huge_pages
-from fastkd.projection.columns import in_chunks, over_ranks
+from fastkd.projection.columns import in_chunks, over_ranks, with_room_for_state
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
 from fastkd.projection.teachers import rows_at_hand
 from fastkd.ranks import sum_of_ranks
 from fastkd.reference import weighted_rows
-from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
+from fastkd.rows import NOTHING, STATE_BYTES, Wants, addressable, kept_dtype, row_dtype
 
 __all__ = ["IMPLEMENTATIONS", "library"]
 
@@ -48,7 +48,10 @@ library.define(
     "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias, Tensor factor)"
 )
 library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
-library.define(f"kd_loss_per_row(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
+library.define(
+    f"kd_loss_per_row(Tensor student, {SCHEMA}) "
+    "-> (Tensor rows, Tensor soft, Tensor hard, Tensor row_state, Tensor picked)"
+)
 library.define(
     "row_scales(Tensor student, Tensor? labels, Tensor? weights, Tensor? num_items, float? number, str reduction, "
     "int ignore_index, bool shift, bool mask_soft) -> (Tensor scales, Tensor moved)"
@@ -181,10 +184,10 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor | None, ...]:
     return select(soft).weighted_total(*_weighted(call, soft, hard)), soft, hard, factor
 
 
-def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*arguments)
+def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor | None, ...]:
+    call = with_room_for_state(Call(*arguments))
     soft, hard, _ = _compute(call, None, NOTHING)
-    return weighted_rows(*_weighted(call, soft, hard)), soft, hard
+    return weighted_rows(*_weighted(call, soft, hard)), soft, hard, call.row_state, call.picked
 
 
 def _fake_rows(tensor: Tensor) -> Tensor:
@@ -221,8 +224,13 @@ def _fake_kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return rows.new_empty(()), rows, _fake_rows(call.student), _fake_factor(call)
 
 
-def _fake_kd_loss_per_row(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_rows(student), _fake_rows(student), _fake_rows(student)
+def _fake_kd_loss_per_row(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    student, rows = call.student, _fake_rows(call.student)
+    state = student.new_empty((rows.shape[0], STATE_BYTES) if call.student_cut else (0,), dtype=torch.uint8)
+    picks = call.teacher_ids.shape[-1:] if call.student_cut and call.teacher_ids is not None else None
+    picked = student.new_empty((0,) if picks is None else (rows.shape[0], *picks), dtype=rows.dtype)
+    return rows, _fake_rows(student), _fake_rows(student), state, picked
 
 
 # --- scales of rows ---------------------------------------------------------------------------------------------
@@ -328,6 +336,7 @@ def _filled(implementation: Callable[..., Any], absent: tuple[torch.dtype | None
 _ABSENT = {
     "kd_loss": (None,) * 6 + (torch.float32,),
     "kd_loss_": (None,) * 3 + (torch.float32,),
+    "kd_loss_per_row": (None,) * 3 + (torch.uint8, None),
     "row_scales": (None, torch.int64),
 }
 for _name, _implementation in IMPLEMENTATIONS.items():

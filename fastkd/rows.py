@@ -14,6 +14,7 @@ from torch import Tensor
 
 __all__ = [
     "NOTHING",
+    "STATE_BYTES",
     "RowLayout",
     "RowSpec",
     "SparseRows",
@@ -30,6 +31,8 @@ __all__ = [
 ]
 
 Stage = Literal["statistics", "terms", "gradient"]
+#: What a backend keeps of a row between tiles, at most.
+STATE_BYTES = 128
 
 
 class RowSpec(NamedTuple):

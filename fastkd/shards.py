@@ -86,6 +86,16 @@ class VocabShard:
         source = {side: self.source} if isinstance(self.source, Tensor) else self.source.parts(side)
         return {**source, f"{side}_cut": [self.first, self.vocab_size], f"{side}_group": self.group}
 
+    @classmethod
+    def of_parts(cls, side: str, call: Any) -> VocabShard | None:
+        """See `sources.of_parts`."""
+        cut = getattr(call, f"{side}_cut", None)
+        if not cut:
+            return None
+        first, vocab_size = cut
+        source = Projection.of_parts(side, call) or getattr(call, side)
+        return cls(source, first, vocab_size, getattr(call, f"{side}_group"))
+
 
 def _name_of(group: Any) -> str:
     """By which operators find a group: it crosses into them as text."""

@@ -183,7 +183,8 @@ def check(
 
 
 #: The sources that are no tensor.
-_COMPOSED: tuple[type[Projection] | type[SparseTargets] | type[Mixture], ...] = (Projection, SparseTargets, Mixture)
+_Composed = type[VocabShard] | type[Projection] | type[SparseTargets] | type[Mixture]
+_COMPOSED: tuple[_Composed, ...] = (VocabShard, Projection, SparseTargets, Mixture)  # a shard may hold a projection
 
 
 def parts(side: str, source: Teacher | None) -> dict[str, Any]:
@@ -198,12 +199,6 @@ def parts(side: str, source: Teacher | None) -> dict[str, Any]:
 
 def of_parts(side: str, call: Any) -> Teacher | None:
     """The source that `parts` took apart, or None; `call` has the parts as attributes."""
-    cut = getattr(call, f"{side}_cut", None)
-    if cut:
-        first, total = cut
-        return VocabShard(
-            Projection.of_parts(side, call) or getattr(call, side), first, total, getattr(call, f"{side}_group")
-        )
     for kind in _COMPOSED:
         source = kind.of_parts(side, call)
         if source is not None:

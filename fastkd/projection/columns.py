@@ -9,15 +9,17 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from fastkd.backend import select
 from fastkd.call import Call
 from fastkd.ranks import Layout, Rows, agreed, layout_of
-from fastkd.rows import SparseRows, row_count
+from fastkd.rows import STATE_BYTES, SparseRows, row_count, row_dtype
 
 __all__ = [
     "Columns",
+    "States",
     "columns_of",
     "in_chunks",
     "is_recut",
@@ -25,6 +27,7 @@ __all__ = [
     "same_on_all_ranks",
     "shared_rows",
     "teachers_layout",
+    "with_room_for_state",
 ]
 
 
@@ -92,7 +95,9 @@ def over_ranks(
     shared = shared_rows(call, columns)
     assert columns.layout is not None
     assert shared is not None
-    same_on_all_ranks(call, columns.layout)
+    states = States(call, shared, known=grad is not None)
+    if not states.known:
+        same_on_all_ranks(call, columns.layout)
     own = slice(0, columns.width)
     if isinstance(teacher, Tensor):
         teacher = teacher[..., own if call.teacher_cut else columns.slice]
@@ -100,11 +105,45 @@ def over_ranks(
     if grad is not None:
         grad[..., columns.width :] = 0
         place = grad[..., own]
-    state = call.row_state
-    if state is None:
-        state = shared.new_state(row_count(student), student.device)
-    known = call.row_state is not None
-    return shared.kd_rows(student[..., own], teacher, labels, soft_scale, hard_scale, place, state, known)
+    row = (labels, soft_scale, hard_scale)
+    values = shared.kd_rows(student[..., own], teacher, *row, place, states.all, states.known)
+    states.keep()
+    return values
+
+
+def with_room_for_state(call: Call) -> Call:
+    """The call with memory for what a backward would otherwise have to exchange again. See `Call`."""
+    if not call.student_cut:
+        return call
+    rows, device = row_count(call.student), call.student.device
+    picked = None
+    if call.teacher_ids is not None:
+        entries = call.teacher_ids.shape[-1]
+        picked = torch.zeros(rows, entries, dtype=row_dtype(call.student.dtype), device=device)
+    return call._replace(
+        row_state=torch.zeros(rows, STATE_BYTES, dtype=torch.uint8, device=device),
+        picked=picked,
+    )
+
+
+class States:
+    """What all ranks know of each row, as the backend has it, and as it outlives a call."""
+
+    def __init__(self, call: Call, shared: Rows, known: bool) -> None:
+        self.all = shared.new_state(row_count(call.student), call.student.device)
+        self.known = known and call.row_state is not None and self.all is not None
+        self._outside = call.row_state
+        if self.known and self.all is not None and self._outside is not None:
+            _bytes(self.all).copy_(self._outside[:, : _bytes(self.all).shape[1]])
+
+    def keep(self) -> None:
+        """Leave it for the backward, where the caller wants it."""
+        if self._outside is not None and self.all is not None and not self.known:
+            self._outside[:, : _bytes(self.all).shape[1]] = _bytes(self.all)
+
+
+def _bytes(state: Tensor) -> Tensor:
+    return state.view(torch.uint8)
 
 
 def same_on_all_ranks(call: Call, layout: Layout, least: tuple[int, ...] = ()) -> tuple[int, ...]:

@@ -25,6 +25,7 @@ from fastkd.call import Call
 from fastkd.divergences import ForwardKL, of_spec
 from fastkd.projection.columns import (
     Columns,
+    States,
     columns_of,
     is_recut,
     same_on_all_ranks,
@@ -41,7 +42,7 @@ from fastkd.projection.sides import (
     part_of,
     student_side,
 )
-from fastkd.projection.teachers import teacher_side, teacher_sizes
+from fastkd.projection.teachers import Sparse, teacher_side, teacher_sizes
 from fastkd.rows import NOTHING, SparseRows, Stage, Tile, Wants, row_count, row_dtype
 from fastkd.sources import Projection
 
@@ -62,6 +63,8 @@ def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[T
         loop = _Loop(call, grad, wants)
         for rows in loop.groups():
             loop.run(rows)
+        if loop.states is not None:
+            loop.states.keep()
         return loop.soft, loop.hard, loop.student.gradients()
 
 
@@ -90,7 +93,7 @@ def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
         tiles_allowed=hasattr(select(call.student), "tile_state") and not call.teacher_mixed and not is_recut(call),
         gathered=isinstance(live, Tensor) and not _tells(call),
     )
-    if spread is None:
+    if spread is None or (wants.any and call.row_state is not None and not is_recut(call)):
         return plan
     # Ranks meet at each chunk. What the kernels keep depends on a rank's threads, so they may have planned others.
     whole, chunk, group, tile = same_on_all_ranks(
@@ -146,10 +149,9 @@ class _Loop:
             if side is not None:
                 side.allocate(self.plan.chunk, self.plan.group, self.plan.tile)
         self.shared = shared_rows(call, self.columns)
-        self.known = call.row_state is not None
-        self.state = call.row_state
-        if self.shared is not None and self.state is None:
-            self.state = self.shared.new_state(count, device)
+        self.states = None if self.shared is None else States(call, self.shared, wants.any)
+        self.state = None if self.states is None else self.states.all
+        self.known = self.states is not None and self.states.known
         tiled = self.shared is None and self.plan.strategy == "tiles"
         self.group_state = self.backend.tile_state(self.plan.group, device) if tiled else None
 
@@ -189,6 +191,8 @@ class _Loop:
                 self.soft[rows], self.hard[rows] = self.shared.values(beside, given[0], given[1], given[2], state)
         if self.state is not None and state is not None and isinstance(rows, Tensor):
             self.state[rows] = state
+            if isinstance(self.teacher, Sparse):
+                self.teacher.keep_picked()
         self.student.finish()
 
     def _teacher_of_group(self, rows: RowIndex) -> Tensor | SparseRows | None:

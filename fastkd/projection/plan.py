@@ -17,7 +17,7 @@ import torch
 from fastkd.backend import scratch_bytes
 from fastkd.divergences import Divergence
 from fastkd.projection.devices import free_bytes
-from fastkd.rows import Wants
+from fastkd.rows import STATE_BYTES, Wants
 
 __all__ = ["CAST_COLUMNS", "ROW_ALONE", "STATE_BYTES", "HeadSize", "Plan", "fixed_budget", "padded", "plan_for"]
 
@@ -47,8 +47,6 @@ _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 _ALIGNMENT = 16
 #: Rows of a head that are cast at a time where products need another dtype than its weights have.
 CAST_COLUMNS = 4096
-#: What a backend keeps of a row between tiles, at most.
-STATE_BYTES = 128
 
 
 class HeadSize(NamedTuple):

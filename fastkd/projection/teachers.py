@@ -61,7 +61,8 @@ def rows_at_hand(teacher: Teacher | None, call: Call) -> Tensor | SparseRows | N
         teacher = teacher.source
     if isinstance(teacher, SparseTargets):
         dtype = row_dtype(call.student.dtype)
-        return sparse_rows(teacher, call.soft_scale, call.vocab_size, dtype, select(call.student))
+        rows = sparse_rows(teacher, call.soft_scale, call.vocab_size, dtype, select(call.student))
+        return rows if call.picked is None else rows._replace(picked=call.picked)
     if teacher is None or isinstance(teacher, Tensor):
         return teacher
     raise TypeError(f"no backend is given rows of a {type(teacher).__name__}")
@@ -79,10 +80,15 @@ class Sparse:
         """Nothing is needed."""
 
     def start(self, rows: RowIndex) -> None:
+        self._rows = rows
         self._group = self._all.part(rows)  # once, since what the tiles pick of the student is kept in it
 
     def logits(self, columns: slice, part: slice) -> SparseRows:
         return self._group.part(part)
+
+    def keep_picked(self) -> None:
+        """Of a group that is no slice, and so a copy."""
+        self._all.picked[self._rows] = self._group.picked
 
 
 class Gathered:
