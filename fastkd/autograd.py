@@ -176,9 +176,8 @@ class _LogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, logits: Tensor, others: Any) -> tuple[Tensor, Tensor]:
-        (temperature,) = others
-        out, normaliser = _below_autograd(compute, (logits, temperature))
-        ctx.temperature, ctx.backend = temperature, forced()
+        out, normaliser = _below_autograd(compute, (logits, *others))
+        ctx.others, ctx.backend = others, forced()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(normaliser)
         ctx.save_for_backward(logits, normaliser)
@@ -190,7 +189,7 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[None, Tensor | None, None]:
         if upstream is None:
             return None, None, None
-        return None, torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, ctx.temperature), None
+        return None, torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, *ctx.others), None
 
 
 class _ReadByRanks(torch.autograd.Function):

@@ -136,10 +136,11 @@ class Backend(Protocol):
         """
         ...
 
-    def row_statistics(
-        self, logits: Tensor, labels: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log-sum-exp, entropy (nats), arg-max (int64) and label log-probability of softmax(logits / temperature)."""
+    def row_statistics(self, logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+        """log-sum-exp, entropy (nats), arg-max (int64) and label log-probability of softmax(logits / temperature).
+
+        Then the normaliser `[rows, 2]`, as of `log_softmax`.
+        """
         ...
 
     def log_softmax(self, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -151,9 +152,18 @@ class Backend(Protocol):
         ...
 
     def log_softmax_backward(
-        self, upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        normaliser: Tensor,
+        temperature: float,
+        grad: Tensor,
+        total: Tensor | None = None,
     ) -> None:
-        """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`."""
+        """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`.
+
+        `total` `[rows]` is Σ upstream where the columns here are some of a row's, whose normaliser is given.
+        """
         ...
 
     def top_k(self, logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

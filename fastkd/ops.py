@@ -9,7 +9,8 @@ Opaque operators in the namespace `fastkd`. They are defined and implemented thr
 
 - `row_scales`: what each row's terms are multiplied by
 - `sum_of_ranks`: of a gradient that each rank has a part of
-- `log_softmax` and its backward, `row_statistics`
+- `log_softmax` and its backward, `row_statistics`. The first two of rows whose columns are on the ranks of a group, or
+  here (an empty `group`)
 
 A loss takes logits or hidden states with an output head, for student and teacher (see `Call`).
 
@@ -36,7 +37,7 @@ from fastkd.projection.columns import in_chunks, over_ranks, with_room_for_state
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
 from fastkd.projection.teachers import rows_at_hand
-from fastkd.ranks import sum_of_ranks
+from fastkd.ranks import normaliser_of_ranks, sum_of_ranks
 from fastkd.reference import weighted_rows
 from fastkd.rows import NOTHING, STATE_BYTES, Wants, addressable, kept_dtype, row_dtype
 
@@ -57,11 +58,13 @@ library.define(
     "int ignore_index, bool shift, bool mask_soft) -> (Tensor scales, Tensor moved)"
 )
 library.define("sum_of_ranks(Tensor values, str group) -> Tensor")
-library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
-library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
+library.define("log_softmax(Tensor logits, float temperature, str group='') -> (Tensor out, Tensor normaliser)")
+library.define(
+    "log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature, str group='') -> Tensor"
+)
 library.define(
     "row_statistics(Tensor logits, Tensor? labels, float temperature) "
-    "-> (Tensor log_sum_exp, Tensor entropy, Tensor argmax, Tensor label_logprob)"
+    "-> (Tensor log_sum_exp, Tensor entropy, Tensor argmax, Tensor label_logprob, Tensor normaliser)"
 )
 
 
@@ -263,38 +266,45 @@ def _fake_row_scales(student: Tensor, labels: Tensor | None, *arguments: Any) ->
 # --- log-softmax and statistics ---------------------------------------------------------------------------------
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_softmax(logits: Tensor, temperature: float, group: str = "") -> tuple[Tensor, Tensor]:
     logits = addressable(logits)
-    out = _empty_like_rows(logits)
-    return out, select(logits).log_softmax(logits, temperature, out)
+    if not group:
+        out = _empty_like_rows(logits)
+        return out, select(logits).log_softmax(logits, temperature, out)
+    wide = torch.empty(logits.shape, dtype=row_dtype(logits.dtype), device=logits.device)  # rounded once
+    own = select(logits).log_softmax(logits, temperature, wide)
+    normaliser, apart = normaliser_of_ranks(own, temperature, group)
+    wide += apart.view(*logits.shape[:-1], 1)
+    return wide.to(logits.dtype), normaliser
 
 
-def _log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
+def _log_softmax_backward(
+    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, group: str = ""
+) -> Tensor:
     logits = addressable(logits)
-    grad = _empty_like_rows(logits)
-    select(logits).log_softmax_backward(addressable(upstream), logits, normaliser, temperature, grad)
+    grad, upstream = _empty_like_rows(logits), addressable(upstream)
+    total = sum_of_ranks(upstream.sum(-1, dtype=normaliser.dtype).flatten(), group) if group else None
+    select(logits).log_softmax_backward(upstream, logits, normaliser, temperature, grad, total)
     return grad
 
 
-def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     logits = addressable(logits)
     return select(logits).row_statistics(logits, labels, temperature)
 
 
-def _fake_log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _fake_log_softmax(logits: Tensor, temperature: float, group: str = "") -> tuple[Tensor, Tensor]:
     rows = _fake_rows(logits)
     return logits.new_empty(logits.shape), rows.new_empty((rows.shape[0], 2))
 
 
-def _fake_log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
+def _fake_log_softmax_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _fake_row_statistics(
-    logits: Tensor, labels: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     rows = _fake_rows(logits)
-    return rows, rows.clone(), rows.to(torch.int64), rows.clone()
+    return rows, rows.clone(), rows.to(torch.int64), rows.clone(), rows.new_empty((rows.shape[0], 2))
 
 
 #: What each operator runs, on every device: the backend is chosen inside. A result that is not wanted is None.

@@ -12,7 +12,7 @@ from fastkd import autograd
 from fastkd.shards import VocabShard
 from fastkd.sources import Mixture, Projection, Source, tensors
 
-__all__ = ["beside", "here", "student_here"]
+__all__ = ["beside", "here", "like", "student_here"]
 
 
 def here(source: Any, name: str) -> Any:
@@ -53,6 +53,16 @@ def beside(values: Any, name: str) -> Any:
     if not all(placement.is_replicate() for placement in values.placements):
         raise ValueError(f"{name} has the placements {values.placements}, {_WHOLE.format(name=name)}")
     return values.to_local()
+
+
+def like(given: Any, own: Tensor) -> Tensor:
+    """What a rank has of a result, as a DTensor placed as what was `given`, where that is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(given, module.DTensor):
+        return own
+    return module.DTensor.from_local(  # type: ignore[no-any-return]
+        own, given.device_mesh, given.placements, run_check=False, shape=given.shape, stride=given.stride()
+    )
 
 
 _WHOLE = "but every rank needs it whole: pass {name}.redistribute(placements=[Replicate()]), or local tensors"

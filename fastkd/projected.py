@@ -58,7 +58,7 @@ class Projection:
     def __post_init__(self) -> None:
         for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
             if tensor is not None or name != "bias":
-                arguments.floating(f"Projection {name}", tensor)
+                arguments.floating(f"Projection {name}", tensor, placed=True)
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
         if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import weakref
 import zlib
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,7 +23,17 @@ from fastkd.backend import Backend
 from fastkd.divergences import of_spec
 from fastkd.rows import RowSpec, SparseRows, Stage, Tile
 
-__all__ = ["Layout", "Rows", "agreed", "all_columns", "layout_of", "stages", "sum_of_ranks"]
+__all__ = [
+    "Layout",
+    "Rows",
+    "agreed",
+    "all_columns",
+    "layout_of",
+    "normaliser_of_ranks",
+    "stages",
+    "statistics_of_ranks",
+    "sum_of_ranks",
+]
 
 _LEAST = -torch.finfo(torch.float32).max  # a maximum of no columns, so that differences are no NaN
 
@@ -234,6 +245,42 @@ class Rows(NamedTuple):
         for told, first, count in zip(values, self.layout.firsts, counts, strict=True):
             out = torch.where((ids >= first) & (ids < first + count), told, out)
         return out
+
+
+def statistics_of_ranks(own: Sequence[Tensor], labels: Tensor | None, temperature: float, layout: Layout) -> Any:
+    """`Backend.row_statistics` of whole rows, from what it says of this rank's columns."""
+    log_sum_exp, entropy, argmax, label_logprob, normaliser = own
+    first = layout.firsts[layout.rank]
+    told = _gathered(
+        torch.stack([*normaliser.double().unbind(-1), entropy, label_logprob, argmax + first], -1), layout.group
+    )
+    maxima, log2_totals, entropies, logprobs, columns = told.unbind(-1)
+    (top, log2_total), apart = _normalised(maxima, log2_totals, temperature)
+    share = apart.exp()
+    entropy_of_all = _moved(entropies - apart, share).sum(0)
+    where = torch.where(maxima == top, columns, math.inf).amin(0).nan_to_num(posinf=0.0)
+    logprob = torch.full_like(top, math.nan)
+    if labels is not None:
+        for values, start, width in zip(logprobs + apart, layout.firsts, layout.widths, strict=True):
+            logprob = torch.where((labels >= start) & (labels < start + width), values, logprob)
+    found = (top / temperature + log2_total * math.log(2), entropy_of_all, where, logprob)
+    return tuple(x.to(like.dtype) for x, like in zip(found, (log_sum_exp, entropy, argmax, label_logprob), strict=True))
+
+
+def normaliser_of_ranks(own: Tensor, temperature: float, group: str) -> tuple[Tensor, Tensor]:
+    """That of whole rows, `[rows, 2]` as of `Backend.log_softmax`; and what this rank's log-probabilities are short."""
+    maxima, log2_totals = _gathered(own.double(), group).unbind(-1)
+    found, apart = _normalised(maxima, log2_totals, temperature)
+    rank = torch.distributed.get_rank(_group(group))
+    return torch.stack(found, -1).to(own.dtype), apart[rank].to(own.dtype)
+
+
+def _normalised(maxima: Tensor, log2_totals: Tensor, temperature: float) -> tuple[tuple[Tensor, Tensor], Tensor]:
+    """(maximum, log2 of the sum) of whole rows; and of each rank the log of its share of the sum."""
+    top, up = _raised(maxima)
+    log_totals = log2_totals * math.log(2) - up / temperature
+    log_total = torch.logsumexp(log_totals, 0)
+    return (top, log_total / math.log(2)), log_totals - log_total
 
 
 def _merged(found: dict[str, Tensor], units: tuple[float, float], spec: RowSpec) -> dict[str, Tensor]:

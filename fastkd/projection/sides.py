@@ -265,7 +265,7 @@ class Head:
     def _parts(self, columns: slice, of_gradient: bool = False) -> Iterator[slice]:
         """All columns at once, or the parts in which the head's rows, or the gradient of their logits, are cast."""
         step = CAST_COLUMNS if of_gradient or self.weight.dtype != self.operand else columns.stop - columns.start
-        for start in range(columns.start, columns.stop, step):
+        for start in range(columns.start, columns.stop, max(step, 1)):
             yield slice(start, min(start + step, columns.stop))
 
 

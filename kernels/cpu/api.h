@@ -103,6 +103,7 @@ struct Statistics {
   float* entropy;
   int64_t* argmax;
   float* label_logprob;
+  float* normaliser;  // as of LogSoftmax
   int64_t rows;
   int64_t threads;
   double temperature;
@@ -115,6 +116,7 @@ struct LogSoftmax {
   Matrix upstream;  // backward only
   Matrix out;
   float* normaliser;
+  const float* total;  // backward only: the sum of each row's upstream gradient; nullptr: that of these columns
   int64_t rows;
   int64_t threads;
   double temperature;

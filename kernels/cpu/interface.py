@@ -116,6 +116,7 @@ class Statistics(ctypes.Structure):
         ("entropy", ctypes.c_void_p),
         ("argmax", ctypes.c_void_p),
         ("label_logprob", ctypes.c_void_p),
+        ("normaliser", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("temperature", ctypes.c_double),
@@ -128,6 +129,7 @@ class LogSoftmax(ctypes.Structure):
         ("upstream", Matrix),  # backward only
         ("out", Matrix),
         ("normaliser", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),  # backward only
         ("rows", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("temperature", ctypes.c_double),
