@@ -164,6 +164,8 @@ class KDLoss(nn.Module):
             teacher = teacher.simplified()
         gradients.check(student, teacher, weights, num_items)
         self._check_call(student, teacher, labels, weights, num_items, live)
+        placed.check_cut(student)
+        placed.check_cut(teacher)
         student = placed.student_here(student)
         if labels is not None:
             labels = labels.detach().to(torch.int64)

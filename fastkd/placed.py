@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from fastkd import autograd
+from fastkd import arguments, autograd
+from fastkd.ranks import layout_of
 from fastkd.shards import VocabShard
 from fastkd.sources import Mixture, Projection, Source, tensors
 
-__all__ = ["beside", "here", "like", "student_here"]
+__all__ = ["beside", "check_cut", "here", "like", "student_here"]
 
 
 def here(source: Any, name: str) -> Any:
@@ -30,6 +31,13 @@ def here(source: Any, name: str) -> Any:
     if isinstance(source, Mixture) and any(isinstance(x, module.DTensor) for x in tensors(source)):
         return Mixture([here(teacher, name) for teacher in source.teachers], source.weights)
     return source
+
+
+def check_cut(source: Any) -> None:
+    """ValueError, on all ranks, where the columns of a `VocabShard` are not each on one; not looked at on GPUs."""
+    if isinstance(source, VocabShard) and arguments.is_checked(tensors(source)[0]):
+        held = source.source.shape[-1]
+        layout_of(source.group, source.first, held, source.vocab_size, source.device, again=True)
 
 
 def student_here(source: Source) -> Source:

@@ -95,12 +95,17 @@ def all_columns(own: Tensor, layout: Layout, vocab_size: int) -> Tensor:
 _layouts: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Layout]] = weakref.WeakKeyDictionary()
 
 
-def layout_of(group: str, first: int, width: int, vocab_size: int, device: torch.device) -> Layout:
-    """Ask all ranks for their columns, once for each cut. ValueError, on all, where they do not make the vocabulary."""
+def layout_of(
+    group: str, first: int, width: int, vocab_size: int, device: torch.device, *, again: bool = False
+) -> Layout:
+    """Ask all ranks for their columns. ValueError, on all, where they do not make up the vocabulary.
+
+    Once for each cut or, with `again`, whatever is known: a rank that is given another cut is found out by the others.
+    """
     members = _group(group)
     known = _layouts.setdefault(members, {})
     key = (first, width, vocab_size)
-    if key not in known:
+    if again or key not in known:
         told = _gathered(torch.tensor([key], device=device), group)[:, 0].tolist()
         held = sorted((start, start + size) for start, size, _ in told)
         starts, ends = [start for start, _ in held], [0, *(stop for _, stop in held)]

@@ -46,8 +46,7 @@ def log_softmax(logits: Tensor | VocabShard, temperature: float = 1.0) -> Tensor
     arguments.holds_values("logits", own)
     gradients.refuse_forward_mode(own)
     temperature = arguments.temperature("temperature", temperature)
-    if isinstance(logits, VocabShard):
-        layout_of(group, logits.first, own.shape[-1], logits.vocab_size, own.device)
+    placed.check_cut(logits)
     out: Tensor = torch.ops.fastkd.log_softmax(own, temperature, group)[0]
     return placed.like(given, out)
 
@@ -71,6 +70,7 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
     gradients.refuse_forward_mode(source)
     temperature = arguments.temperature("temperature", temperature)
     flat = None if labels is None else labels.to(torch.int64).reshape(-1)
+    placed.check_cut(source)
     own = source.source if isinstance(source, VocabShard) else source
     at = None if flat is None or not isinstance(source, VocabShard) else flat - source.first
     if isinstance(own, Projection):
