@@ -130,9 +130,9 @@ def moved_in_parts(rank: int, world: int) -> None:
         group, half = mesh.get_group("cp"), labels + 100 * (labels >= 0) * (rank // 2)
         found = fastkd.next_token_labels(half.chunk(2, 1)[rank % 2], group=group)
         assert torch.equal(found, fastkd.next_token_labels(half).chunk(2, 1)[rank % 2])
-        with pytest.raises(ValueError, match="an even number|multiple of 2"):
+        with pytest.raises(ValueError, match="a multiple of 2"):
             fastkd.next_token_labels(labels[:, :3], group=group, layout="zigzag")
-    with pytest.raises(ValueError, match="got .2, 0."):
+    with pytest.raises(ValueError, match=r"got \(2, 0\)"):
         fastkd.next_token_labels(labels[:, :0], group=everyone)
 
 
