@@ -18,7 +18,7 @@ from torch.distributed.tensor.experimental import context_parallel
 import fastkd
 from fastkd.teachers import Mutual, Online, Routed
 from fastkd.terms import AttentionTerm, HiddenStateTerm
-from fastkd.training.counting import labels_of
+from fastkd.training.counting import Counting, labels_of
 from fastkd.training.trainer import KDTrainer
 from tests.processes import run
 from tests.training.test_trainer import VOCAB, Ragged, logged, model, teacher, trainer, windows
@@ -200,15 +200,19 @@ def tokenwise(seed: int, wide: int = 16) -> transformers.PreTrainedModel:
     return found
 
 
-def a_step(path, batch: dict, prepare=lambda found: None) -> tuple[float, list[list[torch.Tensor]]]:
-    """The loss of Trainer's step on one batch, and gradients, of a student and of a term's projector."""
+def a_step(path, batch: dict, prepare=lambda found: None) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+    """Loss and hard loss of Trainer's step on one batch, and gradients, of a student and of a term's projector.
+
+    All are to be averaged over processes.
+    """
     student, above = tokenwise(0), tokenwise(1, 24).eval().requires_grad_(False)
     found = trainer(path, student, teacher=above, terms=[HiddenStateTerm("last:1", weight=0.5)])
     prepare(found)
     items = found._get_num_items_in_batch([batch], torch.device("cpu"))
-    loss = found.training_step(student, dict(batch), items)
+    loss = found.training_step(student, Counting(dict)(batch), items)  # as its DataLoader makes them
     trained = [*student.parameters(), *found.terms.parameters()]
-    return float(loss), [[weight.grad for weight in trained if weight.grad is not None]]  # a norm before no attention
+    both = torch.stack((loss, found.terms.take_sums()["hard"] * found.accelerator.num_processes))
+    return both, [[weight.grad for weight in trained if weight.grad is not None]]  # a norm before no attention
 
 
 def in_context_parallel(found: KDTrainer, world: int) -> None:
@@ -234,13 +238,10 @@ def parts_of_sequences(rank: int, world: int, path: str) -> list:
         options = {"position_ids": parts["position_ids"], "group": everyone, "layout": layout}
         parts["shift_labels"] = fastkd.next_token_labels(parts.pop("labels"), **options)
         found.append(a_step(path, parts))
-    for number, (loss, (gradients,)) in enumerate(found):
-        for gradient in gradients:
-            dist.all_reduce(gradient)
-            gradient /= world
-        losses = torch.tensor(loss)
-        dist.all_reduce(losses)
-        found[number] = float(losses) / world, [gradients]
+    for losses, (gradients,) in found:
+        for values in (losses, *gradients):
+            dist.all_reduce(values)
+            values /= world
     return found
 
 
@@ -248,10 +249,13 @@ def test_parts_of_sequences_are_the_whole(in_two, tmp_path):
     """Cut by torch's context_parallel within Trainer's step, and by the user in either layout."""
     batch = packed([{"input_ids": ids} for ids in windows(4)])
     batch["labels"] = batch["labels"].masked_fill(batch["labels"] % 5 == 0, -100)
-    loss, gradients = a_step(tmp_path, batch)
+    losses, gradients = a_step(tmp_path, batch)
+    labels = fastkd.next_token_labels(batch["labels"], position_ids=batch["position_ids"]).flatten()
+    hard = nn.functional.cross_entropy(tokenwise(0)(batch["input_ids"]).logits.flatten(0, 1), labels)
+    torch.testing.assert_close(losses[1], hard, rtol=1e-6, atol=0)
     for process in in_two:
         for found, theirs in process[2]:
-            assert found == pytest.approx(loss, rel=1e-6)
+            torch.testing.assert_close(found, losses, rtol=1e-6, atol=0)
             assert_same(theirs, gradients)
 
 
