@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
 
 import fastkd
@@ -119,6 +120,10 @@ def moved_in_parts(rank: int, world: int) -> None:
         items = fastkd.count_items(shifted, weights=moved, group=everyone)
         whole = torch.where(by_documents(labels, -100) != -100, by_documents(weights, 0.0).double(), 0.0)
         torch.testing.assert_close(items, whole.sum(), rtol=1e-12, atol=0)
+    given = labels.clone()  # torch itself cuts as the second layout says
+    mesh = init_device_mesh("cpu", (world,))
+    with context_parallel(mesh, buffers=[given], buffer_seq_dims=[1], no_restore_buffers={given}):
+        assert torch.equal(given, cut(labels, rank, world, "zigzag"))
     # Parts of different lengths.
     bounds = [0, 1, 6, 7, TOKENS] if world == 4 else [0, 3, TOKENS]
     mine = labels[:, bounds[rank] : bounds[rank + 1]]
