@@ -12,6 +12,7 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
 import fastkd
+from fastkd.sources import tensors
 from fastkd.teachers import Cached, Frozen, TeacherMode
 from fastkd.terms import Batch, Course, KDTerm, Outputs, RouterTerm, Term, Terms, asks_for_router_loss, outputs_of
 from fastkd.terms.term import RESERVED
@@ -78,8 +80,9 @@ class KDTrainer(TrainsBeside):
     TRL's data preparation comes with `class K(KDTrainer, SFTTrainer): pass`, which takes SFTTrainer's arguments too.
 
     Raises ValueError where the teacher is trainable, in training mode, or needed and not given, for several GPUs in one
-    process, for DeepSpeed's sequence parallelism, for terms or a teacher that the models cannot serve, and for
-    arguments of Trainer that could take no part: metrics of logits, other losses, label smoothing, `torch_compile`.
+    process, for a live teacher under context parallelism, for DeepSpeed's sequence parallelism, for terms or a teacher
+    that the models cannot serve, and for arguments of Trainer that could take no part: metrics of logits, other losses,
+    label smoothing, `torch_compile`.
     """
 
     def __init__(
@@ -112,6 +115,11 @@ class KDTrainer(TrainsBeside):
         routed = asks_for_router_loss(self.model) and not any(isinstance(term, RouterTerm) for term in terms)
         all_terms = Terms([first, *terms, *([RouterTerm(self.model)] if routed else [])], self.model)
         mode = _mode(teacher)
+        if self.get_cp_size() > 1 and not isinstance(mode, Cached):
+            raise ValueError(
+                f"with cp_size={self.get_cp_size()} the student's attention goes across processes, but not that of "
+                f"{type(mode).__name__}: let batches bring the teacher's predictions, as fastkd.cache.Collator does"
+            )
         if not (all_terms.need_teacher or soft_weight or isinstance(mode, (Frozen, Cached))):
             raise ValueError(f"no term reads the teacher, so {type(mode).__name__} would take no part: take it away")
         self._check_columns(mode)
@@ -309,14 +317,24 @@ class KDTrainer(TrainsBeside):
             self._since, self._paused = time.perf_counter(), 0.0
         inputs = dict(inputs)
         self._live = inputs.pop(COUNT, None)
-        if self.get_cp_size() > 1:  # Trainer will leave this process a part of each sequence
-            self._live, labels = None, labels_of(inputs)
-            if labels is not None and not labels.shifted:
-                inputs[SHIFTED] = fastkd.next_token_labels(labels.labels)
         try:
             return super().training_step(model, inputs, *args, **kwargs)
         finally:
             self._live = None
+
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """As Trainer's, which leaves each process a part of every sequence: of what the teacher says of it too."""
+        labels = labels_of(inputs)
+        if self.get_cp_size() == 1 or labels is None:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        self._live = None  # it is of the whole
+        if not labels.shifted:
+            inputs = {**inputs, SHIFTED: fastkd.next_token_labels(labels.labels)}
+        cut: Any
+        cut, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        taught = [] if inputs.get("teacher") is None else tensors(inputs["teacher"])
+        buffers, dims = [*cut.keywords["buffers"], *taught], [*cut.keywords["buffer_seq_dims"], *[1] * len(taught)]
+        return partial(cut.func, buffers=buffers, buffer_seq_dims=dims, no_restore_buffers=set(buffers)), inputs
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._unclocked(super()._save_checkpoint, model, trial)

@@ -200,13 +200,20 @@ def tokenwise(seed: int, wide: int = 16) -> transformers.PreTrainedModel:
     return found
 
 
-def a_step(path, batch: dict, prepare=lambda found: None) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
+def a_step(
+    path, batch: dict, prepare=lambda found: None, cached: bool = False
+) -> tuple[torch.Tensor, list[list[torch.Tensor]]]:
     """Loss and hard loss of Trainer's step on one batch, and gradients, of a student and of a term's projector.
 
     All are to be averaged over processes.
     """
     student, above = tokenwise(0), tokenwise(1, 24).eval().requires_grad_(False)
-    found = trainer(path, student, teacher=above, terms=[HiddenStateTerm("last:1", weight=0.5)])
+    beside = [] if cached else [HiddenStateTerm("last:1", weight=0.5)]
+    found = trainer(path, student, teacher=None if cached else above, terms=beside)
+    if cached:
+        logprobs, ids = above(batch["input_ids"]).logits.div(2).log_softmax(-1).topk(8)
+        targets = fastkd.SparseTargets(ids, logprobs, "ghost", temperature=2.0)
+        batch = {**batch, "teacher": targets}
     prepare(found)
     items = found._get_num_items_in_batch([batch], torch.device("cpu"))
     loss = found.training_step(student, Counting(dict)(batch), items)  # as its DataLoader makes them
@@ -227,8 +234,9 @@ def parts_of_sequences(rank: int, world: int, path: str) -> list:
     """A step of each kind: averages over processes of losses and gradients."""
     whole, everyone, found = packed([{"input_ids": ids} for ids in windows(4)]), dist.group.WORLD, []
     whole["labels"] = whole["labels"].masked_fill(whole["labels"] % 5 == 0, -100)
-    given = {name: value.contiguous().clone() for name, value in whole.items()}
-    found.append(a_step(path, given, lambda one: in_context_parallel(one, world)))
+    for cached in (False, True):
+        given = {name: value.contiguous().clone() for name, value in whole.items()}
+        found.append(a_step(path, given, lambda one: in_context_parallel(one, world), cached))
     for layout in ("contiguous", "zigzag"):
         chunks = {"contiguous": [rank], "zigzag": [rank, 2 * world - 1 - rank]}[layout]
         parts = {
@@ -249,12 +257,12 @@ def test_parts_of_sequences_are_the_whole(in_two, tmp_path):
     """Cut by torch's context_parallel within Trainer's step, and by the user in either layout."""
     batch = packed([{"input_ids": ids} for ids in windows(4)])
     batch["labels"] = batch["labels"].masked_fill(batch["labels"] % 5 == 0, -100)
-    losses, gradients = a_step(tmp_path, batch)
+    live, cache = (a_step(tmp_path, batch, cached=cached) for cached in (False, True))
     labels = fastkd.next_token_labels(batch["labels"], position_ids=batch["position_ids"]).flatten()
     hard = nn.functional.cross_entropy(tokenwise(0)(batch["input_ids"]).logits.flatten(0, 1), labels)
-    torch.testing.assert_close(losses[1], hard, rtol=1e-6, atol=0)
+    torch.testing.assert_close(live[0][1], hard, rtol=1e-6, atol=0)
     for process in in_two:
-        for found, theirs in process[2]:
+        for (found, theirs), (losses, gradients) in zip(process[2], (live, cache, live, live), strict=True):
             torch.testing.assert_close(found, losses, rtol=1e-6, atol=0)
             assert_same(theirs, gradients)
 
@@ -269,6 +277,9 @@ def test_what_could_not_be_right_is_refused(tmp_path, monkeypatch):
     del batch["shift_labels"]
     with pytest.raises(ValueError, match="neither labels nor shift_labels, but input_ids, position_ids"):
         heads.compute_loss(heads.model, batch)
+    monkeypatch.setattr(transformers.Trainer, "get_cp_size", lambda self: 2)
+    with pytest.raises(ValueError, match=r"with cp_size=2 .* not that of Frozen"):
+        trainer(tmp_path, model(0), teacher=teacher())
     monkeypatch.setattr(transformers.Trainer, "get_sp_size", lambda self: 2)
     with pytest.raises(ValueError, match="sp_size=2"):
         trainer(tmp_path, model(0), teacher=teacher())
