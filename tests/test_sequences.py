@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.fsdp as fsdp
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.experimental import context_parallel
 from torch.nn.parallel import DistributedDataParallel
@@ -217,6 +218,16 @@ def test_losses_and_gradients_of_the_parts_add_up_to_those_of_the_whole(world: i
                 assert largest > 0
                 # An element is a sum over tokens, whose parts may nearly cancel: it is as right as the largest.
                 torch.testing.assert_close(gradients[name], gradient, rtol=1e-6, atol=1e-6 * largest)
+
+
+def test_the_host_reads_no_value() -> None:
+    """For which it would wait, on a GPU: tensors without values raise where one is read."""
+    with FakeTensorMode():
+        labels, weights = torch.zeros(ROWS, TOKENS, dtype=torch.int64), torch.ones(ROWS, TOKENS)
+        shifted = fastkd.next_token_labels(labels, position_ids=labels)
+        moved = fastkd.next_token_weights(weights, position_ids=labels)
+        items = fastkd.count_items(shifted, weights=moved)
+    assert (shifted.shape, moved.shape, items.shape) == (labels.shape, labels.shape, ())
 
 
 REFUSED = [

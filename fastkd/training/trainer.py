@@ -201,9 +201,7 @@ class KDTrainer(TrainsBeside):
                 "a batch has output_router_logits=True, but the student's configuration has not: set it there, and "
                 "the router's loss is one of the terms"
             )
-        found, calls = labels_of(inputs), self.terms.calls
-        if found is None:
-            raise ValueError(f"a batch has neither labels nor {SHIFTED}, but {', '.join(sorted(inputs))}")
+        found, calls = _labels_of(inputs), self.terms.calls
         self._counted = found, self._live
         inputs = {name: value for name, value in inputs.items() if name not in ("labels", SHIFTED)}
         if not self._logged:
@@ -245,8 +243,7 @@ class KDTrainer(TrainsBeside):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Sums of the hard loss and counts of tokens per row, `[batch]` each, for Trainer to gather."""
         inputs = dict(self._prepare_inputs(inputs))
-        labels = labels_of(inputs)
-        assert labels is not None
+        labels = _labels_of(inputs)
         for name in {"labels", SHIFTED, "teacher", COUNT, *self.teacher.columns}:
             inputs.pop(name, None)
         with torch.no_grad():
@@ -356,6 +353,13 @@ def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:
     if teacher is None:
         return Cached()
     return teacher if isinstance(teacher, TeacherMode) else Frozen(teacher)
+
+
+def _labels_of(inputs: dict[str, Any]) -> Labels:
+    found = labels_of(inputs)
+    if found is None:
+        raise ValueError(f"a batch has neither labels nor {SHIFTED}, but {', '.join(sorted(inputs))}")
+    return found
 
 
 def _columns(dataset: Any) -> Collection[str]:

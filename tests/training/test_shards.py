@@ -277,6 +277,8 @@ def test_what_could_not_be_right_is_refused(tmp_path, monkeypatch):
     del batch["shift_labels"]
     with pytest.raises(ValueError, match="neither labels nor shift_labels, but input_ids, position_ids"):
         heads.compute_loss(heads.model, batch)
+    with pytest.raises(ValueError, match="neither labels nor shift_labels"):
+        heads.prediction_step(heads.model, batch, prediction_loss_only=False)
     monkeypatch.setattr(transformers.Trainer, "get_cp_size", lambda self: 2)
     with pytest.raises(ValueError, match=r"with cp_size=2 .* not that of Frozen"):
         trainer(tmp_path, model(0), teacher=teacher())
