@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import arguments
+from fastkd import arguments, gathered
 
 __all__ = ["LogProbabilities", "Projection", "check_logits"]
 
@@ -56,9 +56,10 @@ class Projection:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
+        arguments.floating("Projection hidden", self.hidden)
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None or name != "bias":
-                arguments.floating(f"Projection {name}", tensor)
+                arguments.floating(f"Projection {name}", gathered.checked_part(f"Projection {name}", tensor))
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
         if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:
@@ -116,10 +117,19 @@ class Projection:
 
     def logits(self) -> Tensor:
         """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
+        head = self.whole()
         wide = torch.promote_types(self.hidden.dtype, self.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(wide)
-        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), self.weight.to(wide), bias)
+        bias = None if head.bias is None else head.bias.to(wide)
+        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), head.weight.to(wide), bias)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def whole(self) -> Projection:
+        """The same logits with all rows of the head on this rank; a collective call where they are in parts."""
+        weight = gathered.whole("Projection weight", self.weight)
+        bias = None if self.bias is None else gathered.whole("Projection bias", self.bias)
+        if weight is self.weight and bias is self.bias:
+            return self
+        return Projection(self.hidden, weight, bias, self.softcap, self.logit_scale)
 
     def detach(self) -> Projection:
         """The same logits without gradient."""

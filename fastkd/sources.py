@@ -32,6 +32,7 @@ __all__ = [
     "of_parts",
     "parts",
     "tensors",
+    "whole",
 ]
 
 SparseKind = Literal["ghost", "renormalize", "sampled"]
@@ -202,6 +203,17 @@ def of_parts(side: str, call: Any) -> Teacher | None:
             return source
     logits: Tensor | None = getattr(call, side)
     return logits
+
+
+def whole(source: Any) -> Any:
+    """The source with all rows of its output heads on this rank: those that are in parts are gathered."""
+    if isinstance(source, Projection):
+        return source.whole()
+    if isinstance(source, Mixture):
+        teachers = [whole(teacher) for teacher in source.teachers]
+        if any(new is not old for new, old in zip(teachers, source.teachers, strict=True)):
+            return Mixture(teachers, source.weights)
+    return source
 
 
 def tensors(source: Teacher) -> list[Tensor]:

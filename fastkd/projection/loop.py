@@ -188,7 +188,8 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
     """
     count, device = source.shape[:-1].numel(), source.device
     autocast = autocast_dtype(device)
-    head = Head(source.detach(), vocab_size, autocast, NOTHING)
+    source = source.detach().whole()
+    head = Head(source, vocab_size, autocast, NOTHING)
     chunk = plan_for(
         max(count, 1),
         vocab_size,
