@@ -21,6 +21,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastkd import gathered
+from fastkd.projection import sharded
 from fastkd.sources import Projection
 
 __all__ = ["project"]
@@ -73,11 +75,14 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
         raise ValueError("labels go to the loss, not to project(): take them out of inputs, then loss(..., labels)")
     lm = _causal_lm(model)
     head = _output_head(lm)
+    unit = sharded.unit_of(model, head)
+    was_whole = not gathered.is_in_parts(head.weight)
     if "use_cache" not in inputs and _takes_use_cache(lm):
         inputs["use_cache"] = False
 
     seen: list[Tensor] = []
     tied: list[bool] = []  # filled when the backward of the hidden states passes through the logits
+    dtypes: list[torch.dtype] = []  # of the head's parameters, as the forward has them
     probe = _probe(head.weight.shape[0])
 
     def take_hidden(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
@@ -90,6 +95,7 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
             raise ValueError(
                 f"the output head of {_name(lm)} holds {probe.numel()} of its {output.shape[-1]} rows here"
             )
+        dtypes.append(head.weight.dtype)
         return _Anchored.apply(probe.view(*(1,) * (output.dim() - 1), -1), output, tied)  # type: ignore[no-any-return,no-untyped-call]
 
     # First of the hooks on the output, last of those on the input: the others are then part of what is measured.
@@ -103,12 +109,18 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
         raise ValueError(f"{_name(lm)} calls its output head {len(seen)} times in a forward, not once: {_BY_HAND}")
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     scale, softcap = _measure(lm, probe, seen[0].dim(), logits)
-    _check_forward(lm, head, seen[0])
     hidden = seen[0]
-    if logits.requires_grad and _is_sharded(model, head):
-        _output_head(lm)  # it may have been sharded again after the forward
-        hidden = _Tied.apply(hidden, logits, tied)  # type: ignore[no-untyped-call]
-    found = Projection(hidden, head.weight, head.bias, softcap, scale)
+    weight: Tensor = head.weight
+    bias: Tensor | None = head.bias
+    if unit is not None and (logits.requires_grad or was_whole or "forward" in vars(head)):
+        unit.unshard()  # sharded again after the forward; the same memory is filled
+        weight, bias = head.weight, head.bias
+    elif gathered.is_in_parts(weight):  # a loss gathers it for as long as it needs it
+        weight, bias = weight.to(dtypes[0]), None if bias is None else bias.to(dtypes[0])
+    _check_forward(lm, head, hidden)
+    if unit is not None and logits.requires_grad:
+        hidden = sharded.Tied.apply(hidden, logits, tied)  # type: ignore[no-untyped-call]
+    found = Projection(hidden, weight, bias, softcap, scale)
     return (found, _without_logits(lm, outputs)) if return_outputs else found
 
 
@@ -135,35 +147,6 @@ class _Anchored(torch.autograd.Function):
         if not ctx.tied:
             raise RuntimeError("fastkd.project replaces the logits that the model returns; they have no gradient")
         return None, None, None
-
-
-class _Tied(torch.autograd.Function):
-    """Hidden states whose backward begins with that of the model's output, by a gradient of zeros.
-
-    FSDP2 starts the reduction of the root's gradients from a hook on the outputs of its forward. A loss of the hidden
-    states and the head does not reach that hook: nothing would be reduced, unless a submodule with its own unit is
-    trained too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, logits: Tensor, tied: list[bool]) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.tied = tied
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        ctx.tied.append(True)
-        return gradients[0], torch.zeros_like(logits), None
-
-
-def _is_sharded(model: nn.Module, head: nn.Linear) -> bool:
-    """Whether a unit of FSDP2 holds the head."""
-    kind = getattr(getattr(torch.distributed, "fsdp", None), "FSDPModule", None)  # imported where models are sharded
-    return kind is not None and any(
-        isinstance(unit, kind) and any(module is head for module in unit.modules()) for unit in model.modules()
-    )
 
 
 #: Heads whose own forward was replaced, as accelerate's dispatch does → the replacement that was found to be linear.
@@ -219,21 +202,22 @@ def _causal_lm(model: nn.Module) -> Any:
 
 
 def _output_head(lm: Any) -> nn.Linear:
-    head = lm.get_output_embeddings()
+    head: nn.Linear | None = lm.get_output_embeddings()
     if head is None:
         raise TypeError(f"{_name(lm)} has no output head: load it with AutoModelForCausalLM, not AutoModel")
-    # Exact types: quantised and adapted layers are subclasses of nn.Linear, quantised and sharded weights of Parameter.
-    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, Tensor):
+    # Exact types: quantised and adapted layers are subclasses of nn.Linear, and quantised weights of Parameter.
+    in_parts = gathered.is_in_parts(head.weight) if sharded.is_linear(head) else False
+    if not sharded.is_linear(head) or not (in_parts or type(head.weight) in (nn.Parameter, Tensor)):
         weight = type(getattr(head, "weight", None)).__name__
         raise TypeError(
             f"the output head of {_name(lm)} is a {type(head).__module__}.{type(head).__name__} with a weight of type "
-            f"{weight}, not a plain nn.Linear: leave the head out of quantisation (llm_int8_skip_modules), sharding "
+            f"{weight}, not a plain nn.Linear: leave the head out of quantisation (llm_int8_skip_modules) "
             "and adapters (target_modules, modules_to_save), or merge the adapter (merge_and_unload)"
         )
     if head.weight.is_meta or head.weight.dim() != 2 or head.weight.numel() == 0:
         raise ValueError(
             f"the output head of {_name(lm)} has a weight {tuple(head.weight.shape)} on {head.weight.device}: "
-            "project() needs it whole, neither sharded (FSDP, ZeRO-3) nor offloaded"
+            "project() needs it whole or sharded by fully_shard, neither flattened (FSDP1) nor offloaded"
         )
     return head
 
