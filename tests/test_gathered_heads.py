@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,8 +108,8 @@ def distances(rank: int, world: int) -> dict[str, dict[str, float]]:
 
 
 @pytest.mark.parametrize("world", LAYOUTS)
-def test_value_and_gradients_are_those_of_the_whole_batch(world: int) -> None:
-    for by_case in run(world, distances, world):
+def test_value_and_gradients_are_those_of_the_whole_batch(world: int, of_ranks: Any) -> None:
+    for by_case, *_ in of_ranks(world):
         assert len(by_case) == 2 * len(LAYOUTS[world])
         for case, errors in by_case.items():
             for name, error in errors.items():
@@ -151,8 +153,8 @@ def beside_fully_shard(rank: int, world: int) -> list[tuple[str, Tensor, Tensor]
     return found
 
 
-def test_gradients_are_those_of_fully_shard() -> None:
-    for found in run(4, beside_fully_shard, 4):
+def test_gradients_are_those_of_fully_shard(of_ranks: Any) -> None:
+    for _, found, *_ in of_ranks(4):
         for case, ours, theirs in found:
             assert ours.dtype == theirs.dtype
             assert theirs.abs().max() > 0
@@ -189,8 +191,8 @@ def tied(rank: int, world: int) -> float:
     return distance(world * sharded.embedding.weight.grad.full_tensor(), alone.embedding.weight.grad)
 
 
-def test_both_uses_of_a_tied_head_add_up() -> None:
-    assert max(run(2, tied, 2)) <= 1e-6
+def test_both_uses_of_a_tied_head_add_up(of_ranks: Any) -> None:
+    assert max(error for _, error, _ in of_ranks(2)) <= 1e-6
 
 
 GATHER, SCATTER, REDUCE = "c10d._allgather_base_", "c10d._reduce_scatter_base_", "c10d.allreduce_"
@@ -242,14 +244,14 @@ def collectives(rank: int, world: int) -> dict[str, Any]:
     return found
 
 
-def test_a_call_gathers_once_and_reduces_once() -> None:
-    for found in run(4, collectives, 4):
+def test_a_call_gathers_once_and_reduces_once(of_ranks: Any) -> None:
+    for *_, found, _ in of_ranks(4):
         for name, (_, forward, backward) in CALLS.items():
             # Losses of single tokens compute their gradient in the backward, and need the head there.
             assert found[name] == (forward, backward, name == "per row"), name
 
 
-def refusals(rank: int) -> list[tuple[str, str]]:
+def refusals(rank: int, world: int) -> list[tuple[str, str]]:
     mesh, square = init_device_mesh("cpu", (4,)), init_device_mesh("cpu", (2, 2))
     part, hidden = torch.zeros(8, H), torch.zeros(3, H)
     cases = {
@@ -276,8 +278,8 @@ def refusals(rank: int) -> list[tuple[str, str]]:
     return found
 
 
-def test_placements_that_cannot_be_right_raise_before_any_work() -> None:
-    for found in run(4, refusals):
+def test_placements_that_cannot_be_right_raise_before_any_work(of_ranks: Any) -> None:
+    for *_, found in of_ranks(4):
         for expected, message in found:
             assert expected in message
 
@@ -293,5 +295,18 @@ def statistics(rank: int, world: int) -> float:
     return distance(found.log_sum_exp, expected.log_sum_exp)
 
 
-def test_statistics_and_logits() -> None:
-    assert max(run(2, statistics, 2)) <= 1e-6
+def test_statistics_and_logits(of_ranks: Any) -> None:
+    assert max(error for *_, error in of_ranks(2)) <= 1e-6
+
+
+WORK = {2: (distances, tied, statistics), 4: (distances, beside_fully_shard, collectives, refusals)}
+
+
+def everything(rank: int, world: int) -> tuple[Any, ...]:
+    return tuple(work(rank, world) for work in WORK[world])
+
+
+@pytest.fixture(scope="module")
+def of_ranks() -> Callable[[int], list[tuple[Any, ...]]]:
+    """What each rank found of all that a number of processes can show, in one group of them."""
+    return functools.cache(lambda world: run(world, everything, world))

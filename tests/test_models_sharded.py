@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 import fastkd
 from tests.causal_lms import DECODER, V
@@ -127,6 +130,8 @@ def taught_by_itself(model: Any, rows: slice) -> None:
 
 
 WAYS = (plainly, unshard_before, together, accumulated, per_token, taught_by_itself)
+#: Where all ways are gone; the other layouts take two plain steps.
+CLOSELY = ("root", "root sharded again", "head kept", "all", "tied, norm with head")
 
 
 def gradients(model: Any) -> dict[str, Tensor]:
@@ -138,7 +143,7 @@ def distances(rank: int) -> dict[str, dict[str, float]]:
     """Of every gradient from one process's, relative to its largest element."""
     rows, found = slice(rank * ROWS // WORLD, (rank + 1) * ROWS // WORLD), {}
     for name, layout in LAYOUTS.items():
-        for way in WAYS:
+        for way in WAYS if name in CLOSELY else (plainly,):
             model, alone = sharded(layout), student(layout)
             way(model, rows)
             way(alone, slice(0, ROWS))
@@ -152,10 +157,117 @@ def distances(rank: int) -> dict[str, dict[str, float]]:
     return found
 
 
-def test_gradients_are_reduced_in_every_layout() -> None:
-    for found in run(WORLD, distances):
-        assert len(found) == len(LAYOUTS) * len(WAYS)
-        for case, errors in found.items():
+def teachers(rank: int) -> dict[str, Any]:
+    """Of a teacher in parts: whether its head stays so, the collectives of a loss, and its distance from one whole."""
+    found = {}
+    ids = torch.randint(3, V, (ROWS, T), generator=torch.Generator().manual_seed(rank))
+    logits = torch.randn(ROWS, T, V)
+    for name in ("root", "all", "tied, norm with head"):
+        teacher, alone = sharded(LAYOUTS[name]._replace(reshard=True)), student(LAYOUTS[name])
+        with torch.no_grad():
+            projection, expected = fastkd.project(teacher, input_ids=ids), fastkd.project(alone, input_ids=ids)
+        with CommDebugMode() as collectives:
+            loss = fastkd.kd_loss(logits, projection, soft_weight=1.0, hard_weight=0.0)
+        truth = fastkd.kd_loss(logits, expected, soft_weight=1.0, hard_weight=0.0)
+        found[name] = type(projection.weight).__name__, collectives.get_total_counts(), abs(float(loss / truth) - 1)
+    return found
+
+
+def mixed_precision(rank: int) -> dict[str, tuple[list[torch.dtype], float]]:
+    """bf16 in the forward, reduced in fp32, with replicas: dtypes, and the distance from what FSDP2 itself gives."""
+    mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("replicate", "shard"))
+    policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ids = torch.randint(3, V, (ROWS, T), generator=torch.Generator().manual_seed(rank))
+    logits, kd, found = torch.randn(ROWS, T, V), fastkd.KDLoss(2.0, shift=True), {}
+    for name in ("root", "all"):
+        ours, theirs = (sharded(LAYOUTS[name], mesh=mesh, mp_policy=policy) for _ in range(2))
+        projection = fastkd.project(ours, input_ids=ids)
+        kd(projection, logits, ids).backward()
+        kd(theirs(ids, use_cache=False).logits.float(), logits, ids).backward()
+        expected, gradient = theirs.lm_head.weight.grad.full_tensor(), ours.lm_head.weight.grad.full_tensor()
+        dtypes = [projection.hidden.dtype, projection.weight.dtype, gradient.dtype]
+        found[name] = dtypes, float((gradient - expected).abs().max() / expected.abs().max())
+    return found
+
+
+def freed(rank: int) -> list[str]:
+    """What is said where the head's memory is gone: before a loss, and before the backward that needs it."""
+    model = sharded(LAYOUTS["root"])
+    ids = torch.randint(3, V, (ROWS, T))
+    found = []
+    for late in (False, True):
+        projection = fastkd.project(model, input_ids=ids)
+        if late:
+            loss = fastkd.kd_loss(projection, None, ids, soft_weight=0.0, hard_weight=1.0, reduction="none").sum()
+        model.reshard()
+        try:
+            if late:
+                loss.backward()
+            else:
+                fastkd.kd_loss(projection, None, ids, soft_weight=0.0, hard_weight=1.0)
+        except ValueError as error:
+            found.append(str(error))
+    return found
+
+
+def refused(rank: int) -> dict[str, str]:
+    """What is said of heads that tensor parallelism has placed, before the model's forward."""
+    ids, found = torch.randint(3, V, (ROWS, T)), {}
+    mesh = init_device_mesh("cpu", (WORLD, 1), mesh_dim_names=("data", "tensor"))
+    for name in ("alone", "beside fully_shard"):
+        model = student(LAYOUTS["root"])
+        model.model.forward = lambda **_: pytest.fail("the model ran")
+        weight = distribute_tensor(model.lm_head.weight.detach(), mesh["tensor"], (Shard(0),))
+        model.lm_head.weight = torch.nn.Parameter(weight)
+        if name != "alone":
+            fsdp.fully_shard(model, mesh=mesh["data"])
+        try:
+            fastkd.project(model, input_ids=ids)
+        except ValueError as error:
+            found[name] = str(error)
+    return found
+
+
+def everything(rank: int) -> tuple[Any, ...]:
+    return tuple(work(rank) for work in (distances, teachers, mixed_precision, freed, refused))
+
+
+@pytest.fixture(scope="module")
+def found() -> list[tuple[Any, ...]]:
+    """By rank; in one group of processes, which import transformers once."""
+    return run(WORLD, everything)
+
+
+def test_gradients_are_reduced_in_every_layout(found: Any) -> None:
+    for by_case, *_ in found:
+        assert len(by_case) == len(LAYOUTS) + len(CLOSELY) * (len(WAYS) - 1)
+        for case, errors in by_case.items():
             assert errors, case
             for name, error in errors.items():
-                assert error <= 5e-6, f"{case}: {name} is off by {error:.1e}"
+                assert error <= 1e-6, f"{case}: {name} is off by {error:.1e}"
+
+
+def test_a_teacher_stays_in_parts_until_a_loss_needs_it(found: Any) -> None:
+    for _, by_layout, *_ in found:
+        for layout, (kind, collectives, error) in by_layout.items():
+            assert (kind, collectives) == ("DTensor", 1), layout
+            assert error <= 1e-6, layout
+
+
+def test_the_reduction_is_the_units_own(found: Any) -> None:
+    for _, _, by_layout, *_ in found:
+        for layout, (dtypes, error) in by_layout.items():
+            assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32], layout
+            assert error <= 1e-2, f"{layout} is off by {error:.1e}: their logits are rounded to bf16, ours are not"
+
+
+def test_freed_memory_is_not_read(found: Any) -> None:
+    for _, _, _, messages, _ in found:
+        assert len(messages) == 2
+        assert all("has been freed" in message for message in messages)
+
+
+def test_tensor_parallel_heads_are_refused(found: Any) -> None:
+    for *_, messages in found:
+        assert set(messages) == {"alone", "beside fully_shard"}
+        assert all("is a DTensor placed" in message for message in messages.values())
