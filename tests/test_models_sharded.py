@@ -174,13 +174,17 @@ def teachers(rank: int) -> dict[str, Any]:
 
 
 def mixed_precision(rank: int) -> dict[str, tuple[list[torch.dtype], float]]:
-    """bf16 in the forward, reduced in fp32, with replicas: dtypes, and the distance from what FSDP2 itself gives."""
+    """bf16 in the forward, summed in fp32, with replicas: dtypes, and the distance from what FSDP2 itself gives."""
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("replicate", "shard"))
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ids = torch.randint(3, V, (ROWS, T), generator=torch.Generator().manual_seed(rank))
     logits, kd, found = torch.randn(ROWS, T, V), fastkd.KDLoss(2.0, shift=True), {}
     for name in ("root", "all"):
         ours, theirs = (sharded(LAYOUTS[name], mesh=mesh, mp_policy=policy) for _ in range(2))
+        for unit in (*ours.modules(), *theirs.modules()):
+            if isinstance(unit, fsdp.FSDPModule):
+                unit.set_force_sum_reduction_for_comms(True)
+                unit.set_gradient_divide_factor(1.0)  # a sum in place of the mean
         projection = fastkd.project(ours, input_ids=ids)
         kd(projection, logits, ids).backward()
         kd(theirs(ids, use_cache=False).logits.float(), logits, ids).backward()
