@@ -32,8 +32,14 @@ def is_in_parts(value: object) -> bool:
 def checked_part(name: str, value: Any) -> Any:
     """The rows of this rank of a parameter that `whole` can gather; another value as it is.
 
-    Raises ValueError for a DTensor with other placements than `Replicate` and one `Shard(0)`.
+    Raises ValueError for a DTensor with other placements than `Replicate` and one `Shard(0)`, and for what ZeRO-3 has
+    emptied.
     """
+    if hasattr(value, "ds_id") and value.numel() == 0:
+        raise ValueError(
+            f"{name} is empty: ZeRO-3 keeps its {tuple(value.ds_shape)} in parts. fastkd.project(engine, …) takes it "
+            "from the model's forward; else compute the loss within the forward of the module that has it"
+        )
     if not is_in_parts(value):
         return value
     placements, mesh = value.placements, value.device_mesh

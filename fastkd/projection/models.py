@@ -82,8 +82,8 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
 
     seen: list[Tensor] = []
     tied: list[bool] = []  # filled when the backward of the hidden states passes through the logits
-    dtypes: list[torch.dtype] = []  # of the head's parameters, as the forward has them
-    probe = _probe(head.weight.shape[0])
+    parameters: list[tuple[Tensor, Tensor | None]] = []  # of the head, as the forward has them: whole
+    probe = _probe(sharded.shape_of(head.weight)[0])
 
     def take_hidden(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         hidden: Tensor = args[0]
@@ -95,7 +95,7 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
             raise ValueError(
                 f"the output head of {_name(lm)} holds {probe.numel()} of its {output.shape[-1]} rows here"
             )
-        dtypes.append(head.weight.dtype)
+        parameters.append((sharded.held(head.weight), None if head.bias is None else sharded.held(head.bias)))
         return _Anchored.apply(probe.view(*(1,) * (output.dim() - 1), -1), output, tied)  # type: ignore[no-any-return,no-untyped-call]
 
     # First of the hooks on the output, last of those on the input: the others are then part of what is measured.
@@ -109,17 +109,16 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
         raise ValueError(f"{_name(lm)} calls its output head {len(seen)} times in a forward, not once: {_BY_HAND}")
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     scale, softcap = _measure(lm, probe, seen[0].dim(), logits)
-    hidden = seen[0]
-    weight: Tensor = head.weight
-    bias: Tensor | None = head.bias
-    if unit is not None and (logits.requires_grad or was_whole or "forward" in vars(head)):
-        unit.unshard()  # sharded again after the forward; the same memory is filled
-        weight, bias = head.weight, head.bias
-    elif gathered.is_in_parts(weight):  # a loss gathers it for as long as it needs it
-        weight, bias = weight.to(dtypes[0]), None if bias is None else bias.to(dtypes[0])
+    hidden, (weight, bias) = seen[0], parameters[0]
+    if unit is not None and gathered.is_in_parts(head.weight):  # sharded again after the forward
+        if logits.requires_grad or was_whole or "forward" in vars(head):
+            unit.unshard()  # into the same memory
+        else:  # a loss gathers it, and frees it
+            dtype = weight.dtype
+            weight, bias = head.weight.to(dtype), None if bias is None else head.bias.to(dtype)
     _check_forward(lm, head, hidden)
-    if unit is not None and logits.requires_grad:
-        hidden = sharded.Tied.apply(hidden, logits, tied)  # type: ignore[no-untyped-call]
+    if logits.requires_grad and (unit is not None or sharded.is_emptied(head.weight)):
+        hidden, weight, bias = sharded.tied(logits, tied, hidden, weight, bias)
     found = Projection(hidden, weight, bias, softcap, scale)
     return (found, _without_logits(lm, outputs)) if return_outputs else found
 
@@ -214,10 +213,10 @@ def _output_head(lm: Any) -> nn.Linear:
             f"{weight}, not a plain nn.Linear: leave the head out of quantisation (llm_int8_skip_modules) "
             "and adapters (target_modules, modules_to_save), or merge the adapter (merge_and_unload)"
         )
-    if head.weight.is_meta or head.weight.dim() != 2 or head.weight.numel() == 0:
+    if head.weight.is_meta or len(shape := sharded.shape_of(head.weight)) != 2 or 0 in shape:
         raise ValueError(
             f"the output head of {_name(lm)} has a weight {tuple(head.weight.shape)} on {head.weight.device}: "
-            "project() needs it whole or sharded by fully_shard, neither flattened (FSDP1) nor offloaded"
+            "project() needs it whole, or sharded by fully_shard or ZeRO-3, neither flattened (FSDP1) nor offloaded"
         )
     return head
 
