@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
@@ -142,8 +141,6 @@ class KDTrainer(TrainsBeside):
 
         `inputs` are the model's. `num_items` is the number of tokens of the optimizer step, to divide by.
         """
-        if isinstance(model, FSDPModule):
-            model.unshard()  # the output head, which stays whole until its gradient is reduced
         student = outputs_of(model, inputs, self.terms.students_needs)
         counted, live = self._counted
         # An override of this method may mask others.
@@ -222,8 +219,6 @@ class KDTrainer(TrainsBeside):
         for name in {"teacher", COUNT, *self.teacher.columns}:
             inputs.pop(name, None)
         with torch.no_grad():
-            if isinstance(model, FSDPModule):
-                model.unshard()
             logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size)
             with self.accelerator.autocast():
                 found = fastkd.row_statistics(logits, labels).label_logprob
