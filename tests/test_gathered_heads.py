@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -284,22 +285,33 @@ def test_placements_that_cannot_be_right_raise_before_any_work(of_ranks: Any) ->
             assert expected in message
 
 
-def statistics(rank: int, world: int) -> float:
+def others(rank: int, world: int) -> dict[str, float]:
+    """What takes a projection besides a loss's two sides."""
     inputs, rows = batch(301), mine(rank, world)
+    hidden, logits = inputs["hidden"][rows], inputs["hidden"][rows] @ inputs["weight"].T
     weight = distribute_tensor(inputs["weight"], init_device_mesh("cpu", (world,)), (Shard(0),))
-    found = fastkd.row_statistics(fastkd.Projection(inputs["hidden"][rows], weight))
-    expected = fastkd.row_statistics(inputs["hidden"][rows] @ inputs["weight"].T)
-    logits = fastkd.Projection(inputs["hidden"][rows], weight).logits()
-    torch.testing.assert_close(logits, inputs["hidden"][rows] @ inputs["weight"].T)
-    assert torch.equal(found.argmax, expected.argmax)
-    return distance(found.log_sum_exp, expected.log_sum_exp)
+    projection = fastkd.Projection(hidden, weight)
+    padded = replace(projection, weight=weight[:200])  # as of a padded vocabulary
+    student, labels = torch.randn_like(logits), inputs["labels"][rows]
+
+    def mixed(source: Tensor | fastkd.Projection) -> Tensor:
+        return fastkd.kd_loss(student, fastkd.Mixture([source, 2 * logits]), labels)[None]
+
+    return {
+        "logits": distance(projection.logits(), logits),
+        "statistics": distance(fastkd.row_statistics(projection).log_sum_exp, logits.logsumexp(-1)),
+        "fewer columns": distance(fastkd.row_statistics(padded).log_sum_exp, logits[:, :200].logsumexp(-1)),
+        "mixture": distance(mixed(projection), mixed(logits)),
+    }
 
 
-def test_statistics_and_logits(of_ranks: Any) -> None:
-    assert max(error for *_, error in of_ranks(2)) <= 1e-6
+def test_statistics_logits_and_mixtures(of_ranks: Any) -> None:
+    for *_, found in of_ranks(2):
+        for name, error in found.items():
+            assert error <= 1e-6, name
 
 
-WORK = {2: (distances, tied, statistics), 4: (distances, beside_fully_shard, collectives, refusals)}
+WORK = {2: (distances, tied, others), 4: (distances, beside_fully_shard, collectives, refusals)}
 
 
 def everything(rank: int, world: int) -> tuple[Any, ...]:

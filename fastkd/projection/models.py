@@ -50,7 +50,7 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
 
     Args:
         model: a transformers causal LM whose output head is an `nn.Linear` with a floating-point weight; alone or
-            wrapped by PEFT (the adapters take part) or by DistributedDataParallel.
+            wrapped by PEFT (the adapters take part) or by DistributedDataParallel; sharded by FSDP2 or ZeRO-3.
         inputs: keyword arguments of `model`: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, H]`,
             `attention_mask`, and so on. `use_cache` is False unless given. Not `labels`, which go to the loss.
         return_outputs: return what the model returns too.
@@ -66,10 +66,14 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
             DistributedDataParallel with a static graph, or its output head is quantised, adapted (LoRA) or otherwise
             not a plain `nn.Linear`.
         ValueError: `labels` are given, `return_outputs` is asked of a model that returns a tuple, the head's weight is
-            sharded or offloaded, or the model's forward, or a hook or a replaced forward of the head, does to logits
-            what a Projection cannot hold.
+            sharded by other means (tensor parallelism, FSDP1) or offloaded, or the model's forward, or a hook or a
+            replaced forward of the head, does to logits what a Projection cannot hold.
 
-    Under FSDP2 the head's weight must be whole: shard it in the root's unit and call `model.unshard()` before.
+    Under FSDP2 (`fully_shard`, whatever its units) the weight is the head's own, made whole, and its gradient is
+    reduced by the head's unit with the unit's settings: by default to the mean over ranks. Where nothing requires a
+    gradient the weight may be a DTensor, which a loss gathers and frees. Under ZeRO-3 weight and bias share the memory
+    that the forward had, and DeepSpeed reduces their gradients. Every rank must call, as for the model's own forward.
+    Compute the loss before the head's unit is sharded again: it raises ValueError where the memory is gone.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels go to the loss, not to project(): take them out of inputs, then loss(..., labels)")
