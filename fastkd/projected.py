@@ -48,8 +48,8 @@ class Projection:
 
     weight and bias may be DTensors beside a plain `hidden`: parameters of data-parallel ranks, each with tokens of its
     own, `Shard(0)` along at most one dimension of the mesh and `Replicate()` along the others. A loss gathers them
-    once. Its backward reduces the gradient once, to the mean over all ranks of the mesh: what FSDP2 leaves in `.grad` by
-    default, in the parameter's dtype. Each rank must make the same calls.
+    once. Its backward reduces the gradient once, to the mean over all ranks of the mesh, which is what FSDP2 leaves in
+    `.grad` by default, in the parameter's dtype. Each rank must make the same calls.
 
     Raises TypeError or ValueError for operands that do not fit together, for other placements, and for a weight that
     ZeRO-3 has emptied. A loss raises ValueError where FSDP2 has freed the weight since.
