@@ -26,7 +26,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(d
 
 def is_in_parts(value: object) -> bool:
     """Whether a tensor is a DTensor, which several processes hold."""
-    return isinstance(value, Tensor) and type(value) is not Tensor and hasattr(value, "full_tensor")
+    return isinstance(value, Tensor) and type(value) is not Tensor and hasattr(value, "placements")
 
 
 def checked_part(name: str, value: Any) -> Any:
@@ -63,7 +63,7 @@ def whole(name: str, value: Tensor) -> Tensor:
     memory was freed.
     """
     if is_in_parts(value):
-        return _Gather.apply(value)  # type: ignore[no-any-return, no-untyped-call]
+        return _gathered(value)
     if not torch.compiler.is_compiling() and type(value) in (Tensor, torch.nn.Parameter):
         check_not_freed(name, value)
     return value
@@ -76,6 +76,11 @@ def check_not_freed(name: str, value: Tensor) -> None:
             f"{name} {tuple(value.shape)} has been freed: FSDP2 has sharded its unit again since. Compute the loss "
             "before the backward, the reshard() or another forward of the model that the weight is of"
         )
+
+
+@torch.compiler.disable
+def _gathered(value: Tensor) -> Tensor:
+    return _Gather.apply(value)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):

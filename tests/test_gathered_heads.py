@@ -302,6 +302,7 @@ def others(rank: int, world: int) -> dict[str, float]:
         "statistics": distance(fastkd.row_statistics(projection).log_sum_exp, logits.logsumexp(-1)),
         "fewer columns": distance(fastkd.row_statistics(padded).log_sum_exp, logits[:, :200].logsumexp(-1)),
         "mixture": distance(mixed(projection), mixed(logits)),
+        "compiled": distance(torch.compile(mixed, backend="eager")(projection), mixed(logits)),
     }
 
 

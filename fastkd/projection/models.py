@@ -115,7 +115,8 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
     scale, softcap = _measure(lm, probe, seen[0].dim(), logits)
     hidden, (weight, bias) = seen[0], parameters[0]
     if unit is not None and gathered.is_in_parts(head.weight):  # sharded again after the forward
-        if logits.requires_grad or was_whole or "forward" in vars(head):
+        offloaded = head.weight.device != weight.device
+        if logits.requires_grad or was_whole or offloaded or "forward" in vars(head):
             unit.unshard()  # into the same memory
         else:  # a loss gathers it, and frees it
             dtype = weight.dtype
