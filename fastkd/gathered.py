@@ -63,7 +63,8 @@ def whole(name: str, value: Tensor) -> Tensor:
     memory was freed.
     """
     if is_in_parts(value):
-        return _gathered(value)
+        found: Tensor = _gathered(value)
+        return found
     if not torch.compiler.is_compiling() and type(value) in (Tensor, torch.nn.Parameter):
         check_not_freed(name, value)
     return value
@@ -78,9 +79,9 @@ def check_not_freed(name: str, value: Tensor) -> None:
         )
 
 
-@torch.compiler.disable
-def _gathered(value: Tensor) -> Tensor:
-    return _Gather.apply(value)  # type: ignore[no-any-return, no-untyped-call]
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _gathered(value: Tensor) -> Any:
+    return _Gather.apply(value)  # type: ignore[no-untyped-call]
 
 
 class _Gather(torch.autograd.Function):

@@ -173,8 +173,8 @@ def teachers(rank: int) -> dict[str, Any]:
     return found
 
 
-def mixed_precision(rank: int) -> dict[str, tuple[list[torch.dtype], float]]:
-    """bf16 in the forward, summed in fp32, with replicas: dtypes, and the distance from what FSDP2 itself gives."""
+def mixed_precision(rank: int) -> dict[str, tuple[list[torch.dtype], float, list[dict[str, int]]]]:
+    """bf16 in the forward, summed in fp32, with replicas: dtypes, distance from what FSDP2 itself gives, and calls."""
     mesh = init_device_mesh("cpu", (1, WORLD), mesh_dim_names=("replicate", "shard"))
     policy = fsdp.MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     ids = torch.randint(3, V, (ROWS, T), generator=torch.Generator().manual_seed(rank))
@@ -185,12 +185,15 @@ def mixed_precision(rank: int) -> dict[str, tuple[list[torch.dtype], float]]:
             if isinstance(unit, fsdp.FSDPModule):
                 unit.set_force_sum_reduction_for_comms(True)
                 unit.set_gradient_divide_factor(1.0)  # a sum in place of the mean
-        projection = fastkd.project(ours, input_ids=ids)
-        kd(projection, logits, ids).backward()
-        kd(theirs(ids, use_cache=False).logits.float(), logits, ids).backward()
+        with CommDebugMode() as our_calls:
+            projection = fastkd.project(ours, input_ids=ids)
+            kd(projection, logits, ids).backward()
+        with CommDebugMode() as their_calls:
+            kd(theirs(ids, use_cache=False).logits.float(), logits, ids).backward()
         expected, gradient = theirs.lm_head.weight.grad.full_tensor(), ours.lm_head.weight.grad.full_tensor()
         dtypes = [projection.hidden.dtype, projection.weight.dtype, gradient.dtype]
-        found[name] = dtypes, float((gradient - expected).abs().max() / expected.abs().max())
+        calls = [{str(op): n for op, n in mode.get_comm_counts().items()} for mode in (our_calls, their_calls)]
+        found[name] = dtypes, float((gradient - expected).abs().max() / expected.abs().max()), calls
     return found
 
 
@@ -260,7 +263,10 @@ def test_a_teacher_stays_in_parts_until_a_loss_needs_it(found: Any) -> None:
 
 def test_the_reduction_is_the_units_own(found: Any) -> None:
     for _, _, by_layout, *_ in found:
-        for layout, (dtypes, error) in by_layout.items():
+        for layout, (dtypes, error, (our_calls, their_calls)) in by_layout.items():
+            # What was sharded again after the forward is gathered at once, and not again in the backward.
+            assert our_calls == their_calls, layout
+            assert sum(our_calls.values()) > 0
             assert dtypes == [torch.bfloat16, torch.bfloat16, torch.float32], layout
             assert error <= 1e-2, f"{layout} is off by {error:.1e}: their logits are rounded to bf16, ours are not"
 
