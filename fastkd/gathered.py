@@ -89,6 +89,8 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, value: Any) -> Tensor:
         ctx.layout = type(value), value.shape, value.stride(), value.device_mesh, value.placements
         part = value.to_local()
+        if hasattr(part, "wait"):  # what a slice of a DTensor is, while it is under way
+            part = part.wait()
         group = _group(value.device_mesh, value.placements)
         if group is None:
             return part.detach()  # type: ignore[no-any-return]

@@ -294,6 +294,9 @@ def others(rank: int, world: int) -> dict[str, float]:
     padded = replace(projection, weight=weight[:200])  # as of a padded vocabulary
     student, labels = torch.randn_like(logits), inputs["labels"][rows]
 
+    def taught(source: Tensor | fastkd.Projection) -> Tensor:
+        return fastkd.kd_loss(student[:, :200], source, soft_weight=1.0, hard_weight=0.0)[None]
+
     def mixed(source: Tensor | fastkd.Projection) -> Tensor:
         return fastkd.kd_loss(student, fastkd.Mixture([source, 2 * logits]), labels)[None]
 
@@ -301,6 +304,7 @@ def others(rank: int, world: int) -> dict[str, float]:
         "logits": distance(projection.logits(), logits),
         "statistics": distance(fastkd.row_statistics(projection).log_sum_exp, logits.logsumexp(-1)),
         "fewer columns": distance(fastkd.row_statistics(padded).log_sum_exp, logits[:, :200].logsumexp(-1)),
+        "taught by fewer columns": distance(taught(padded), taught(logits[:, :200])),
         "mixture": distance(mixed(projection), mixed(logits)),
         "compiled": distance(torch.compile(mixed, backend="eager")(projection), mixed(logits)),
     }
