@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkd.backend import forced, running_on, select
 from fastkd.call import Call
+from fastkd.gathered import check_not_freed
 from fastkd.ops import IMPLEMENTATIONS, library
 
 __all__ = [
@@ -136,6 +137,9 @@ class _KDLossPerRow(torch.autograd.Function):
         if upstream is None:
             return (None,) * 5
         call = Call.of(ctx.saved_tensors, ctx.numbers)
+        for name, weight in (("student", call.student_weight), ("teacher", call.teacher_weight)):
+            if weight is not None:
+                check_not_freed(f"{name} weight", weight)
         call = call._replace(
             soft_scale=None if call.soft_scale is None else call.soft_scale * upstream,
             hard_scale=None if call.hard_scale is None else call.hard_scale * upstream,

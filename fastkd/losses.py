@@ -123,7 +123,9 @@ class KDLoss(nn.Module):
 
         Args:
             student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
-                `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
+                `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole. Or a
+                `fastkd.VocabShard` of either; DTensors are taken for one, logits that are `Shard(-1)` and projections
+                of hidden states that are `Replicate()` with a weight that is `Shard(0)`.
             teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it, or a
                 `fastkd.Mixture` of several. It gets no gradient; a warning says so once, if it requires one. May be
                 None where `soft_weight=0`.
@@ -172,6 +174,7 @@ class KDLoss(nn.Module):
 
         want_soft = teacher is not None and (self.soft_weight > 0 or self.return_parts)
         want_hard = labels is not None and (self.hard_weight > 0 or self.return_parts)
+        student, teacher = sources.whole(student), sources.whole(teacher if want_soft else None)
         mask = Mask(labels if self.mask_soft or not want_soft else None, weights, self.ignore_index, self.shift)
         at_most = counted_on_host(mask, student.device, student.shape[:-1])
         labels, weights = moved(labels, student.device), moved(weights, student.device)
@@ -180,7 +183,7 @@ class KDLoss(nn.Module):
             soft_scale, hard_scale = checked(live, mask, student.shape[:-1], soft_scale, hard_scale)
         call = call_for(
             student,
-            teacher.detach() if want_soft and teacher is not None else None,
+            None if teacher is None else teacher.detach(),
             labels if want_hard else None,
             soft_scale if want_soft else None,
             hard_scale if want_hard else None,

@@ -26,7 +26,7 @@ def here(source: Any, name: str) -> Any:
         return source
     if isinstance(source, module.DTensor):
         return _logits(source, name, module)
-    if isinstance(source, Projection) and any(isinstance(x, module.DTensor) for x in tensors(source)):
+    if isinstance(source, Projection) and isinstance(source.hidden, module.DTensor):
         return _projection(source, name, module)
     if isinstance(source, Mixture) and any(isinstance(x, module.DTensor) for x in tensors(source)):
         return Mixture([here(teacher, name) for teacher in source.teachers], source.weights)
@@ -90,9 +90,8 @@ def _projection(source: Projection, name: str, module: Any) -> Projection | Voca
     for part, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if value is not None and not isinstance(value, module.DTensor):
             raise ValueError(
-                f"{name} {part} is a plain tensor beside DTensors: make DTensor.from_local(…, mesh, [Replicate()]) of "
-                "hidden states that are the same on all ranks, or pass weight.full_tensor() of parameters that are "
-                "sharded for their size alone"
+                f"{name} {part} is a plain tensor beside hidden states that are a DTensor: make one of it too, or "
+                "pass hidden.to_local() where each rank has tokens of its own"
             )
     at = _cut_dimension(weight, 0, f"{name} weight", "Shard(0), over the vocabulary")
     if bias is not None and _cut_dimension(bias, 0, f"{name} bias", "placed as the weight is") != at:

@@ -34,6 +34,7 @@ __all__ = [
     "of_parts",
     "parts",
     "tensors",
+    "whole",
 ]
 
 SparseKind = Literal["ghost", "renormalize", "sampled"]
@@ -210,6 +211,17 @@ def of_parts(side: str, call: Any) -> Teacher | None:
 def _held(source: object) -> object:
     """What a rank has of a source that is spread, or the source."""
     return source.source if isinstance(source, VocabShard) else source
+
+
+def whole(source: Any) -> Any:
+    """The source with all rows of its output heads on this rank: those that are in parts are gathered."""
+    if isinstance(source, Projection):
+        return source.whole()
+    if isinstance(source, Mixture):
+        teachers = [whole(teacher) for teacher in source.teachers]
+        if any(new is not old for new, old in zip(teachers, source.teachers, strict=True)):
+            return Mixture(teachers, source.weights)
+    return source
 
 
 def tensors(source: Teacher) -> list[Tensor]:

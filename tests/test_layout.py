@@ -11,7 +11,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 #: From the bottom. A file may import its own layer and those before it; the longest name that fits decides.
 LAYERS = [
-    ("fastkd.arguments", "fastkd.rows", "fastkd.overlap", "fastkd.live", "fastkd.sequences"),
+    (
+        "fastkd.arguments",
+        "fastkd.rows",
+        "fastkd.overlap",
+        "fastkd.live",
+        "fastkd.sequences",
+        "fastkd.gathered",
+    ),
     ("fastkd.divergences",),
     (
         "fastkd.projected",

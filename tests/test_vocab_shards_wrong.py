@@ -84,7 +84,10 @@ def placements(rank: int) -> None:
     raised(
         given(fastkd.Projection(whole, distribute_tensor(weight, mesh, [Shard(1)]))), "student weight", "Shard(dim=1)"
     )
-    raised(given(fastkd.Projection(whole, weight)), "student weight is a plain tensor beside DTensors")
+    raised(
+        given(fastkd.Projection(whole, weight)),
+        "student weight is a plain tensor beside hidden states that are a DTensor",
+    )
     raised(
         given(fastkd.Projection(whole, rows, distribute_tensor(bias, mesh, [Replicate()]))),
         "student bias has the placements",

@@ -250,7 +250,7 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
     """
     count, device = source.shape[:-1].numel(), source.device
     autocast = autocast_dtype(device)
-    head = Head(source.detach(), slice(0, vocab_size), autocast, NOTHING)
+    head = Head(source.detach().whole(), slice(0, vocab_size), autocast, NOTHING)
     chunk = plan_for(
         max(count, 1),
         vocab_size,

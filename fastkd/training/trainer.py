@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
@@ -158,8 +157,6 @@ class KDTrainer(TrainsBeside):
         `inputs` are the model's. `labels` are those of the batch, −100 where a document begins, or its `shift_labels`.
         `num_items` is the number of tokens of the optimizer step, to divide by.
         """
-        if isinstance(model, FSDPModule):
-            model.unshard()  # the output head, which stays whole until its gradient is reduced
         student = outputs_of(model, inputs, self.terms.students_needs)
         counted, live = self._counted
         # An override of this method may mask others.
@@ -247,8 +244,6 @@ class KDTrainer(TrainsBeside):
         for name in {"labels", SHIFTED, "teacher", COUNT, *self.teacher.columns}:
             inputs.pop(name, None)
         with torch.no_grad():
-            if isinstance(model, FSDPModule):
-                model.unshard()
             logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size, labels.predicted.shape[1])
             with self.accelerator.autocast():
                 found = fastkd.row_statistics(logits, labels.predicted).label_logprob
