@@ -75,9 +75,11 @@ def student(batch: Batch, form: str, own: slice = slice(None)) -> tuple[list[Ten
 
 
 def teacher(batch: Batch, form: str, kind: str, own: slice = slice(None)) -> Any:
-    """None, sparse targets, or a source in some columns."""
+    """None, what a cache keeps of each row, or a source in some columns."""
     if kind == "absent":
         return None
+    if kind == "cached":
+        return torch.log_softmax(batch.teacher, -1).as_subclass(fastkd.sources.LogProbabilities)
     if kind == "sparse":
         return sparse_targets.kept(batch.teacher, 7)
     hidden, weight, bias = batch.teacher_head

@@ -40,8 +40,8 @@ def equals_one_process(rank: int, world: int, names: list[str]) -> list[Tensor]:
     batch, losses = shards.Batch.of(), []
     for name in names:
         divergence = TABLE[name]()
-        for kind in ("dense", "sparse", "absent"):
-            if kind == "sparse" and not divergence.tempered:
+        for kind in ("dense", "sparse", "cached", "absent"):
+            if kind in ("sparse", "cached") and not divergence.tempered:
                 continue
             for form, budgets in BUDGETS.items():
                 for reduction, (settings, call) in REDUCTIONS.items():
