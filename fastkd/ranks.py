@@ -18,7 +18,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import arguments
 from fastkd.backend import Backend
 from fastkd.divergences import of_spec
 from fastkd.rows import RowSpec, SparseRows, Stage, Tile
@@ -116,15 +115,10 @@ def layout_of(
     return known[key]
 
 
-def agreed(layout: Layout, beside: Tensor, same: dict[str, Any], least: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """Check that `same` is the same on all ranks, where values are looked at; the least of each of `least`.
-
-    Not looked at are values on a GPU, unless FASTKD_DEBUG=1: what ranks must have in common there, they have by itself.
-    """
-    if not arguments.is_checked(beside):
-        return least
+def agreed(layout: Layout, device: torch.device, same: dict[str, Any], least: tuple[int, ...]) -> tuple[int, ...]:
+    """Check that `same` is the same on all ranks; the least of each of `least`. The host waits for it."""
     own = [zlib.crc32(repr(value).encode()) for value in same.values()]
-    told = _gathered(torch.tensor([[*own, *least]], device=beside.device), layout.group)[:, 0].tolist()
+    told = _gathered(torch.tensor([[*own, *least]], device=device), layout.group)[:, 0].tolist()
     for at, (name, value) in enumerate(same.items()):
         if len({values[at] for values in told}) > 1:
             raise ValueError(

@@ -79,7 +79,7 @@ def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
     budget = call.memory_budget
     if budget is None and spread is not None:
         budget = fixed_budget(call.student.device)  # what is free is another number on each rank
-    plan = plan_for(
+    return plan_for(
         max(_count(live), 1),
         columns.widest,
         head_size(call.student_source(), call.autocast),
@@ -93,7 +93,13 @@ def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
         tiles_allowed=hasattr(select(call.student), "tile_state") and not call.teacher_mixed and not is_recut(call),
         gathered=isinstance(live, Tensor) and not _tells(call),
     )
-    if spread is None or (wants.any and call.row_state is not None and not is_recut(call)):
+
+
+def _shared_plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
+    """The same on all ranks that compute a row together."""
+    plan, spread = _plan(call, live, wants, columns), columns.layout or teachers_layout(call)
+    known = wants.any and call.row_state is not None
+    if spread is None or (known and not is_recut(call)):  # then nothing is exchanged
         return plan
     # Ranks meet at each chunk. What the kernels keep depends on a rank's threads, so they may have planned others.
     whole, chunk, group, tile = same_on_all_ranks(
@@ -136,7 +142,7 @@ class _Loop:
     def __init__(self, call: Call, grad: Tensor | None, wants: Wants) -> None:
         self.columns = columns_of(call)
         self.live = _live_rows(call, self.columns)
-        self.plan = _plan(call, self.live, wants, self.columns)  # before gradients take what is free
+        self.plan = _shared_plan(call, self.live, wants, self.columns)  # before gradients take what is free
         self.student = student_side(call, wants, grad, self.columns.width)
         self.teacher = teacher_side(call, self.columns)
         self.spec, self.wants = call.spec, wants
