@@ -129,6 +129,36 @@ def test_a_spread_loss_keeps_the_numerics_contract() -> None:
     run(2, contract)
 
 
+def edges(rank: int) -> None:
+    """Rows of which a rank has nothing that is finite, or something that is no number; a whole row of −inf."""
+    at, (low, nan) = shards.cut(rank, 2), (-torch.inf, torch.nan)
+    second = shards.cut(1, 2).own
+    batch = shards.Batch.of()
+    student, teacher, labels = batch.student[:7].clone(), batch.teacher[:7].clone(), batch.labels[:7].clamp(0, 900)
+    student[0, second] = teacher[0, second] = low
+    teacher[1, second] = low
+    student[2, second] = low  # an infinite forward KL, beside a finite reverse one
+    student[3, 5] = nan
+    teacher[4, V - 1] = nan
+    student[5] = low
+    student[6] += 1e4
+    for name in ("forward_kl", "reverse_kl", "symmetric_kl", "jsd", "tvd", "mse"):
+        for reduction in ("none", "sum"):
+            kd = fastkd.KDLoss(divergence=name, reduction=reduction)  # type: ignore[arg-type]
+            whole, own = student.clone().requires_grad_(), student[:, at.own].clone().requires_grad_()
+            wanted = kd(whole, teacher, labels)
+            found = kd(shard(own, at), shard(teacher[:, at.own], at), labels)
+            torch.testing.assert_close(found, wanted, equal_nan=True, msg=f"{name} {reduction}: {found} {wanted}")
+            if reduction == "none":
+                wanted.backward(torch.ones(7))
+                found.backward(torch.ones(7))
+                torch.testing.assert_close(own.grad, whole.grad[:, at.own], equal_nan=True, rtol=1e-5, atol=1e-7)
+
+
+def test_infinities_and_nan_reach_every_rank() -> None:
+    run(2, edges)
+
+
 def in_float64(rank: int) -> None:
     """On the reference, which gathers."""
     with fastkd.use_backend("reference"):
