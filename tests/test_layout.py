@@ -11,7 +11,7 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent
 #: From the bottom. A file may import its own layer and those before it; the longest name that fits decides.
 LAYERS = [
-    ("fastkd.arguments", "fastkd.rows", "fastkd.overlap", "fastkd.live", "fastkd.itemized"),
+    ("fastkd.arguments", "fastkd.rows", "fastkd.overlap", "fastkd.live", "fastkd.itemized", "fastkd.processes"),
     ("fastkd.divergences",),
     ("fastkd.projected", "fastkd.mixture", "fastkd.sources", "fastkd.served", "fastkd.kernels", "fastkd.reference"),
     ("fastkd.sparse", "fastkd.call", "fastkd.backend"),
