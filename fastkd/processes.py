@@ -48,7 +48,8 @@ class Processes:
 
     def agree(self, work: Callable[[], Result]) -> Result:
         """`work()` in every process. Where it fails in one, all raise that one's error, of the least rank."""
-        return self._exchanged(work)[0]
+        found: Result = self._exchanged(work)[0]
+        return found
 
     def gather(self, work: Callable[[], Result]) -> list[Result]:
         """What `work()` returns in every process, by rank. Fails as `agree` does."""

@@ -234,8 +234,9 @@ class KDTrainer(TrainsBeside):
         """Add the parts of the loss. Raises FloatingPointError where the loss is infinite or NaN."""
         if "loss" in logs and self._logged:
             steps, now = self.state.global_step - self._steps_logged, time.perf_counter()
+            whole = "sum" if self.args.average_tokens_across_devices else "mean"  # of what each process divided by
             for name, value in {**self.terms.take_sums(), **self._sums}.items():
-                logs[name] = self.accelerator.reduce(value, "sum").item() / steps
+                logs[name] = self.accelerator.reduce(value, whole).item() / steps
             soft, hard = logs.get("soft"), logs.get("hard")
             logs |= {"ratio": hard / soft} if soft and hard is not None else {}
             logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}
