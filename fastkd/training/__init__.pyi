@@ -20,6 +20,7 @@ from fastkd.training import report as report
 from fastkd.training import run as run
 from fastkd.training import samples as samples
 from fastkd.training import setup as setup
+from fastkd.training import sharding as sharding
 from fastkd.training import teaching as teaching
 from fastkd.training import teaching_checks as teaching_checks
 from fastkd.training import whole as whole

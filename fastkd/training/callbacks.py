@@ -8,13 +8,13 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from torch.distributed.fsdp import FSDPModule
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from fastkd.training.joining import joined
 from fastkd.training.options import Options
 from fastkd.training.progress import Progress
 from fastkd.training.samples import samples
+from fastkd.training.sharding import is_sharded
 from fastkd.training.trainer import logged_beside
 from fastkd.training.whole import write_whole
 
@@ -137,8 +137,8 @@ class DrawSamples(TrainerCallback):
         return found
 
     def _draw(self, state: Any, model: Any) -> None:
-        first, sharded = joined().first, any(isinstance(module, FSDPModule) for module in model.modules())
-        if not (first or sharded):  # a sharded model runs in all processes or in none
+        first = joined().first
+        if not (first or is_sharded(model)):  # a sharded model runs in all processes or in none
             return
         found = samples(model, self._tokenizer, self._options.evaluation, self._options.training.seed)
         if found:

@@ -18,6 +18,7 @@ from fastkd.training.joining import joined
 from fastkd.training.launcher import started
 from fastkd.training.lessons import Lessons
 from fastkd.training.options import Options
+from fastkd.training.sharding import whole_state
 from fastkd.training.trainer import KDTrainer, logged_beside
 
 __all__ = ["Fitted", "fit"]
@@ -122,12 +123,13 @@ def fit(
     windows = _windows_seen(state.global_step, len(corpus.train), options)
     size = student.num_parameters()
     fitted = Fitted(state.log_history, size, state.global_step, windows * corpus.train.shape[1], samples.drawn)
+    state_dict = whole_state(student)
 
     def save() -> None:
         trainer.teacher.save(directory)
         trainer.terms.save(directory)
         partial = finished.with_suffix(".partial")
-        torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)
+        torch.save({"student": state_dict, "fitted": vars(fitted)}, partial)
         partial.replace(finished)
 
     processes.first_alone(save)

@@ -15,6 +15,7 @@ from fastkd.training.options import ModelOptions
 
 __all__ = ["joined", "leave"]
 
+_ours: list[bool] = []  # whether the training's group was made here
 _STEP = datetime.timedelta(minutes=30)  # at most, for what is summed in a training step
 
 
@@ -27,6 +28,7 @@ def joined(models: ModelOptions | None = None) -> Processes:
     if started() == 1:
         return Processes()
     if not dist.is_initialized():
+        _ours.append(True)
         cpu = models is not None and device_of(models).type == "cpu"
         PartialState(cpu=cpu, **({} if cpu else {"timeout": _STEP}))
     return _beside(dist.group.WORLD)
@@ -39,7 +41,8 @@ def _beside(world: dist.ProcessGroup) -> Processes:
 
 
 def leave() -> None:
-    """The work is done, in all processes."""
+    """The work is done, in all processes: end the group that `joined` has made."""
     _beside.cache_clear()
-    if started() > 1 and dist.is_initialized():
+    if _ours and dist.is_initialized():
+        _ours.clear()
         dist.destroy_process_group()

@@ -21,6 +21,7 @@ from fastkd.training.judge import Judge
 from fastkd.training.launcher import started
 from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
+from fastkd.training.sharding import check_sharding
 from fastkd.training.teaching_checks import check_length, check_teaching, check_terms, others
 
 __all__ = ["Materials", "Setup", "check", "configurations", "gather", "with_teacher"]
@@ -87,6 +88,7 @@ def check(options: Options) -> tuple[torch.device, Any, Any]:
     Raises InputError.
     """
     device = _training_device(options)
+    check_sharding(options, device)
     distillation_loss(options.distillation)  # refuses what it cannot mean
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
     tokenizer = loading.load_tokenizer(options.models.teacher)

@@ -99,6 +99,7 @@ def _distilled(options: Options, run: Run) -> dict[str, Any]:
     work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
     fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
     listens = given.listens
+    student = training.sharding.whole(student, setup.materials.device)
     del given  # a teacher, a second student or an average: the rest is done without them
     training.lessons.free(setup)
     merged = training.adapters.merged
@@ -110,6 +111,7 @@ def _distilled(options: Options, run: Run) -> dict[str, Any]:
         )
         plain = training.lessons.labels_alone(materials.corpus)
         fitted[judge.CE_ONLY] = _fit(setup, alone, plain, without, work / "ce-only")
+        alone = training.sharding.whole(alone, setup.materials.device)
         students[judge.CE_ONLY] = processes.first_alone(lambda: merged(alone, some, work / "ce-only"))
 
     def conclude() -> dict[str, Any]:
@@ -223,6 +225,7 @@ def _train_teacher(options: Options, materials: Materials, run: Run) -> None:
         alone,
         checkpoints,
     )
+    teacher = training.sharding.whole(teacher, materials.device)
 
     def save() -> None:
         with run.results() as staging:
