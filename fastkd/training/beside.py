@@ -153,7 +153,7 @@ class TrainsBeside(Trainer):
 
     def _load_beside(self, checkpoint: str) -> None:
         file = Path(checkpoint) / _FILE
-        kept = torch.load(file, map_location=self.args.device, weights_only=True) if file.is_file() else {}
+        kept = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
         self.terms.restore(kept.get("terms", {}), str(checkpoint))
         ours, theirs = self.teacher.kept(), kept.get("teacher", {})
         if ours.keys() != theirs.keys():

@@ -76,7 +76,7 @@ def fit(
     """
     finished, processes = directory / "finished.pt", joined()
     if options.training.resume and processes.of_first(finished.exists):
-        kept = torch.load(finished, map_location=student.device, weights_only=True)
+        kept = torch.load(finished, map_location="cpu", weights_only=True)
         student.load_state_dict(kept["student"])
         return Fitted(**kept["fitted"])
     checkpoint = processes.of_first(lambda: last_whole(directory)) if options.training.resume else None
