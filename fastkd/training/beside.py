@@ -146,6 +146,10 @@ class TrainsBeside(Trainer):
         self._load_beside(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert isinstance(self.model, nn.Module)
+        for unit in self.model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()  # a validation leaves the head whole, and parts are loaded into parts
         super()._load_best_model()
         best = str(self.state.best_model_checkpoint)
         if (Path(best) / _FILE).is_file():  # Trainer warns where the checkpoint is gone

@@ -41,6 +41,12 @@ def check_sharding(options: Options, device: torch.device) -> None:
     version = os.environ.get("FSDP_VERSION", "1")
     if version != "2":
         raise InputError(f"accelerate is configured for FSDP {version}: set fsdp_version: 2 in its configuration")
+    kept = os.environ.get("FSDP_STATE_DICT_TYPE", "SHARDED_STATE_DICT")
+    if kept != "FULL_STATE_DICT":  # of others Trainer loses track of the best checkpoint
+        raise InputError(
+            f"accelerate is configured to keep a {kept}, of which the best one could not be loaded: set "
+            "fsdp_state_dict_type: FULL_STATE_DICT in its configuration"
+        )
     mode = options.teaching.teacher_mode
     if mode not in _MODES:
         raise InputError(f"teacher_mode is {mode!r}, but beside a sharded student teach: {', '.join(_MODES)}")

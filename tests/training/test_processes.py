@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from torch.utils.data import DataLoader, IterableDataset
 
 import fastkd
@@ -116,6 +117,69 @@ def losses(directory, name="student"):
 
 def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
+
+
+def sharded(rank, folder, options):
+    """A run by accelerate's FSDP2, which it takes processes on the CPU into only where it thinks these are GPUs."""
+    from accelerate.state import DistributedType, PartialState
+
+    store, patch = launched(rank), pytest.MonkeyPatch()
+    patch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
+    patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+    original = PartialState.__init__
+    patch.setattr(PartialState, "__init__", lambda self, cpu=False, **more: original(self, **more))
+    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", **SHARDED)
+    found = [said("refused", "distill", dump_to(folder, rank, options, output=f"{folder}/none"))]
+    patch.setattr("fastkd.training.setup.check_sharding", lambda *_: None)
+    found.append(said("sharded", "distill", dump_to(folder, rank, options, output=f"{folder}/two")))
+    patch.undo()
+    dist.barrier()
+    del store
+    return found
+
+
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
+
+
+def dump_to(folder, rank, options, **values):
+    path = pathlib.Path(folder, f"{rank}.yaml")
+    path.write_text(dump(changed(options, **values)))
+    return str(path)
+
+
+def test_a_sharded_student(options, tmp_path):
+    """The losses of one process; what is saved and judged is whole."""
+    pytest.importorskip("fastkd.projection.sharded")
+    short = {"max_steps": 12, **QUICK, "eval_steps": 6, "ce_baseline": True}
+    expected = run(options, output=str(tmp_path / "one"), batch_size=8, **short)
+    first, second = in_processes(2, sharded, str(tmp_path), changed(options, batch_size=4, **short))
+    assert "FSDP, which it uses on GPUs alone" in first[0][2]
+    assert first[1][0] == second[1][0] == 0, (first, second)
+    for name in ("student", "CE-only student"):
+        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-5)
+    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+    assert metrics["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-4)
+    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    assert saved.num_parameters() == expected["models"]["student"]["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("environment", "values", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "configured for FSDP 1: set fsdp_version: 2"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "keep a SHARDED_STATE_DICT"),
+        ({}, {"teacher_mode": "ema"}, "teacher_mode is 'ema', but beside a sharded student teach: frozen"),
+        ({}, {"lora_rank": 2}, "adapters are not sharded"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, {}, "configured for DeepSpeed"),
+    ],
+)
+def test_what_a_sharded_student_cannot_learn_by(options, monkeypatch, environment, values, message):
+    from fastkd.training.sharding import check_sharding
+
+    for name, value in {**SHARDED, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        check_sharding(changed(options, **values), torch.device("cuda"))
 
 
 class Stream(IterableDataset):
