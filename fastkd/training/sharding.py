@@ -34,6 +34,12 @@ def check_sharding(options: Options, device: torch.device) -> None:
     for name, what in _OTHERS.items():
         if started() > 1 and _set(name):
             raise InputError(f"accelerate is configured for {what} ({name}): fastkd distill takes DDP or FSDP2")
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if started() > 1 and precision != "no" and not getattr(options.training, precision, False):
+        raise InputError(
+            f"accelerate is configured for mixed precision in {precision}, but the run's options are not: pass "
+            "--bf16 or --fp16, and configure accelerate without (--mixed_precision no)"
+        )
     if not asked_for():
         return
     if device.type == "cpu":

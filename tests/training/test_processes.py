@@ -171,6 +171,7 @@ def test_a_sharded_student(options, tmp_path):
         ({}, {"teacher_mode": "ema"}, "teacher_mode is 'ema', but beside a sharded student teach: frozen"),
         ({}, {"lora_rank": 2}, "adapters are not sharded"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, {}, "configured for DeepSpeed"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"}, {"bf16": False}, "mixed precision in bf16, but"),
     ],
 )
 def test_what_a_sharded_student_cannot_learn_by(options, monkeypatch, environment, values, message):
