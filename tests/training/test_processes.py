@@ -24,7 +24,7 @@ from fastkd.cli import main
 from fastkd.training.configuration import dump
 from fastkd.training.options import InputError, Options
 from tests.processes import run as in_processes
-from tests.training.conftest import changed, run, short_run
+from tests.training.conftest import CONTEXT, changed, run, short_run
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, collate, logged, teacher, trainer, windows
 from tests.training.test_trainer import model as small
 
@@ -71,6 +71,12 @@ def commands(rank, folder, options):
     cached = {"cache_dir": f"{folder}/cache", "ce_baseline": True, "terms": ["multi_token"]}
     found["cached"] = said("cached", "distill", config("cached", **short, **cached))
 
+    for mode in MODES:
+        found[mode] = said(mode, "distill", config(mode, **short, teacher_mode=mode))
+    with patch.context() as here:
+        small_teacher(here, options)
+        found["train"] = said("train", "distill", config("train", **{**short, "max_steps": 20}, teacher="train"))
+
     with patch.context() as alone:
         if rank == 1:
             alone.setattr("fastkd.training.loading.load_teacher", no_room)
@@ -90,6 +96,18 @@ def commands(rank, folder, options):
     dist.barrier()
     del store
     return found
+
+
+#: Teachers that learn, and that follow the student.
+MODES = ("mutual", "ema")
+
+
+def small_teacher(patch, options):
+    """The one that is trained first."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(options.models.teacher)
+    patch.setattr("fastkd.training.loading.gpt2_tokenizer", lambda: tokenizer)
+    size = {"n_positions": CONTEXT, "n_embd": 64, "n_layer": 1, "n_head": 2}
+    patch.setattr("fastkd.training.loading._TRAINED", size)
 
 
 def no_room(*_):
@@ -289,6 +307,21 @@ def test_a_cache_terms_accumulation_and_the_labels_alone(done, tmp_path):
     for name in ("student", "CE-only student"):
         assert losses(done.folder / "cached", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-5)
     assert contents(done.folder / "cache") == contents(tmp_path / "cache")
+
+
+def test_teachers_that_learn_and_one_that_is_trained_first(done, tmp_path, monkeypatch):
+    small_teacher(monkeypatch, done.options)
+    settings = {"max_steps": 4, "batch_size": 8, "gradient_accumulation_steps": 2, **QUICK}
+    more = [(mode, {"teacher_mode": mode}) for mode in MODES]
+    for name, values in [*more, ("train", {"teacher": "train", "max_steps": 20})]:
+        run(done.options, output=str(tmp_path / name), **{**settings, **values})
+        assert done.first[name][0] == 0, done.first[name]
+        assert losses(done.folder / name) == pytest.approx(losses(tmp_path / name), rel=1e-5)
+        assert names(done.folder / name) == names(tmp_path / name)
+
+
+def names(folder):
+    return {path.relative_to(folder) for path in folder.rglob("*")}
 
 
 def test_one_process_tells_of_an_error(done):
