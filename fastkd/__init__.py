@@ -11,7 +11,8 @@ from fastkd.mixture import Mixture
 from fastkd.projection.estimate import plan
 from fastkd.projection.models import project
 from fastkd.projection.plan import Plan
-from fastkd.sources import Projection, SparseTargets
+from fastkd.sequences import count_items, next_token_labels, next_token_weights
+from fastkd.sources import Projection, SparseTargets, VocabShard
 from fastkd.statistics import RowStatistics, log_softmax, row_statistics
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ __all__ = [
     "Projection",
     "RowStatistics",
     "SparseTargets",
+    "VocabShard",
     "backends",
     "kd_loss",
     "log_softmax",
@@ -37,6 +39,7 @@ __all__ = [
 ]
 __all__ += divergences.__all__
 __all__ += ["Mixture"]
+__all__ += ["count_items", "next_token_labels", "next_token_weights"]
 __all__ += ["feature_memory"]
 __all__ += ["MultiTokenHeads", "MultiTokenTerm"]
 

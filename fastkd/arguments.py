@@ -82,12 +82,12 @@ def switch(name: str, value: Any) -> bool:
     return bool(value)
 
 
-def tensor(name: str, value: Any, *, also: str = "") -> Tensor:
-    """A dense tensor of this process. `also` says what else is taken in its place."""
+def tensor(name: str, value: Any, *, also: str = "", placed: bool = False) -> Tensor:
+    """A dense tensor of this process; a DTensor too where it may be `placed`. `also` says what else is taken."""
     if not isinstance(value, Tensor):
         hint = ": pass its .logits" if isinstance(getattr(value, "logits", None), Tensor) else ""
         raise TypeError(f"{name} must be a torch.Tensor{also}, got {type(value).__name__}{hint}")
-    if type(value) is not Tensor and hasattr(value, "full_tensor"):
+    if type(value) is not Tensor and hasattr(value, "full_tensor") and not placed:
         raise TypeError(
             f"{name} is a {type(value).__name__}, which several processes hold: pass .to_local() where that has whole "
             "rows of the vocabulary, else .full_tensor()"
@@ -103,9 +103,9 @@ def holds_values(name: str, value: Any) -> None:
         raise ValueError(f"{name} is on the meta device, which holds no values")
 
 
-def floating(name: str, value: Any, *, also: str = "") -> Tensor:
-    """A tensor of floating-point numbers of a dtype that losses take."""
-    found = tensor(name, value, also=also)
+def floating(name: str, value: Any, *, also: str = "", placed: bool = False) -> Tensor:
+    """A tensor of floating-point numbers of a dtype that losses take. The others as of `tensor`."""
+    found = tensor(name, value, also=also, placed=placed)
     if found.dtype not in FLOATING:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {found.dtype}")
     return found

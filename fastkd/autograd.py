@@ -19,6 +19,7 @@ from torch import Tensor
 
 from fastkd.backend import forced, running_on, select
 from fastkd.call import Call
+from fastkd.gathered import check_not_freed
 from fastkd.ops import IMPLEMENTATIONS, library
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "kd_loss",
     "kd_loss_",
     "kd_loss_per_row",
+    "read_by_ranks",
     "row_scales",
     "scale_on_host",
     "scale_saved",
@@ -123,8 +125,9 @@ class _KDLossPerRow(torch.autograd.Function):
         outputs = _below_autograd(compute, call)
         ctx.numbers, ctx.backend = call.numbers, forced()
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*outputs[1:])
-        ctx.save_for_backward(*call.tensors)
+        ctx.mark_non_differentiable(*(x for x in outputs[1:] if x is not None))
+        state, picked = (None if x is None or x.numel() == 0 else x for x in outputs[3:])
+        ctx.save_for_backward(*call._replace(row_state=state, picked=picked).tensors)
         return outputs
 
     @staticmethod
@@ -134,6 +137,9 @@ class _KDLossPerRow(torch.autograd.Function):
         if upstream is None:
             return (None,) * 5
         call = Call.of(ctx.saved_tensors, ctx.numbers)
+        for name, weight in (("student", call.student_weight), ("teacher", call.teacher_weight)):
+            if weight is not None:
+                check_not_freed(f"{name} weight", weight)
         call = call._replace(
             soft_scale=None if call.soft_scale is None else call.soft_scale * upstream,
             hard_scale=None if call.hard_scale is None else call.hard_scale * upstream,
@@ -174,9 +180,8 @@ class _LogSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, compute: Compute, logits: Tensor, others: Any) -> tuple[Tensor, Tensor]:
-        (temperature,) = others
-        out, normaliser = _below_autograd(compute, (logits, temperature))
-        ctx.temperature, ctx.backend = temperature, forced()
+        out, normaliser = _below_autograd(compute, (logits, *others))
+        ctx.others, ctx.backend = others, forced()
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(normaliser)
         ctx.save_for_backward(logits, normaliser)
@@ -188,7 +193,25 @@ class _LogSoftmax(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor | None, _: Any) -> tuple[None, Tensor | None, None]:
         if upstream is None:
             return None, None, None
-        return None, torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, ctx.temperature), None
+        return None, torch.ops.fastkd.log_softmax_backward(upstream, *ctx.saved_tensors, *ctx.others), None
+
+
+class _ReadByRanks(torch.autograd.Function):
+    """The identity, of which several ranks find a part of the gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, group: str) -> Tensor:
+        ctx.group = group
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return torch.ops.fastkd.sum_of_ranks(upstream, ctx.group), None
+
+
+def read_by_ranks(values: Tensor, group: str) -> Tensor:
+    """The same values; their gradient is the sum of those of all ranks of the group, which all get it."""
+    return _ReadByRanks.apply(values, group)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _below_autograd(compute: Compute, arguments: tuple[Any, ...]) -> Any:

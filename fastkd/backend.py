@@ -15,14 +15,14 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from types import TracebackType
-from typing import NamedTuple, Protocol, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 from torch import Tensor
 
 from fastkd.divergences import Divergence
 from fastkd.kernels.cpu import library, products
-from fastkd.rows import RowSpec, SparseRows, Tile
+from fastkd.rows import RowSpec, SparseRows, Stage, StateFields, Tile
 
 __all__ = ["Backend", "BackendStatus", "backends", "scratch_bytes", "select", "use_backend"]
 
@@ -62,9 +62,22 @@ class Backend(Protocol):
         ...
 
     def tile_state(self, rows: int, device: torch.device) -> Tensor:
-        """Uninitialised memory for `Tile.state`; the statistics of the tile with first = 0 fill it.
+        """Uninitialised memory for `Tile.state`, a row each; the statistics of the first tile fill it.
 
         A backend without it takes no tiles: losses from hidden states then hold whole rows.
+        """
+        ...
+
+    def state_fields(
+        self, state: Tensor, spec: RowSpec, teacher: Literal["absent", "dense", "sparse"], hard: bool, stage: Stage
+    ) -> StateFields:
+        """What `Tile.state` holds after a stage of a loss that has these terms: what ranks exchange and merge.
+
+        Logits: student_max, teacher_max, label_logit (whatever, where it was not met); top_student and top_teacher,
+        both sides' where the student has its maximum. Sums of exponentials at the loss's temperatures, relative to
+        these maxima: student, teacher; hard, at T = 1 and relative to student_max; gap = student − teacher; forward =
+        Σ e_t·(y_t − y_s) and reverse = Σ e_s·(y_s − y_t). Σ term and Σ g: value and total_g; of raw logits value is
+        the sum of squares. A backend names those that the loss needs. It offers this beside `tile_state`.
         """
         ...
 
@@ -123,10 +136,11 @@ class Backend(Protocol):
         """
         ...
 
-    def row_statistics(
-        self, logits: Tensor, labels: Tensor | None, temperature: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """log-sum-exp, entropy (nats), arg-max (int64) and label log-probability of softmax(logits / temperature)."""
+    def row_statistics(self, logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
+        """log-sum-exp, entropy (nats), arg-max (int64) and label log-probability of softmax(logits / temperature).
+
+        Then the normaliser `[rows, 2]`, as of `log_softmax`.
+        """
         ...
 
     def log_softmax(self, logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -138,9 +152,18 @@ class Backend(Protocol):
         ...
 
     def log_softmax_backward(
-        self, upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+        self,
+        upstream: Tensor,
+        logits: Tensor,
+        normaliser: Tensor,
+        temperature: float,
+        grad: Tensor,
+        total: Tensor | None = None,
     ) -> None:
-        """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`."""
+        """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`.
+
+        `total` `[rows]` is Σ upstream where the columns here are some of a row's, whose normaliser is given.
+        """
         ...
 
     def top_k(self, logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,6 +22,10 @@ class Call(NamedTuple):
     reads: logits; or hidden states with weight and bias, beside which `*_head` holds softcap (0: none) and logit scale;
     or the parts of `SparseTargets` or of a `Mixture`. The fields of `RowSpec` are here under their own names. At most
     `live` rows have a scale that is not 0, which matters from hidden states on devices that cannot be asked how many.
+    Of a `VocabShard` the fields are its source's, beside `*_cut`, its first column and the vocabulary's size (empty:
+    the side is whole), and `*_group`. Then a call without gradients leaves in `row_state` what all ranks know of each
+    row, and in `picked` the student's logits of a sparse teacher's tokens. One with gradients reads them, and exchanges
+    nothing.
     """
 
     student: Tensor
@@ -37,10 +41,16 @@ class Call(NamedTuple):
     labels: Tensor | None
     soft_scale: Tensor | None
     hard_scale: Tensor | None
+    row_state: Tensor | None
+    picked: Tensor | None
     teacher_mixed: Sequence[Tensor | None]
     student_head: Sequence[float]
     teacher_head: Sequence[float]
     teacher_mixture: Sequence[float]
+    student_cut: Sequence[int]
+    teacher_cut: Sequence[int]
+    student_group: str
+    teacher_group: str
     teacher_kind: str
     divergence: str
     parameters: Sequence[float]
@@ -112,6 +122,7 @@ _TYPES: dict[Any, tuple[str, Any]] = {
     Tensor | None: ("Tensor?", None),
     Sequence[Tensor | None]: ("Tensor?[]", []),
     Sequence[float]: ("float[]", []),
+    Sequence[int]: ("int[]", []),
     str: ("str", ""),
     float: ("float", 0.0),
     int: ("int", 0),

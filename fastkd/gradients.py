@@ -13,7 +13,7 @@ from fastkd import sources
 from fastkd.backend import warn_once
 from fastkd.overlap import may_overlap_itself, may_share_memory
 from fastkd.rows import row_layout
-from fastkd.sources import Mixture, Projection, Source, Teacher
+from fastkd.sources import Mixture, Projection, Source, Teacher, VocabShard
 
 __all__ = ["check", "check_writable", "refuse_forward_mode"]
 
@@ -50,6 +50,8 @@ def _wants_gradient(teacher: Teacher) -> bool:
     """Of a projection only the hidden states count: a head that is not frozen is no sign of a mistake."""
     if isinstance(teacher, Projection):
         return teacher.hidden.requires_grad
+    if isinstance(teacher, VocabShard):
+        return _wants_gradient(teacher.source)
     if isinstance(teacher, Mixture):
         return any(_wants_gradient(member) for member in teacher.teachers)
     return any(tensor.requires_grad for tensor in sources.tensors(teacher))

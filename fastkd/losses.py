@@ -14,14 +14,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fastkd import arguments, at_once, autograd, gradients, served, sources
+from fastkd import arguments, at_once, autograd, gradients, placed, served, sources
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.live import Mask, checked, counted_on_host, moved
 from fastkd.projection.loop import check_budget
 from fastkd.projection.sides import autocast_dtype
 from fastkd.rows import RowSpec, Wants
-from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher
+from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher, VocabShard
 
 __all__ = ["KDLoss", "KDParts", "kd_loss"]
 
@@ -123,7 +123,9 @@ class KDLoss(nn.Module):
 
         Args:
             student: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a
-                `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole.
+                `fastkd.Projection`: hidden states and output head, whose logits are never formed as a whole. Or a
+                `fastkd.VocabShard` of either; DTensors are taken for one, logits that are `Shard(-1)` and projections
+                of hidden states that are `Replicate()` with a weight that is `Shard(0)`.
             teacher: the same, of the same leading shape, or `fastkd.SparseTargets`: what a cache kept of it, or a
                 `fastkd.Mixture` of several. It gets no gradient; a warning says so once, if it requires one. May be
                 None where `soft_weight=0`.
@@ -152,6 +154,8 @@ class KDLoss(nn.Module):
             computed = at_once.loss(self, student, teacher, labels, weights, num_items)
             if computed is not None:
                 return computed
+        student, teacher = placed.here(student, "student"), placed.here(teacher, "teacher")
+        labels, weights = placed.beside(labels, "labels"), placed.beside(weights, "weights")
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
@@ -162,11 +166,15 @@ class KDLoss(nn.Module):
             teacher = teacher.simplified()
         gradients.check(student, teacher, weights, num_items)
         self._check_call(student, teacher, labels, weights, num_items, live)
+        placed.check_cut(student)
+        placed.check_cut(teacher)
+        student = placed.student_here(student)
         if labels is not None:
             labels = labels.detach().to(torch.int64)
 
         want_soft = teacher is not None and (self.soft_weight > 0 or self.return_parts)
         want_hard = labels is not None and (self.hard_weight > 0 or self.return_parts)
+        student, teacher = sources.whole(student), sources.whole(teacher if want_soft else None)
         mask = Mask(labels if self.mask_soft or not want_soft else None, weights, self.ignore_index, self.shift)
         at_most = counted_on_host(mask, student.device, student.shape[:-1])
         labels, weights = moved(labels, student.device), moved(weights, student.device)
@@ -175,7 +183,7 @@ class KDLoss(nn.Module):
             soft_scale, hard_scale = checked(live, mask, student.shape[:-1], soft_scale, hard_scale)
         call = call_for(
             student,
-            teacher.detach() if want_soft and teacher is not None else None,
+            None if teacher is None else teacher.detach(),
             labels if want_hard else None,
             soft_scale if want_soft else None,
             hard_scale if want_hard else None,
@@ -211,7 +219,8 @@ class KDLoss(nn.Module):
         if self.reduction == "none":
             if any(wants) and not torch.compiler.is_compiling():
                 call = _for_backward(call, Wants(*wants))
-            return autograd.kd_loss_per_row(*call)  # type: ignore[no-any-return]
+            loss, soft, hard, *_ = autograd.kd_loss_per_row(*call)
+            return loss, soft, hard
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
             return autograd.kd_loss_(*call)
         loss, soft, hard, *_ = autograd.kd_loss(*call, wants)
@@ -337,8 +346,9 @@ class KDLoss(nn.Module):
                 arguments.check_counts("num_items", num_items)
             else:
                 arguments.number("num_items", num_items)
-        if self.inplace and isinstance(student, Tensor) and not torch.compiler.is_compiling():
-            gradients.check_writable(student, teacher, labels, weights)
+        written = student.source if isinstance(student, VocabShard) else student
+        if self.inplace and isinstance(written, Tensor) and not torch.compiler.is_compiling():
+            gradients.check_writable(written, teacher, labels, weights)
 
     def _check_served(self, kind: str, teacher: Teacher) -> None:
         reason = served.refusal(kind, self.divergence)

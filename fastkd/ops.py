@@ -8,7 +8,9 @@ Opaque operators in the namespace `fastkd`. They are defined and implemented thr
 - `kd_loss_per_row`  one loss per row; its backward recomputes, since each row meets its own upstream gradient
 
 - `row_scales`: what each row's terms are multiplied by
-- `log_softmax` and its backward, `row_statistics`
+- `sum_of_ranks`: of a gradient that each rank has a part of
+- `log_softmax` and its backward, `row_statistics`. The first two of rows whose columns are on the ranks of a group, or
+  here (an empty `group`)
 
 A loss takes logits or hidden states with an output head, for student and teacher (see `Call`).
 
@@ -31,11 +33,13 @@ from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import of_spec
 from fastkd.kernels.cpu.library import advise_huge_pages
+from fastkd.projection.columns import in_chunks, over_ranks, with_room_for_state
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
 from fastkd.projection.teachers import rows_at_hand
+from fastkd.ranks import normaliser_of_ranks, sum_of_ranks
 from fastkd.reference import weighted_rows
-from fastkd.rows import NOTHING, Wants, addressable, kept_dtype, row_dtype
+from fastkd.rows import NOTHING, STATE_BYTES, Wants, addressable, kept_dtype, row_dtype
 
 __all__ = ["IMPLEMENTATIONS", "library"]
 
@@ -45,16 +49,22 @@ library.define(
     "-> (Tensor loss, Tensor soft, Tensor hard, Tensor grad, Tensor grad_weight, Tensor grad_bias, Tensor factor)"
 )
 library.define(f"kd_loss_(Tensor(a!) student, {SCHEMA}) -> (Tensor loss, Tensor soft, Tensor hard, Tensor factor)")
-library.define(f"kd_loss_per_row(Tensor student, {SCHEMA}) -> (Tensor rows, Tensor soft, Tensor hard)")
+library.define(
+    f"kd_loss_per_row(Tensor student, {SCHEMA}) "
+    "-> (Tensor rows, Tensor soft, Tensor hard, Tensor row_state, Tensor picked)"
+)
 library.define(
     "row_scales(Tensor student, Tensor? labels, Tensor? weights, Tensor? num_items, float? number, str reduction, "
     "int ignore_index, bool shift, bool mask_soft) -> (Tensor scales, Tensor moved)"
 )
-library.define("log_softmax(Tensor logits, float temperature) -> (Tensor out, Tensor normaliser)")
-library.define("log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature) -> Tensor")
+library.define("sum_of_ranks(Tensor values, str group) -> Tensor")
+library.define("log_softmax(Tensor logits, float temperature, str group='') -> (Tensor out, Tensor normaliser)")
+library.define(
+    "log_softmax_backward(Tensor upstream, Tensor logits, Tensor normaliser, float temperature, str group='') -> Tensor"
+)
 library.define(
     "row_statistics(Tensor logits, Tensor? labels, float temperature) "
-    "-> (Tensor log_sum_exp, Tensor entropy, Tensor argmax, Tensor label_logprob)"
+    "-> (Tensor log_sum_exp, Tensor entropy, Tensor argmax, Tensor label_logprob, Tensor normaliser)"
 )
 
 
@@ -91,15 +101,17 @@ def _check_labels(labels: Tensor | None, hard_scale: Tensor | None, vocab_size: 
 def _compute(call: Call, grad: Tensor | None, wants: Wants) -> tuple[Tensor, Tensor, Gradients]:
     """Run the backend. `grad`, for a student that is a tensor, may be that tensor."""
     _check_labels(call.labels, call.hard_scale, call.vocab_size)
-    if not call.on_logits:
+    if in_chunks(call):
         return from_hidden_states(call, grad, wants)
     student = addressable(call.student)
     teacher = rows_at_hand(call.teacher_source(), call)
     if isinstance(teacher, Tensor):
         teacher = addressable(teacher)
-    soft, hard = select(student).kd_rows(
-        student, teacher, call.labels, call.soft_scale, call.hard_scale, call.spec, grad
-    )
+    row = (call.labels, call.soft_scale, call.hard_scale)
+    if call.student_cut:
+        soft, hard = over_ranks(call, student, teacher, *row, grad)
+    else:
+        soft, hard = select(student).kd_rows(student, teacher, *row, call.spec, grad)
     return soft, hard, Gradients()
 
 
@@ -156,7 +168,7 @@ def _kd_loss(*arguments: Any) -> tuple[Tensor | None, ...]:
     call, wants = Call(*fields), Wants(*wants_)
     grad = None
     if call.student_weight is None and wants.hidden:
-        grad = _empty_like_rows(call.student) if call.on_logits else _zeros_like_rows(call.student)
+        grad = _zeros_like_rows(call.student) if in_chunks(call) else _empty_like_rows(call.student)
     scaled, factor = _in_range(call)
     soft, hard, gradients = _compute(scaled, grad, wants)
     loss = select(soft).weighted_total(*_weighted(call, soft, hard))
@@ -167,7 +179,7 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor | None, ...]:
     call = Call(*arguments)
     scaled, factor = _in_range(call)
     soft, hard, _ = _compute(scaled, call.student, Wants(True, False, False))
-    if not call.on_logits:  # the kernels saw neither masked rows nor padding
+    if in_chunks(call):  # the kernels saw neither masked rows nor padding
         scales = [scale != 0 for scale in (call.soft_scale, call.hard_scale) if scale is not None]
         live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
         call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
@@ -175,10 +187,10 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor | None, ...]:
     return select(soft).weighted_total(*_weighted(call, soft, hard)), soft, hard, factor
 
 
-def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    call = Call(*arguments)
+def _kd_loss_per_row(*arguments: Any) -> tuple[Tensor | None, ...]:
+    call = with_room_for_state(Call(*arguments))
     soft, hard, _ = _compute(call, None, NOTHING)
-    return weighted_rows(*_weighted(call, soft, hard)), soft, hard
+    return weighted_rows(*_weighted(call, soft, hard)), soft, hard, call.row_state, call.picked
 
 
 def _fake_rows(tensor: Tensor) -> Tensor:
@@ -215,8 +227,13 @@ def _fake_kd_loss_in_place(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Ten
     return rows.new_empty(()), rows, _fake_rows(call.student), _fake_factor(call)
 
 
-def _fake_kd_loss_per_row(student: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    return _fake_rows(student), _fake_rows(student), _fake_rows(student)
+def _fake_kd_loss_per_row(*arguments: Any) -> tuple[Tensor, ...]:
+    call = Call(*arguments)
+    student, rows = call.student, _fake_rows(call.student)
+    state = student.new_empty((rows.shape[0], STATE_BYTES) if call.student_cut else (0,), dtype=torch.uint8)
+    picks = call.teacher_ids.shape[-1:] if call.student_cut and call.teacher_ids is not None else None
+    picked = student.new_empty((0,) if picks is None else (rows.shape[0], *picks), dtype=rows.dtype)
+    return rows, _fake_rows(student), _fake_rows(student), state, picked
 
 
 # --- scales of rows ---------------------------------------------------------------------------------------------
@@ -249,38 +266,45 @@ def _fake_row_scales(student: Tensor, labels: Tensor | None, *arguments: Any) ->
 # --- log-softmax and statistics ---------------------------------------------------------------------------------
 
 
-def _log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _log_softmax(logits: Tensor, temperature: float, group: str = "") -> tuple[Tensor, Tensor]:
     logits = addressable(logits)
-    out = _empty_like_rows(logits)
-    return out, select(logits).log_softmax(logits, temperature, out)
+    if not group:
+        out = _empty_like_rows(logits)
+        return out, select(logits).log_softmax(logits, temperature, out)
+    wide = torch.empty(logits.shape, dtype=row_dtype(logits.dtype), device=logits.device)  # rounded once
+    own = select(logits).log_softmax(logits, temperature, wide)
+    normaliser, apart = normaliser_of_ranks(own, temperature, group)
+    wide += apart.view(*logits.shape[:-1], 1)
+    return wide.to(logits.dtype), normaliser
 
 
-def _log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
+def _log_softmax_backward(
+    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, group: str = ""
+) -> Tensor:
     logits = addressable(logits)
-    grad = _empty_like_rows(logits)
-    select(logits).log_softmax_backward(addressable(upstream), logits, normaliser, temperature, grad)
+    grad, upstream = _empty_like_rows(logits), addressable(upstream)
+    total = sum_of_ranks(upstream.sum(-1, dtype=normaliser.dtype).flatten(), group) if group else None
+    select(logits).log_softmax_backward(upstream, logits, normaliser, temperature, grad, total)
     return grad
 
 
-def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     logits = addressable(logits)
     return select(logits).row_statistics(logits, labels, temperature)
 
 
-def _fake_log_softmax(logits: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+def _fake_log_softmax(logits: Tensor, temperature: float, group: str = "") -> tuple[Tensor, Tensor]:
     rows = _fake_rows(logits)
     return logits.new_empty(logits.shape), rows.new_empty((rows.shape[0], 2))
 
 
-def _fake_log_softmax_backward(upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float) -> Tensor:
+def _fake_log_softmax_backward(upstream: Tensor, logits: Tensor, *_: Any) -> Tensor:
     return logits.new_empty(logits.shape)
 
 
-def _fake_row_statistics(
-    logits: Tensor, labels: Tensor | None, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _fake_row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     rows = _fake_rows(logits)
-    return rows, rows.clone(), rows.to(torch.int64), rows.clone()
+    return rows, rows.clone(), rows.to(torch.int64), rows.clone(), rows.new_empty((rows.shape[0], 2))
 
 
 #: What each operator runs, on every device: the backend is chosen inside. A result that is not wanted is None.
@@ -289,6 +313,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "kd_loss_": _kd_loss_in_place,
     "kd_loss_per_row": _kd_loss_per_row,
     "row_scales": _row_scales,
+    "sum_of_ranks": sum_of_ranks,
     "log_softmax": _log_softmax,
     "log_softmax_backward": _log_softmax_backward,
     "row_statistics": _row_statistics,
@@ -298,6 +323,7 @@ _FAKES: dict[str, Callable[..., Any]] = {
     "kd_loss_": _fake_kd_loss_in_place,
     "kd_loss_per_row": _fake_kd_loss_per_row,
     "row_scales": _fake_row_scales,
+    "sum_of_ranks": lambda values, group: torch.empty_like(values),
     "log_softmax": _fake_log_softmax,
     "log_softmax_backward": _fake_log_softmax_backward,
     "row_statistics": _fake_row_statistics,
@@ -320,6 +346,7 @@ def _filled(implementation: Callable[..., Any], absent: tuple[torch.dtype | None
 _ABSENT = {
     "kd_loss": (None,) * 6 + (torch.float32,),
     "kd_loss_": (None,) * 3 + (torch.float32,),
+    "kd_loss_per_row": (None,) * 3 + (torch.uint8, None),
     "row_scales": (None, torch.int64),
 }
 for _name, _implementation in IMPLEMENTATIONS.items():

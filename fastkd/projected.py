@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastkd import arguments
+from fastkd import arguments, gathered
 
 __all__ = ["LogProbabilities", "Projection", "check_logits"]
 
@@ -46,7 +46,13 @@ class Projection:
     The product is accumulated in fp32 and its fp32 result is used, whatever the operands' dtypes: rounding logits to
     16 bits ruins the distillation gradient of a student close to its teacher.
 
-    Raises TypeError or ValueError for operands that do not fit together.
+    weight and bias may be DTensors beside a plain `hidden`: parameters of data-parallel ranks, each with tokens of its
+    own, `Shard(0)` along at most one dimension of the mesh and `Replicate()` along the others. A loss gathers them
+    once. Its backward reduces the gradient once, to the mean over all ranks of the mesh, which is what FSDP2 leaves in
+    `.grad` by default, in the parameter's dtype. Each rank must make the same calls.
+
+    Raises TypeError or ValueError for operands that do not fit together, for other placements, and for a weight that
+    ZeRO-3 has emptied. A loss raises ValueError where FSDP2 has freed the weight since.
     """
 
     hidden: Tensor
@@ -56,9 +62,12 @@ class Projection:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name, tensor in (("hidden", self.hidden), ("weight", self.weight), ("bias", self.bias)):
+        arguments.floating("Projection hidden", self.hidden, placed=True)
+        for name, tensor in (("weight", self.weight), ("bias", self.bias)):
             if tensor is not None or name != "bias":
-                arguments.floating(f"Projection {name}", tensor)
+                if not gathered.is_in_parts(self.hidden):
+                    tensor = gathered.checked_part(f"Projection {name}", tensor)
+                arguments.floating(f"Projection {name}", tensor, placed=True)
         if self.weight.dim() != 2 or 0 in self.weight.shape:
             raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
         if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:
@@ -116,10 +125,21 @@ class Projection:
 
     def logits(self) -> Tensor:
         """The `[..., V]` tensor that losses avoid, differentiable; rounded as `torch.nn.functional.linear` rounds."""
+        head = self.whole()
         wide = torch.promote_types(self.hidden.dtype, self.weight.dtype)
-        bias = None if self.bias is None else self.bias.to(wide)
-        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), self.weight.to(wide), bias)
+        bias = None if head.bias is None else head.bias.to(wide)
+        z = self.logit_scale * torch.nn.functional.linear(self.hidden.to(wide), head.weight.to(wide), bias)
         return z if self.softcap is None else self.softcap * torch.tanh(z / self.softcap)
+
+    def whole(self) -> Projection:
+        """The same logits with all rows of the head on this rank; a collective call where they are in parts."""
+        if gathered.is_in_parts(self.hidden):  # then the vocabulary is spread, and the head stays where it is
+            return self
+        weight = gathered.whole("Projection weight", self.weight)
+        bias = None if self.bias is None else gathered.whole("Projection bias", self.bias)
+        if weight is self.weight and bias is self.bias:
+            return self
+        return Projection(self.hidden, weight, bias, self.softcap, self.logit_scale)
 
     def detach(self) -> Projection:
         """The same logits without gradient."""

@@ -343,14 +343,16 @@ def _shifted(logits: Tensor, temperature: float) -> Pair:
     return (rows - finite) / temperature, finite[:, 0]
 
 
-def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """See `backend.Backend.row_statistics`."""
     shifted, largest = _shifted(logits, temperature)
     log_q = torch.log_softmax(shifted, -1)
     entropy = -_weighted(log_q.exp(), log_q).sum(-1)
     no_label = torch.full_like(largest, math.nan)
     picked = no_label if labels is None else _label_log_probabilities(log_q, labels)
-    return torch.logsumexp(shifted, -1) + largest / temperature, entropy, shifted.argmax(-1), picked
+    log_total = torch.logsumexp(shifted, -1)
+    normaliser = torch.stack((largest, log_total / math.log(2)), -1)
+    return log_total + largest / temperature, entropy, shifted.argmax(-1), picked, normaliser
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -361,11 +363,21 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 def log_softmax_backward(
-    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+    upstream: Tensor,
+    logits: Tensor,
+    normaliser: Tensor,
+    temperature: float,
+    grad: Tensor,
+    total: Tensor | None = None,
 ) -> None:
-    """See `backend.Backend.log_softmax_backward`. Normalises again, and does not trust a rounded normaliser."""
-    above, q = _wide(upstream), torch.softmax(_shifted(logits, temperature)[0], -1)
-    grad.copy_(((above - q * above.sum(-1, keepdim=True)) / temperature).view(grad.shape))
+    """See `backend.Backend.log_softmax_backward`. Normalises whole rows again: a normaliser may be rounded."""
+    above, (shifted, largest) = _wide(upstream), _shifted(logits, temperature)
+    if total is None:
+        q, total = torch.softmax(shifted, -1), above.sum(-1)
+    else:
+        beside = (largest - normaliser[:, 0]) / temperature - normaliser[:, 1] * math.log(2)
+        q = (shifted + beside[:, None]).exp()
+    grad.copy_(((above - q * total[:, None]) / temperature).view(grad.shape))
 
 
 def top_k(logits: Tensor, k: int, temperature: float) -> tuple[Tensor, Tensor, Tensor]:

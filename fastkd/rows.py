@@ -14,10 +14,12 @@ from torch import Tensor
 
 __all__ = [
     "NOTHING",
+    "STATE_BYTES",
     "RowLayout",
     "RowSpec",
     "SparseRows",
     "Stage",
+    "StateFields",
     "Tile",
     "Wants",
     "addressable",
@@ -29,6 +31,8 @@ __all__ = [
 ]
 
 Stage = Literal["statistics", "terms", "gradient"]
+#: What a backend keeps of a row between tiles, at most.
+STATE_BYTES = 128
 
 
 class RowSpec(NamedTuple):
@@ -66,14 +70,23 @@ class SparseRows(NamedTuple):
 class Tile:
     """Columns [first, first + width) of every row, where rows come in parts, computed again in each stage.
 
-    Three stages, each over the tiles from first = 0 upwards: `"statistics"`; `"terms"`, for the divergences that need
-    the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage
-    finds out about a row is in `state`, which the backend makes (`tile_state`) and alone reads.
+    Three stages, each over the tiles from first = `origin` upwards: `"statistics"`; `"terms"`, for the divergences that
+    need the normalisers before the first term (`Divergence.normalised`); `"gradient"`, if wanted. What a stage
+    finds out about a row is in `state`, which the backend makes (`tile_state`) and alone reads, but for what ranks
+    exchange of it (`state_fields`).
     """
 
     stage: Stage
     first: int
     state: Tensor
+    origin: int = 0
+
+
+class StateFields(NamedTuple):
+    """What is known of rows after a stage, as a backend keeps it: see `Backend.state_fields`."""
+
+    fields: dict[str, Tensor]  # [rows] each; writing to them changes the state
+    units: tuple[float, float]  # by which differences of the student's and the teacher's logits enter the cross sums
 
 
 class Wants(NamedTuple):

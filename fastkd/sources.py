@@ -19,6 +19,7 @@ from fastkd import arguments
 from fastkd.itemized import Itemized, itemized
 from fastkd.mixture import Mixture
 from fastkd.projected import LogProbabilities, Projection, check_logits
+from fastkd.shards import VocabShard
 
 __all__ = [
     "LogProbabilities",
@@ -28,11 +29,13 @@ __all__ = [
     "SparseKind",
     "SparseTargets",
     "Teacher",
+    "VocabShard",
     "check",
     "check_logits",
     "of_parts",
     "parts",
     "tensors",
+    "whole",
 ]
 
 SparseKind = Literal["ghost", "renormalize", "sampled"]
@@ -150,8 +153,8 @@ class SparseTargets(Itemized):
         return replace(self, ids=function(self.ids), logprobs=function(self.logprobs), rest=rest, entropy=entropy)
 
 
-Source = Tensor | Projection
-Teacher = Tensor | Projection | SparseTargets | Mixture
+Source = Tensor | Projection | VocabShard
+Teacher = Tensor | Projection | VocabShard | SparseTargets | Mixture
 
 
 def check(
@@ -166,7 +169,7 @@ def check(
     Raises TypeError for a wrong type or dtype, ValueError for a wrong shape, device or size.
     """
     _check_source("student", student)
-    projected = any(isinstance(source, Projection) for source in (student, *_members(teacher)))
+    projected = any(isinstance(source, Projection) for source in map(_held, (student, *_members(teacher))))
     arguments.holds_values("student", student)
     if teacher is not None:
         if not isinstance(teacher, SparseTargets):
@@ -184,7 +187,8 @@ def check(
 
 
 #: The sources that are no tensor.
-_COMPOSED: tuple[type[Projection] | type[SparseTargets] | type[Mixture], ...] = (Projection, SparseTargets, Mixture)
+_Composed = type[VocabShard] | type[Projection] | type[SparseTargets] | type[Mixture]
+_COMPOSED: tuple[_Composed, ...] = (VocabShard, Projection, SparseTargets, Mixture)  # a shard may hold a projection
 
 
 def parts(side: str, source: Teacher | None) -> dict[str, Any]:
@@ -207,12 +211,30 @@ def of_parts(side: str, call: Any) -> Teacher | None:
     return logits
 
 
+def _held(source: object) -> object:
+    """What a rank has of a source that is spread, or the source."""
+    return source.source if isinstance(source, VocabShard) else source
+
+
+def whole(source: Any) -> Any:
+    """The source with all rows of its output heads on this rank: those that are in parts are gathered."""
+    if isinstance(source, Projection):
+        return source.whole()
+    if isinstance(source, Mixture):
+        teachers = [whole(teacher) for teacher in source.teachers]
+        if any(new is not old for new, old in zip(teachers, source.teachers, strict=True)):
+            return Mixture(teachers, source.weights)
+    return source
+
+
 def tensors(source: Teacher) -> list[Tensor]:
     """Every tensor a source is made of."""
     if isinstance(source, Tensor):
         return [source]
     if isinstance(source, Mixture):
         return [tensor for teacher in source.teachers for tensor in tensors(teacher)]
+    if isinstance(source, VocabShard):
+        return tensors(source.source)
     return [value for value in vars(source).values() if isinstance(value, Tensor)]
 
 
@@ -222,7 +244,7 @@ def _members(teacher: object) -> tuple[object, ...]:
 
 
 def _check_source(name: str, source: object) -> None:
-    if isinstance(source, Projection) or (isinstance(source, Mixture) and name == "teacher"):
+    if isinstance(source, (Projection, VocabShard)) or (isinstance(source, Mixture) and name == "teacher"):
         return  # checked itself
     if not isinstance(source, Tensor):
         also = ", fastkd.SparseTargets or fastkd.Mixture" if name == "teacher" else ""
@@ -243,7 +265,7 @@ def _check_beside(name: str, value: Teacher, student: Source, leading: torch.Siz
 def _check_doubles(student: Source, teacher: Teacher) -> None:
     """TypeError for float64 beside another dtype, but that the reference widens a teacher's logits to the student's."""
     doubles = [source.dtype == torch.float64 for source in (student, teacher)]
-    widened = doubles == [True, False] and isinstance(student, Tensor) and isinstance(teacher, Tensor)
+    widened = doubles == [True, False] and isinstance(student, Tensor) and isinstance(_held(teacher), Tensor)
     if any(doubles) and not all(doubles) and not widened and not isinstance(teacher, SparseTargets):
         raise TypeError(f"student and teacher must both be float64 or neither, got {student.dtype} and {teacher.dtype}")
 

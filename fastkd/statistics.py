@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastkd import arguments, gradients, sources
+from fastkd import arguments, gradients, placed, sources
 from fastkd.projection.loop import logit_chunks
-from fastkd.sources import Projection, Source
+from fastkd.ranks import layout_of, statistics_of_ranks
+from fastkd.sources import Projection, Source, VocabShard
 
 __all__ = ["RowStatistics", "log_softmax", "row_statistics"]
 
@@ -23,22 +24,31 @@ class RowStatistics(NamedTuple):
     label_logprob: Tensor  # log-probability of the label; NaN without labels and where a label is no token id
 
 
-def log_softmax(logits: Tensor, temperature: float = 1.0) -> Tensor:
+def log_softmax(logits: Tensor | VocabShard, temperature: float = 1.0) -> Tensor:
     """log softmax(logits / temperature) over the last dimension, fused and differentiable.
 
     Args:
-        logits: `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend); fp32 inside, rounded once.
+        logits: `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend); fp32 inside, rounded once. Or a
+            `VocabShard` of such logits, or a DTensor that is `Shard(-1)`: then ranks exchange two numbers of each row,
+            and in the backward one.
         temperature: T in [1e-30, 1e6].
 
     Returns:
-        The same shape and dtype. Raises TypeError / ValueError for a wrong dtype, shape or temperature, and
-        NotImplementedError in forward mode (`torch.func.jvp`).
+        The same shape and dtype; of a `VocabShard` this rank's columns, of a DTensor one like it.
+        Raises TypeError / ValueError for a wrong dtype, shape or temperature, and NotImplementedError in forward mode
+        (`torch.func.jvp`).
     """
-    sources.check_logits(logits)
-    arguments.holds_values("logits", logits)
-    gradients.refuse_forward_mode(logits)
-    out: Tensor = torch.ops.fastkd.log_softmax(logits, arguments.temperature("temperature", temperature))[0]
-    return out
+    given: Any = logits
+    logits = placed.here(logits, "log_softmax")
+    own, group = (logits.source, logits.group) if isinstance(logits, VocabShard) else (logits, "")
+    sources.check_logits(own)
+    assert isinstance(own, Tensor)
+    arguments.holds_values("logits", own)
+    gradients.refuse_forward_mode(own)
+    temperature = arguments.temperature("temperature", temperature)
+    placed.check_cut(logits)
+    out: Tensor = torch.ops.fastkd.log_softmax(own, temperature, group)[0]
+    return placed.like(given, out)
 
 
 def row_statistics(source: Source, labels: Tensor | None = None, temperature: float = 1.0) -> RowStatistics:
@@ -46,7 +56,8 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
 
     Args:
         source: logits `[..., V]`, fp32 / bf16 / fp16 (float64 on the reference backend), or a `Projection`, whose
-            logits are computed a chunk at a time.
+            logits are computed a chunk at a time. Or a `VocabShard` of either, or DTensors as `KDLoss` takes them: then
+            ranks exchange five numbers of each row, and all have the same result.
         labels: token ids `[...]`, or None. Ids outside [0, V), such as −100, read NaN.
         temperature: T in [1e-30, 1e6].
 
@@ -54,15 +65,22 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
         `RowStatistics`, fp32 (arg-max int64) of the leading shape, without gradient.
         Perplexity is `exp(-label_logprob.nanmean())`. Raises TypeError / ValueError as `log_softmax` does.
     """
+    source, labels = placed.here(source, "row_statistics"), placed.beside(labels, "labels")
     sources.check(source, None, labels, None, None)
     gradients.refuse_forward_mode(source)
     temperature = arguments.temperature("temperature", temperature)
     flat = None if labels is None else labels.to(torch.int64).reshape(-1)
-    if isinstance(source, Projection):
-        rows = _of_projection(source, flat, temperature)
+    placed.check_cut(source)
+    own = source.source if isinstance(source, VocabShard) else source
+    at = None if flat is None or not isinstance(source, VocabShard) else flat - source.first
+    if isinstance(own, Projection):
+        rows = _of_projection(own, flat if at is None else at, temperature)
     else:
-        rows = torch.ops.fastkd.row_statistics(source.detach(), flat, temperature)
-    return RowStatistics(*(row.reshape(source.shape[:-1]) for row in rows))
+        rows = torch.ops.fastkd.row_statistics(own.detach(), flat if at is None else at, temperature)
+    if isinstance(source, VocabShard):
+        layout = layout_of(source.group, source.first, own.shape[-1], source.vocab_size, own.device)
+        rows = statistics_of_ranks(rows, flat, temperature, layout)
+    return RowStatistics(*(row.reshape(source.shape[:-1]) for row in rows[:4]))
 
 
 def _of_projection(source: Projection, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:

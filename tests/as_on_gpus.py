@@ -21,8 +21,8 @@ from torch.utils._pytree import tree_leaves
 import fastkd
 from fastkd.call import Call, call_for
 from fastkd.projection import loop, sides
-from fastkd.projection.plan import STATE_BYTES, Plan
-from fastkd.rows import RowSpec, Wants
+from fastkd.projection.plan import Plan
+from fastkd.rows import STATE_BYTES, RowSpec, Wants
 
 __all__ = ["LiveBytes", "Silent", "run_on_meta", "sixteen_bit_products"]
 

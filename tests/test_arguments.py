@@ -174,8 +174,11 @@ REFUSED: list[tuple[str, Callable[[], Any], str]] = [
     *((name, call(**{name: STUDENT.to_sparse()}), "to_dense") for name in ("student", "teacher")),
     *((name, call(**{name: STUDENT.to("meta")}), "meta") for name in ("student", "teacher")),
     ("student", lambda: call(student=torch.quantize_per_tensor(STUDENT, 0.1, 0, torch.qint8))(), "qint8"),
-    ("student", lambda: call(student=_distributed())(), r"DTensor.*to_local\(\).*full_tensor\(\)"),
-    ("teacher", lambda: call(teacher=_distributed())(), "DTensor"),
+    (
+        "SparseTargets logprobs",
+        lambda: fastkd.SparseTargets(torch.zeros(STUDENT.shape, dtype=torch.int64), _distributed(), "ghost", 2.0),
+        r"DTensor.*to_local\(\).*full_tensor\(\)",
+    ),
     ("float64", call(student=fastkd.Projection(HIDDEN.double(), WEIGHT.double())), "float32"),
     ("float64", call(teacher=fastkd.Projection(HIDDEN.double(), WEIGHT.double())), "float32"),
     ("float64", call(teacher=TEACHER.double()), "float32"),

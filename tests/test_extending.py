@@ -13,12 +13,13 @@ import torch
 import fastkd
 from fastkd import backend, reference, sources
 from fastkd.call import Call, call_for
+from fastkd.projection.columns import columns_of
 from fastkd.projection.teachers import rows_at_hand, teacher_side
 from fastkd.rows import RowSpec
 
 SPEC = RowSpec("forward_kl", (), 2.0, 2.0, 1.0, 0.0, 5)
 #: Functions of `Backend` that a row may lack: the reference takes no tiles.
-OPTIONAL = {"reference": {"tile_state"}}
+OPTIONAL = {"reference": {"tile_state", "state_fields"}}
 
 HALF = torch.full((3,), 0.5).log()
 ONE_OF_EACH: list[Any] = [
@@ -28,6 +29,10 @@ ONE_OF_EACH: list[Any] = [
     fastkd.SparseTargets(torch.tensor([[1], [2], [0]]), HALF[:, None], "sampled", 2.0, entropy=HALF),
     fastkd.Mixture([torch.eye(3, 5), fastkd.Projection(torch.eye(3, 2), torch.eye(5, 2), softcap=3.0)], [0.25, 0.75]),
 ]
+
+
+#: A rank's, of which there have to be several before a loss can be computed.
+SHARD = fastkd.VocabShard(ONE_OF_EACH[1], 2, 9, "a group")
 
 
 @pytest.mark.parametrize("name", backend._ROWS)
@@ -72,7 +77,7 @@ def test_one_module_and_one_row_make_a_backend(monkeypatch: pytest.MonkeyPatch) 
     assert fastkd.backends()["made"].detail == "for this test"
 
 
-@pytest.mark.parametrize("source", ONE_OF_EACH, ids=lambda source: type(source).__name__)
+@pytest.mark.parametrize("source", [*ONE_OF_EACH, SHARD], ids=lambda source: type(source).__name__)
 def test_a_source_is_put_together_from_its_parts(source: Any) -> None:
     call = call_for(torch.zeros(3, 5), source, None, None, None, SPEC)
     assert is_put_together(call.teacher_source(), source)
@@ -104,14 +109,16 @@ def test_a_source_that_nobody_knows_is_no_silent_zero() -> None:
 
 def test_every_source_has_parts_fields_and_a_side() -> None:
     composed = set(sources._COMPOSED)
-    assert composed == {type(source) for source in ONE_OF_EACH if not isinstance(source, torch.Tensor)}
-    filled = {name for source in ONE_OF_EACH for side in ("student", "teacher") for name in sources.parts(side, source)}
+    every = [*ONE_OF_EACH, SHARD]
+    assert composed == {type(source) for source in every if not isinstance(source, torch.Tensor)}
+    filled = {name for source in every for side in ("student", "teacher") for name in sources.parts(side, source)}
     assert {name for name in Call._fields if name.startswith(("student", "teacher"))} <= filled | {
         "teacher_temperature"
     }
     for source in ONE_OF_EACH:
         scale = torch.ones(3)
-        side = teacher_side(call_for(torch.zeros(3, 5), source, None, scale, None, SPEC))
+        call = call_for(torch.zeros(3, 5), source, None, scale, None, SPEC)
+        side = teacher_side(call, columns_of(call))
         assert side is not None
         side.allocate(3, 3, 5)
         side.start(slice(0, 3))

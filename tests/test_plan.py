@@ -13,7 +13,8 @@ from fastkd.kernels import cpu
 from fastkd.projection import plan as planner
 from fastkd.projection.devices import GPUS
 from fastkd.projection.estimate import _seconds, product_seconds
-from fastkd.projection.plan import STATE_BYTES, HeadSize
+from fastkd.projection.plan import HeadSize
+from fastkd.rows import STATE_BYTES
 from tests.memory import printed
 
 MIB = 1 << 20

@@ -14,6 +14,7 @@ skips them and the products do not.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -22,7 +23,16 @@ from torch import Tensor
 from fastkd.backend import select
 from fastkd.call import Call
 from fastkd.divergences import ForwardKL, of_spec
-from fastkd.projection.plan import ROW_ALONE, Plan, plan_for
+from fastkd.projection.columns import (
+    Columns,
+    States,
+    columns_of,
+    is_recut,
+    same_on_all_ranks,
+    shared_rows,
+    teachers_layout,
+)
+from fastkd.projection.plan import ROW_ALONE, Plan, fixed_budget, plan_for
 from fastkd.projection.sides import (
     Gradients,
     Head,
@@ -32,8 +42,8 @@ from fastkd.projection.sides import (
     part_of,
     student_side,
 )
-from fastkd.projection.teachers import teacher_side, teacher_sizes
-from fastkd.rows import NOTHING, Stage, Tile, Wants, row_count, row_dtype
+from fastkd.projection.teachers import Sparse, teacher_side, teacher_sizes
+from fastkd.rows import NOTHING, SparseRows, Stage, Tile, Wants, row_count, row_dtype
 from fastkd.sources import Projection
 
 __all__ = ["check_budget", "from_hidden_states", "logit_chunks"]
@@ -53,38 +63,52 @@ def from_hidden_states(call: Call, grad: Tensor | None, wants: Wants) -> tuple[T
         loop = _Loop(call, grad, wants)
         for rows in loop.groups():
             loop.run(rows)
+        if loop.states is not None:
+            loop.states.keep()
         return loop.soft, loop.hard, loop.student.gradients()
 
 
 def check_budget(call: Call, wants: Wants) -> None:
     """ValueError where `memory_budget` is too small for these gradients: the loop itself would find it out later."""
-    _plan(call, _live_rows(call), wants)
+    columns = columns_of(call)
+    _plan(call, _live_rows(call, columns), wants, columns)
 
 
-def _plan(call: Call, live: RowIndex, wants: Wants) -> Plan:
-    return plan_for(
+def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
+    spread = columns.layout or teachers_layout(call)
+    budget = call.memory_budget
+    if budget is None and spread is not None:
+        budget = fixed_budget(call.student.device)  # what is free is another number on each rank
+    plan = plan_for(
         max(_count(live), 1),
-        call.vocab_size,
+        columns.widest,
         head_size(call.student_source(), call.autocast),
-        teacher_sizes(call),
+        teacher_sizes(call, columns),
         wants,
         of_spec(call.divergence, call.parameters),
         call.student.device,
-        call.memory_budget,
+        budget,
         whole_teacher=call.teacher_ids is None,
         own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
-        tiles_allowed=hasattr(select(call.student), "tile_state") and not call.teacher_mixed,
+        tiles_allowed=hasattr(select(call.student), "tile_state") and not call.teacher_mixed and not is_recut(call),
         gathered=isinstance(live, Tensor) and not _tells(call),
     )
+    if spread is None or (wants.any and call.row_state is not None and not is_recut(call)):
+        return plan
+    # Ranks meet at each chunk. What the kernels keep depends on a rank's threads, so they may have planned others.
+    whole, chunk, group, tile = same_on_all_ranks(
+        call, spread, (plan.strategy == "chunks", plan.chunk, plan.group, plan.tile)
+    )
+    return replace(plan, strategy="chunks" if whole else "tiles", chunk=chunk, group=group, tile=tile)
 
 
-def _live_rows(call: Call) -> RowIndex:
+def _live_rows(call: Call, columns: Columns) -> RowIndex:
     """The rows to compute: those with a scale, where their number is known, else all. All too without products."""
     count, told = row_count(call.student), call.live
     scales = [scale for scale in (call.soft_scale, call.hard_scale) if scale is not None]
     if (
         not scales
-        or not _has_products(call)
+        or not _has_products(call, columns)
         or (not _tells(call) and (told is None or count - told < max(count // _FEW, 1)))
     ):
         return slice(0, count)
@@ -97,9 +121,10 @@ def _live_rows(call: Call) -> RowIndex:
     return slice(0, count) if len(live) == count else live
 
 
-def _has_products(call: Call) -> bool:
+def _has_products(call: Call, columns: Columns) -> bool:
     """Whether logits are computed: else kernels skip the rows that do not count, and nothing else would be spared."""
-    return not call.teacher_mixed or call.student_weight is not None or teacher_sizes(call) != (ROW_ALONE,)
+    taught = set(teacher_sizes(call, columns))
+    return not call.teacher_mixed or call.student_weight is not None or taught != {ROW_ALONE}
 
 
 def _tells(call: Call) -> bool:
@@ -109,9 +134,11 @@ def _tells(call: Call) -> bool:
 
 class _Loop:
     def __init__(self, call: Call, grad: Tensor | None, wants: Wants) -> None:
-        self.live = _live_rows(call)
-        self.plan = _plan(call, self.live, wants)  # before gradients take what is free
-        self.student, self.teacher = student_side(call, wants, grad), teacher_side(call)
+        self.columns = columns_of(call)
+        self.live = _live_rows(call, self.columns)
+        self.plan = _plan(call, self.live, wants, self.columns)  # before gradients take what is free
+        self.student = student_side(call, wants, grad, self.columns.width)
+        self.teacher = teacher_side(call, self.columns)
         self.spec, self.wants = call.spec, wants
         self.labels, self.soft_scale, self.hard_scale = call.labels, call.soft_scale, call.hard_scale
         self.backend = select(call.student)
@@ -121,8 +148,12 @@ class _Loop:
         for side in (self.student, self.teacher):
             if side is not None:
                 side.allocate(self.plan.chunk, self.plan.group, self.plan.tile)
-        if self.plan.strategy == "tiles":
-            self.state = self.backend.tile_state(self.plan.group, device)
+        self.shared = shared_rows(call, self.columns)
+        self.states = None if self.shared is None else States(call, self.shared, wants.any)
+        self.state = None if self.states is None else self.states.all
+        self.known = self.states is not None and self.states.known
+        tiled = self.shared is None and self.plan.strategy == "tiles"
+        self.group_state = self.backend.tile_state(self.plan.group, device) if tiled else None
 
     def groups(self) -> Iterator[RowIndex]:
         for part in _steps(_count(self.live), self.plan.group):
@@ -136,34 +167,65 @@ class _Loop:
         given = [None if x is None else x[rows] for x in (self.labels, self.soft_scale, self.hard_scale)]
         parts = list(_steps(_count(rows), self.plan.chunk))
         scalars = [[None if x is None else x[part] for part in parts] for x in given]
+        state = self.group_state if self.state is None else self.state[rows]
+        tiles = list(_steps(self.columns.width, self.plan.tile)) or [slice(0, 0)]  # a rank takes part without columns
         for stage in self._stages():
             differentiates = self.wants.any and stage in ("whole", "gradient")
-            for columns in _steps(self.spec.vocab_size, self.plan.tile):
+            for columns in tiles:
                 for part, labels, soft, hard in zip(parts, *scalars, strict=True):
                     student = self.student.logits(columns, part)
                     teacher = None if self.teacher is None else self.teacher.logits(columns, part)
                     place = self.student.gradient_place(columns, part, student) if differentiates else None
-                    tile = () if stage == "whole" else (Tile(stage, columns.start, self.state[part]),)
-                    values = self.backend.kd_rows(student, teacher, labels, soft, hard, self.spec, place, *tile)
+                    own, row = None if state is None else state[part], (labels, soft, hard)
+                    values = self._values(stage, columns.start, student, teacher, row, place, own)
                     if place is not None:
                         self.student.take_gradient(columns, part, place)
-                    if stage != "gradient" and columns.stop == self.spec.vocab_size:
+                    if stage != "gradient" and columns.stop == self.columns.width:
                         where = part_of(rows, part)
                         self.soft[where], self.hard[where] = values
                 if differentiates:
                     self.student.multiply(columns)
+            if self.shared is not None and state is not None and stage in ("statistics", "terms"):
+                beside = self._teacher_of_group(rows)
+                self.shared.exchange(stage, state, given[0] if given[2] is not None else None, beside)
+                self.soft[rows], self.hard[rows] = self.shared.values(beside, given[0], given[1], given[2], state)
+        if self.state is not None and state is not None and isinstance(rows, Tensor):
+            self.state[rows] = state
+            if isinstance(self.teacher, Sparse):
+                self.teacher.keep_picked()
         self.student.finish()
+
+    def _teacher_of_group(self, rows: RowIndex) -> Tensor | SparseRows | None:
+        """What is known of a group's rows; of a dense teacher no columns."""
+        if self.teacher is None or not self.teacher.whole:
+            return None if self.teacher is None else self.teacher.logits(slice(0, 0), slice(0, _count(rows)))
+        return self.soft.new_empty(_count(rows), 0)
+
+    def _values(
+        self,
+        stage: Stage | Literal["whole"],
+        first: int,
+        student: Tensor,
+        teacher: Tensor | SparseRows | None,
+        row: tuple[Tensor | None, Tensor | None, Tensor | None],
+        place: Tensor | None,
+        state: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """One call of the backend, or those that ranks make together."""
+        if self.shared is not None and stage == "whole":
+            return self.shared.kd_rows(student, teacher, *row, place, state, self.known)
+        origin = self.columns.first
+        tile = () if stage == "whole" or state is None else (Tile(stage, origin + first, state, origin),)
+        return self.backend.kd_rows(student, teacher, *row, self.spec, place, *tile)
 
     def _stages(self) -> Iterator[Stage | Literal["whole"]]:
         if self.plan.strategy == "chunks":
             yield "whole"
             return
-        yield "statistics"
-        if (
-            self.teacher is not None
-            and self.teacher.whole
-            and of_spec(self.spec.divergence, self.spec.parameters).normalised
-        ):
+        whole_teacher = self.teacher is not None and self.teacher.whole
+        if not self.known:
+            yield "statistics"
+        if not self.known and whole_teacher and of_spec(self.spec.divergence, self.spec.parameters).normalised:
             yield "terms"
         if self.wants.any:
             yield "gradient"
@@ -188,7 +250,7 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
     """
     count, device = source.shape[:-1].numel(), source.device
     autocast = autocast_dtype(device)
-    head = Head(source.detach(), vocab_size, autocast, NOTHING)
+    head = Head(source.detach().whole(), slice(0, vocab_size), autocast, NOTHING)
     chunk = plan_for(
         max(count, 1),
         vocab_size,

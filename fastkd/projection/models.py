@@ -21,6 +21,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor, nn
 
+from fastkd import gathered
+from fastkd.projection import sharded
 from fastkd.sources import Projection
 
 __all__ = ["project"]
@@ -48,7 +50,7 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
 
     Args:
         model: a transformers causal LM whose output head is an `nn.Linear` with a floating-point weight; alone or
-            wrapped by PEFT (the adapters take part) or by DistributedDataParallel.
+            wrapped by PEFT (the adapters take part) or by DistributedDataParallel; sharded by FSDP2 or ZeRO-3.
         inputs: keyword arguments of `model`: `input_ids [batch, tokens]` or `inputs_embeds [batch, tokens, H]`,
             `attention_mask`, and so on. `use_cache` is False unless given. Not `labels`, which go to the loss.
         return_outputs: return what the model returns too.
@@ -64,21 +66,28 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
             DistributedDataParallel with a static graph, or its output head is quantised, adapted (LoRA) or otherwise
             not a plain `nn.Linear`.
         ValueError: `labels` are given, `return_outputs` is asked of a model that returns a tuple, the head's weight is
-            sharded or offloaded, or the model's forward, or a hook or a replaced forward of the head, does to logits
-            what a Projection cannot hold.
+            sharded by other means (tensor parallelism, FSDP1) or offloaded, or the model's forward, or a hook or a
+            replaced forward of the head, does to logits what a Projection cannot hold.
 
-    Under FSDP2 the head's weight must be whole: shard it in the root's unit and call `model.unshard()` before.
+    Under FSDP2 (`fully_shard`, whatever its units) the weight is the head's own, made whole, and its gradient is
+    reduced by the head's unit with the unit's settings: by default to the mean over ranks. Where nothing requires a
+    gradient the weight may be a DTensor, which a loss gathers and frees. Under ZeRO-3 weight and bias share the memory
+    that the forward had, and DeepSpeed reduces their gradients. Every rank must call, as for the model's own forward.
+    Compute the loss before the head's unit is sharded again: it raises ValueError where the memory is gone.
     """
     if inputs.get("labels") is not None:
         raise ValueError("labels go to the loss, not to project(): take them out of inputs, then loss(..., labels)")
     lm = _causal_lm(model)
     head = _output_head(lm)
+    unit = sharded.unit_of(model, head)
+    was_whole = not gathered.is_in_parts(head.weight)
     if "use_cache" not in inputs and _takes_use_cache(lm):
         inputs["use_cache"] = False
 
     seen: list[Tensor] = []
     tied: list[bool] = []  # filled when the backward of the hidden states passes through the logits
-    probe = _probe(head.weight.shape[0])
+    parameters: list[tuple[Tensor, Tensor | None]] = []  # of the head, as the forward has them: whole
+    probe = _probe(sharded.shape_of(head.weight)[0])
 
     def take_hidden(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Tensor]:
         hidden: Tensor = args[0]
@@ -90,6 +99,7 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
             raise ValueError(
                 f"the output head of {_name(lm)} holds {probe.numel()} of its {output.shape[-1]} rows here"
             )
+        parameters.append((sharded.held(head.weight), None if head.bias is None else sharded.held(head.bias)))
         return _Anchored.apply(probe.view(*(1,) * (output.dim() - 1), -1), output, tied)  # type: ignore[no-any-return,no-untyped-call]
 
     # First of the hooks on the output, last of those on the input: the others are then part of what is measured.
@@ -103,12 +113,18 @@ def project(model: nn.Module, /, *, return_outputs: bool = False, **inputs: Any)
         raise ValueError(f"{_name(lm)} calls its output head {len(seen)} times in a forward, not once: {_BY_HAND}")
     logits = outputs["logits"] if isinstance(outputs, Mapping) else outputs[0]
     scale, softcap = _measure(lm, probe, seen[0].dim(), logits)
-    _check_forward(lm, head, seen[0])
-    hidden = seen[0]
-    if logits.requires_grad and _is_sharded(model, head):
-        _output_head(lm)  # it may have been sharded again after the forward
-        hidden = _Tied.apply(hidden, logits, tied)  # type: ignore[no-untyped-call]
-    found = Projection(hidden, head.weight, head.bias, softcap, scale)
+    hidden, (weight, bias) = seen[0], parameters[0]
+    if unit is not None and gathered.is_in_parts(head.weight):  # sharded again after the forward
+        offloaded = head.weight.device != weight.device
+        if logits.requires_grad or was_whole or offloaded or "forward" in vars(head):
+            unit.unshard()  # into the same memory
+        else:  # a loss gathers it, and frees it
+            dtype = weight.dtype
+            weight, bias = head.weight.to(dtype), None if bias is None else head.bias.to(dtype)
+    _check_forward(lm, head, hidden)
+    if logits.requires_grad and (unit is not None or sharded.is_emptied(head.weight)):
+        hidden, weight, bias = sharded.tied(logits, tied, hidden, weight, bias)
+    found = Projection(hidden, weight, bias, softcap, scale)
     return (found, _without_logits(lm, outputs)) if return_outputs else found
 
 
@@ -135,35 +151,6 @@ class _Anchored(torch.autograd.Function):
         if not ctx.tied:
             raise RuntimeError("fastkd.project replaces the logits that the model returns; they have no gradient")
         return None, None, None
-
-
-class _Tied(torch.autograd.Function):
-    """Hidden states whose backward begins with that of the model's output, by a gradient of zeros.
-
-    FSDP2 starts the reduction of the root's gradients from a hook on the outputs of its forward. A loss of the hidden
-    states and the head does not reach that hook: nothing would be reduced, unless a submodule with its own unit is
-    trained too.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, logits: Tensor, tied: list[bool]) -> Tensor:
-        ctx.save_for_backward(logits)
-        ctx.tied = tied
-        return hidden.view_as(hidden)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        (logits,) = ctx.saved_tensors
-        ctx.tied.append(True)
-        return gradients[0], torch.zeros_like(logits), None
-
-
-def _is_sharded(model: nn.Module, head: nn.Linear) -> bool:
-    """Whether a unit of FSDP2 holds the head."""
-    kind = getattr(getattr(torch.distributed, "fsdp", None), "FSDPModule", None)  # imported where models are sharded
-    return kind is not None and any(
-        isinstance(unit, kind) and any(module is head for module in unit.modules()) for unit in model.modules()
-    )
 
 
 #: Heads whose own forward was replaced, as accelerate's dispatch does → the replacement that was found to be linear.
@@ -219,21 +206,22 @@ def _causal_lm(model: nn.Module) -> Any:
 
 
 def _output_head(lm: Any) -> nn.Linear:
-    head = lm.get_output_embeddings()
+    head: nn.Linear | None = lm.get_output_embeddings()
     if head is None:
         raise TypeError(f"{_name(lm)} has no output head: load it with AutoModelForCausalLM, not AutoModel")
-    # Exact types: quantised and adapted layers are subclasses of nn.Linear, quantised and sharded weights of Parameter.
-    if type(head) is not nn.Linear or type(head.weight) not in (nn.Parameter, Tensor):
+    # Exact types: quantised and adapted layers are subclasses of nn.Linear, and quantised weights of Parameter.
+    in_parts = gathered.is_in_parts(head.weight) if sharded.is_linear(head) else False
+    if not sharded.is_linear(head) or not (in_parts or type(head.weight) in (nn.Parameter, Tensor)):
         weight = type(getattr(head, "weight", None)).__name__
         raise TypeError(
             f"the output head of {_name(lm)} is a {type(head).__module__}.{type(head).__name__} with a weight of type "
-            f"{weight}, not a plain nn.Linear: leave the head out of quantisation (llm_int8_skip_modules), sharding "
+            f"{weight}, not a plain nn.Linear: leave the head out of quantisation (llm_int8_skip_modules) "
             "and adapters (target_modules, modules_to_save), or merge the adapter (merge_and_unload)"
         )
-    if head.weight.is_meta or head.weight.dim() != 2 or head.weight.numel() == 0:
+    if head.weight.is_meta or len(shape := sharded.shape_of(head.weight)) != 2 or 0 in shape:
         raise ValueError(
             f"the output head of {_name(lm)} has a weight {tuple(head.weight.shape)} on {head.weight.device}: "
-            "project() needs it whole, neither sharded (FSDP, ZeRO-3) nor offloaded"
+            "project() needs it whole, or sharded by fully_shard or ZeRO-3, neither flattened (FSDP1) nor offloaded"
         )
     return head
 

@@ -17,9 +17,9 @@ import torch
 from fastkd.backend import scratch_bytes
 from fastkd.divergences import Divergence
 from fastkd.projection.devices import free_bytes
-from fastkd.rows import Wants
+from fastkd.rows import STATE_BYTES, Wants
 
-__all__ = ["CAST_COLUMNS", "ROW_ALONE", "STATE_BYTES", "HeadSize", "Plan", "padded", "plan_for"]
+__all__ = ["CAST_COLUMNS", "ROW_ALONE", "STATE_BYTES", "HeadSize", "Plan", "fixed_budget", "padded", "plan_for"]
 
 #: Working memory of a loss that is given no budget, on CPUs, and on GPUs that cannot be asked.
 _DEFAULT_BUDGET = {"cpu": 260 << 20, "cuda": 2 << 30}
@@ -47,8 +47,6 @@ _ENOUGH, _WIDEST, _NARROWEST, _LEAST_TILED = 512, 4096, 512, 16
 _ALIGNMENT = 16
 #: Rows of a head that are cast at a time where products need another dtype than its weights have.
 CAST_COLUMNS = 4096
-#: What a backend keeps of a row between tiles, at most.
-STATE_BYTES = 128
 
 
 class HeadSize(NamedTuple):
@@ -241,11 +239,10 @@ class _Request(NamedTuple):
 
     def default_budget(self, free: int | None) -> int:
         """For a loss that is given none; `free` as in `plan_for`."""
-        if self.device.type == "cpu":
-            return _DEFAULT_BUDGET["cpu"]
-        free = free_bytes(self.device) if free is None else free
-        if free is None:
-            return _DEFAULT_BUDGET["cuda"]
+        if self.device.type != "cpu" and free is None:
+            free = free_bytes(self.device)
+        if self.device.type == "cpu" or free is None:
+            return fixed_budget(self.device)
         share = (free - self.gradient_bytes) // _SHARE
         return max(_FLOOR, 1 << max(share, 1).bit_length() - 1)
 
@@ -284,6 +281,11 @@ class _Request(NamedTuple):
             self.gradient_bytes,
             flops,
         )
+
+
+def fixed_budget(device: torch.device) -> int:
+    """The default that does not depend on what a device has free."""
+    return _DEFAULT_BUDGET["cpu" if device.type == "cpu" else "cuda"]
 
 
 def _even(tokens: int, most: int) -> int:

@@ -20,7 +20,7 @@ from fastkd.call import Call
 from fastkd.projection.plan import CAST_COLUMNS, HeadSize, padded
 from fastkd.projection.products import gradient_dtype, gradient_operands, operand_dtype, product
 from fastkd.rows import SparseRows, Wants, kept_dtype, row_dtype
-from fastkd.sources import Projection
+from fastkd.sources import Projection, Source, VocabShard
 
 __all__ = [
     "Gradients",
@@ -31,6 +31,7 @@ __all__ = [
     "autocast_dtype",
     "head_size",
     "held",
+    "held_here",
     "part_of",
     "student_side",
 ]
@@ -97,12 +98,15 @@ class StudentSide(TeacherSide, Protocol):
         ...
 
 
-def student_side(call: Call, wants: Wants, grad: Tensor | None) -> StudentSide:
-    """`grad` takes the gradient of a student that is a tensor."""
-    source = call.student_source()
-    return (
-        Head(source, call.vocab_size, call.autocast, wants) if isinstance(source, Projection) else Logits(source, grad)
-    )
+def student_side(call: Call, wants: Wants, grad: Tensor | None, count: int) -> StudentSide:
+    """Of the first `count` columns that are here; `grad` takes the gradient of a student that is a tensor."""
+    source, own = held_here(call.student_source()), slice(0, count)
+    return Head(source, own, call.autocast, wants) if isinstance(source, Projection) else Logits(source, grad, own)
+
+
+def held_here(source: Source) -> Tensor | Projection:
+    """What this rank has of it."""
+    return source.source if isinstance(source, VocabShard) else source
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
@@ -112,6 +116,7 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 
 def head_size(source: object, autocast: torch.dtype | None) -> HeadSize | None:
     """What the products of a source take; None for one that is no `Projection`."""
+    source = source.source if isinstance(source, VocabShard) else source
     if not isinstance(source, Projection):
         return None
     operand = operand_dtype(source, autocast)
@@ -127,17 +132,17 @@ def head_size(source: object, autocast: torch.dtype | None) -> HeadSize | None:
 
 
 class Head:
-    """A `Projection` during one call: its logits and, for the student, its gradients.
+    """A `Projection` during one call: its logits in some columns, `own`, and, for the student, its gradients.
 
-    `gradients` holds None for what is not wanted.
+    `gradients` holds None for what is not wanted. Those of a head are wanted of its first columns only.
     """
 
     whole: bool = True
 
-    def __init__(self, projection: Projection, vocab_size: int, autocast: torch.dtype | None, wants: Wants) -> None:
+    def __init__(self, projection: Projection, own: slice, autocast: torch.dtype | None, wants: Wants) -> None:
         self.hidden = projection.hidden.reshape(-1, projection.hidden.shape[-1])
-        self.weight = projection.weight[:vocab_size]
-        self.bias = None if projection.bias is None else projection.bias[:vocab_size]
+        self.weight = projection.weight[own]
+        self.bias = None if projection.bias is None else projection.bias[own]
         self.softcap, self.scale = projection.softcap, projection.logit_scale
         self.operand = operand_dtype(projection, autocast)
         self.result = row_dtype(self.operand)
@@ -175,6 +180,8 @@ class Head:
             # The gradient itself where it is in reach and sums may be kept in it, else rounded once in the end.
             direct = isinstance(rows, slice) and self._hidden_grad.dtype == self.result
             self._dx = self._hidden_grad[rows] if direct else torch.empty_like(self._x, dtype=self.result)
+            if len(self.weight) == 0:
+                self._dx.zero_()  # no product writes it
             self._direct = direct
 
     def logits(self, columns: slice, part: slice) -> Tensor:
@@ -258,17 +265,18 @@ class Head:
     def _parts(self, columns: slice, of_gradient: bool = False) -> Iterator[slice]:
         """All columns at once, or the parts in which the head's rows, or the gradient of their logits, are cast."""
         step = CAST_COLUMNS if of_gradient or self.weight.dtype != self.operand else columns.stop - columns.start
-        for start in range(columns.start, columns.stop, step):
+        for start in range(columns.start, columns.stop, max(step, 1)):
             yield slice(start, min(start + step, columns.stop))
 
 
 class Logits:
-    """A tensor of logits. The gradient goes to `grad`, which may be the logits."""
+    """A tensor of logits, in some columns. The gradient goes to `grad`, which may be the logits."""
 
     whole: bool = True
 
-    def __init__(self, logits: Tensor, grad: Tensor | None) -> None:
-        self._logits, self._grad = _as_matrix(logits), None if grad is None else _as_matrix(grad)
+    def __init__(self, logits: Tensor, grad: Tensor | None, own: slice) -> None:
+        self._logits = _as_matrix(logits)[..., own]
+        self._grad = None if grad is None else _as_matrix(grad)[..., own]
 
     def allocate(self, chunk: int, group: int, tile: int) -> None:
         """Nothing is needed."""

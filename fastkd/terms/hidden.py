@@ -190,7 +190,7 @@ def computed_rows(batch: Batch, device: torch.device) -> tuple[Tensor | None, Te
 
     On a GPU looking which rows count would make the host wait; `batch.live` says how many. None: all are computed.
     """
-    counted = nn.functional.pad(batch.counted, (0, 1)).flatten().to(device)
+    counted = batch.counted.flatten().to(device)
     if device.type in _HOSTS:
         found = counted.nonzero()[:, 0]
         return (None if len(found) == len(counted) else found), counted

@@ -11,7 +11,7 @@ from fastkd import arguments
 from fastkd.losses import KDLoss, KDParts
 from fastkd.terms.architecture import text_config
 from fastkd.terms.routed import RoutedLogits, rows_of
-from fastkd.terms.term import Batch, Course, Outputs, Term
+from fastkd.terms.term import IGNORED, Batch, Course, Outputs, Term
 
 __all__ = ["KDTerm", "RouterTerm", "asks_for_router_loss"]
 
@@ -20,12 +20,13 @@ class KDTerm(Term):
     """`KDLoss` as a term, of weight 1: its own two weights say how much its parts count.
 
     Args:
-        kd: a copy is used, with `shift=True` and `return_parts=True`.
+        kd: a copy is used, with `return_parts=True`, and `shift=True` but for a batch whose labels come shifted.
         temperature, soft_weight: how they change over the training, if they do. The hard weight changes too, so that
             the sum of both weights stays the same.
 
-    Logs `soft` (T² included) and `hard`, unweighted. Raises ValueError for a loss that is no mean, or a course that
-    starts or ends at no temperature, or at more than the sum of both weights.
+    Logs `soft` (T² included) and `hard`, unweighted. Raises ValueError for a loss that is no mean, one with another
+    `ignore_index` than −100, and a course that starts or ends at no temperature, or at more than the sum of both
+    weights.
     """
 
     def __init__(
@@ -35,6 +36,10 @@ class KDTerm(Term):
         kd = KDLoss() if kd is None else copy.deepcopy(kd)
         if kd.reduction != "mean":
             raise ValueError(f"a term needs a loss with reduction='mean', got {kd.reduction!r}")
+        if kd.ignore_index != IGNORED:
+            raise ValueError(
+                f"a term's labels are {IGNORED} where nothing is learnt, got ignore_index={kd.ignore_index}"
+            )
         kd.shift = kd.return_parts = True
         self.kd = kd
         self._courses = {"temperature": temperature, "soft_weight": soft_weight}
@@ -65,6 +70,8 @@ class KDTerm(Term):
 
     def forward(self, student: Outputs, teacher: Outputs, batch: Batch) -> dict[str, Tensor]:
         """`loss`, `soft` and `hard`."""
+        if self.kd.shift == batch.shifted:
+            self.kd.shift = not batch.shifted
         taught = teacher.logits if self.kd.soft_weight else None
         if isinstance(taught, RoutedLogits):
             return self._routed(student, taught, batch)
@@ -81,7 +88,7 @@ class KDTerm(Term):
         if items is None:
             if not self.kd.mask_soft:
                 raise ValueError("routed teachers with mask_soft=False need num_items, the divisor of both parts")
-            items = (batch.labels[:, 1:] != self.kd.ignore_index).sum().clamp(min=1)
+            items = (batch.predicted != self.kd.ignore_index).sum().clamp(min=1)
         found: dict[str, Tensor] = {}
         for rows, logits in teacher.parts:
             parts = self.kd(rows_of(student.projection, rows), logits, batch.labels[rows], num_items=items)

@@ -219,6 +219,10 @@ class MultiTokenTerm(Term):
         """`loss`, the value, its parts, and the value again to be logged."""
         if self.heads is None:
             raise ValueError(f"term {self.name!r} has no heads yet: call check(student, teacher) first")
+        if batch.shifted:
+            raise ValueError(
+                f"term {self.name!r} needs labels further ahead than shift_labels have: batches must bring labels alone"
+            )
         main, inputs = student.projection, batch.inputs
         mask, positions = inputs.get("attention_mask"), inputs.get("position_ids")
         found = []

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from fastkd.sources import Projection, Source, Teacher
+from fastkd.sources import Projection, Teacher
 
 __all__ = ["RoutedLogits", "rows_of"]
 
@@ -24,7 +24,7 @@ class RoutedLogits:
     parts: Sequence[tuple[Tensor, Teacher]]
 
 
-def rows_of(logits: Source, rows: Tensor) -> Source:
+def rows_of(logits: Tensor | Projection, rows: Tensor) -> Tensor | Projection:
     """Some rows of logits `[batch, tokens, V]`, or of a projection; differentiable."""
     if isinstance(logits, Projection):
         return replace(logits, hidden=logits.hidden.index_select(0, rows))

@@ -170,7 +170,7 @@ class Batch:
     the left counts there unless the first label of the text is −100.
     """
 
-    #: int64 `[batch, tokens]`; −100 is not to be learnt.
+    #: int64 `[batch, tokens]`; −100 is not to be learnt. Each at its own token, but where `shifted`.
     labels: Tensor
     #: What the models were given: `input_ids`, `attention_mask`, ...
     inputs: dict[str, Any]
@@ -178,15 +178,16 @@ class Batch:
     num_items: Tensor | float | None = None
     #: How many tokens of this batch count, where the host knows it.
     live: int | None = None
+    #: Whether labels are at the positions that predict them, as `fastkd.next_token_labels` moves them.
+    shifted: bool = False
 
     def mean(self, values: Tensor) -> Tensor:
         """The batch's part of the step's mean over predicted tokens: a scalar.
 
-        `values` `[batch, tokens]` are of the positions that predict: position t counts if the label at t + 1 does, and
-        t is no padding.
+        `values` `[batch, tokens]` are of the positions that predict, see `counted`.
         The parts of all batches of an optimizer step add up to its mean, as the distillation loss' parts do.
         """
-        found = torch.where(self.counted, values[:, :-1], 0.0).sum()
+        found = torch.where(self.counted, values, 0.0).sum()
         return self.over_step(found)
 
     def part(self, value: Tensor) -> Tensor:
@@ -194,12 +195,18 @@ class Batch:
         return value * self.over_step(self.counted.sum())
 
     @property
+    def predicted(self) -> Tensor:
+        """The labels of what some position predicts: `[batch, tokens − 1]`, or all where they are `shifted`."""
+        return self.labels if self.shifted else self.labels[:, 1:]
+
+    @property
     def counted(self) -> Tensor:
-        """Bool `[batch, tokens − 1]`: the positions whose next label counts, and which `attention_mask` has."""
-        learnt, mask = self.labels[:, 1:] != IGNORED, self.inputs.get("attention_mask")
+        """Bool `[batch, tokens]`: the positions whose next label counts, and which `attention_mask` has."""
+        learnt, mask = self.predicted != IGNORED, self.inputs.get("attention_mask")
+        learnt = learnt if self.shifted else nn.functional.pad(learnt, (0, 1))
         if not isinstance(mask, Tensor) or mask.shape != self.labels.shape:
             return learnt
-        return learnt & (mask[:, :-1] != 0).to(learnt.device)
+        return learnt & (mask != 0).to(learnt.device)
 
     @property
     def items(self) -> Tensor | float:

@@ -12,21 +12,22 @@ import math
 import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import EvalPrediction
 
 import fastkd
+from fastkd.sources import tensors
 from fastkd.teachers import Cached, Frozen, TeacherMode
 from fastkd.terms import Batch, Course, KDTerm, Outputs, RouterTerm, Term, Terms, asks_for_router_loss, outputs_of
 from fastkd.terms.term import RESERVED
 from fastkd.training.beside import TrainsBeside
-from fastkd.training.counting import COUNT, Counting
+from fastkd.training.counting import COUNT, SHIFTED, Counting, Labels, labels_of
 
 __all__ = ["Course", "KDTrainer", "logged_beside"]
 
@@ -65,7 +66,9 @@ class KDTrainer(TrainsBeside):
             the sum of both weights stays the same.
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`. A label is −100 where it must not
-    be learnt. The first label of a row counts for nothing: no token predicts it. Whatever collator makes a batch, what
+    be learnt. The first label of a row counts for nothing: no token predicts it. Nor does one whose `position_ids` do
+    not continue those before it: rows of several documents. `shift_labels`, where a batch has them, are taken in place
+    of `labels`: they are at the positions that predict them, and all count. Whatever collator makes a batch, what
     counts is counted there, for GPUs to leave the other tokens out; not where the dataset is an IterableDataset.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
@@ -76,8 +79,9 @@ class KDTrainer(TrainsBeside):
     TRL's data preparation comes with `class K(KDTrainer, SFTTrainer): pass`, which takes SFTTrainer's arguments too.
 
     Raises ValueError where the teacher is trainable, in training mode, or needed and not given, for several GPUs in one
-    process, for terms or a teacher that the models cannot serve, and for arguments of Trainer that could take no part:
-    metrics of logits, other losses, label smoothing, `torch_compile`.
+    process, for a live teacher under context parallelism, for DeepSpeed's sequence parallelism, for terms or a teacher
+    that the models cannot serve, and for arguments of Trainer that could take no part: metrics of logits, other losses,
+    label smoothing, `torch_compile`.
     """
 
     def __init__(
@@ -100,11 +104,21 @@ class KDTrainer(TrainsBeside):
                 f"KDTrainer uses one GPU per process, but sees {self.args.n_gpu}: start it with torchrun, a process "
                 "for each, or set CUDA_VISIBLE_DEVICES to one"
             )
+        if self.get_sp_size() > 1:  # which has a loss of its own, and a count of its own
+            raise ValueError(
+                f"KDTrainer does not train with sp_size={self.get_sp_size()}: DeepSpeed's sequence parallelism "
+                "computes the model's own loss. Take context parallelism, cp_size"
+            )
         self.kd, self.eval_collator = first.kd, eval_collator or self.data_collator
         assert isinstance(self.model, nn.Module)
         routed = asks_for_router_loss(self.model) and not any(isinstance(term, RouterTerm) for term in terms)
         all_terms = Terms([first, *terms, *([RouterTerm(self.model)] if routed else [])], self.model)
         mode = _mode(teacher)
+        if self.get_cp_size() > 1 and not isinstance(mode, Cached):
+            raise ValueError(
+                f"with cp_size={self.get_cp_size()} the student's attention goes across processes, but not that of "
+                f"{type(mode).__name__}: let batches bring the teacher's predictions, as fastkd.cache.Collator does"
+            )
         if not (all_terms.need_teacher or soft_weight or isinstance(mode, (Frozen, Cached))):
             raise ValueError(f"no term reads the teacher, so {type(mode).__name__} would take no part: take it away")
         self._check_columns(mode)
@@ -116,7 +130,7 @@ class KDTrainer(TrainsBeside):
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
         self.model_accepts_loss_kwargs = True
         self._live: int | None = None
-        self._counted: tuple[Tensor | None, int | None] = None, None  # labels of the batch at hand, how many count
+        self._counted: tuple[Labels | None, int | None] = None, None  # labels of the batch at hand, how many count
         self._sums: dict[str, Tensor] = {}  # of what the teacher logs, since the last line of logs
         self._logged = False  # whether anything was summed since then
         self._tokens, self._steps_logged, self._paused = 0, 0, 0.0
@@ -140,14 +154,14 @@ class KDTrainer(TrainsBeside):
     ) -> Tensor:
         """The loss of one batch, of all terms. An addend is a Term; override this for more.
 
-        `inputs` are the model's. `num_items` is the number of tokens of the optimizer step, to divide by.
+        `inputs` are the model's. `labels` are those of the batch, −100 where a document begins, or its `shift_labels`.
+        `num_items` is the number of tokens of the optimizer step, to divide by.
         """
-        if isinstance(model, FSDPModule):
-            model.unshard()  # the output head, which stays whole until its gradient is reduced
         student = outputs_of(model, inputs, self.terms.students_needs)
         counted, live = self._counted
         # An override of this method may mask others.
-        batch = Batch(labels, inputs, num_items, live if labels is counted else None)
+        unchanged, shifted = counted is not None and labels is counted.labels, counted is not None and counted.shifted
+        batch = Batch(labels, inputs, num_items, live if unchanged else None, shifted)
         with self.accelerator.autocast():  # Trainer sees to the student's own forward alone
             loss: Tensor = self.terms(student, teacher, batch)
             for name, value in self.teacher.loss(student, batch).items():
@@ -184,32 +198,40 @@ class KDTrainer(TrainsBeside):
                 "a batch has output_router_logits=True, but the student's configuration has not: set it there, and "
                 "the router's loss is one of the terms"
             )
-        labels, calls = inputs.pop("labels"), self.terms.calls
-        self._counted = labels, self._live
+        found, calls = _labels_of(inputs), self.terms.calls
+        self._counted = found, self._live
+        inputs = {name: value for name, value in inputs.items() if name not in ("labels", SHIFTED)}
         if not self._logged:
             self._logged, self._steps_logged = True, self.state.global_step
-        loss = self.distillation_loss(model, inputs, self.soft_targets(model, inputs), labels, num_items_in_batch)
+        loss = self.distillation_loss(model, inputs, self.soft_targets(model, inputs), found.labels, num_items_in_batch)
         if self.terms.calls == calls:
             raise ValueError(
                 f"{type(self).__name__}.distillation_loss does not call KDTrainer's, so the terms "
                 f"{self.terms.names} take no part: call super().distillation_loss, or self.terms"
             )
-        self._tokens += labels.numel()
-        if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            return loss * self.accelerator.num_processes  # gradients will be averaged over processes
-        return loss
+        self._tokens += found.labels.numel()
+        return loss * self._averaged if num_items_in_batch is not None else loss
+
+    @property
+    def _averaged(self) -> int:
+        """What a loss that divides by the tokens of all processes is multiplied by: gradients will be averaged."""
+        return self._parts if self.args.average_tokens_across_devices else 1
+
+    @property
+    def _parts(self) -> int:
+        """How many processes have tokens of their own: those of tensor parallelism share theirs."""
+        return int(self.accelerator.num_processes // self.get_tp_size())
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor | int | None:
         """Trainer's count of the labels of an optimizer step. Nothing predicts the first one of a sequence.
 
         Whether Trainer itself leaves it out depends on its version and on the model.
         """
-        predicted = [
-            {**batch, "labels": torch.nn.functional.pad(batch["labels"][..., 1:], (1, 0), value=-100)}
-            if isinstance(batch.get("labels"), Tensor)
-            else batch
-            for batch in batch_samples
-        ]
+        predicted = []
+        for batch in batch_samples:
+            labels = labels_of(batch)
+            alone = None if labels is None else nn.functional.pad(labels.predicted, (1, 0), value=-100)
+            predicted.append(batch if alone is None else {**batch, "labels": alone, SHIFTED: alone})
         count: Tensor | int | None = super()._get_num_items_in_batch(predicted, device)
         return count
 
@@ -218,29 +240,26 @@ class KDTrainer(TrainsBeside):
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """Sums of the hard loss and counts of tokens per row, `[batch]` each, for Trainer to gather."""
         inputs = dict(self._prepare_inputs(inputs))
-        labels = inputs.pop("labels")[:, 1:]
-        for name in {"teacher", COUNT, *self.teacher.columns}:
+        labels = _labels_of(inputs)
+        for name in {"labels", SHIFTED, "teacher", COUNT, *self.teacher.columns}:
             inputs.pop(name, None)
         with torch.no_grad():
-            if isinstance(model, FSDPModule):
-                model.unshard()
-            logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size)
+            logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size, labels.predicted.shape[1])
             with self.accelerator.autocast():
-                found = fastkd.row_statistics(logits, labels).label_logprob
-        counted = labels != -100
+                found = fastkd.row_statistics(logits, labels.predicted).label_logprob
+        counted = labels.predicted != -100
         return None, -torch.where(counted, found, 0.0).sum(1), counted.sum(1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss. Raises FloatingPointError where the loss is infinite or NaN."""
         if "loss" in logs and self._logged:
             steps, now = self.state.global_step - self._steps_logged, time.perf_counter()
-            whole = "sum" if self.args.average_tokens_across_devices else "mean"  # of what each process divided by
             for name, value in {**self.terms.take_sums(), **self._sums}.items():
-                logs[name] = self.accelerator.reduce(value, whole).item() / steps
+                logs[name] = self.accelerator.reduce(value * self._averaged, "mean").item() / steps
             soft, hard = logs.get("soft"), logs.get("hard")
             logs |= {"ratio": hard / soft} if soft and hard is not None else {}
             logs |= {"temperature": self.kd.temperature, "soft_weight": self.kd.soft_weight}
-            tokens = self._tokens * self.accelerator.num_processes
+            tokens = self._tokens * self._parts
             assert self._since is not None
             logs["tokens_per_second"] = tokens / (now - self._since - self._paused)
             self._sums, self._logged, self._tokens = {}, False, 0
@@ -265,7 +284,7 @@ class KDTrainer(TrainsBeside):
         if dispatched or not self.kd.mask_soft:
             return super().get_train_dataloader()
         given = self.data_collator
-        self.data_collator = Counting(given, self.kd.ignore_index)
+        self.data_collator = Counting(given)
         try:
             return super().get_train_dataloader()
         finally:
@@ -295,6 +314,20 @@ class KDTrainer(TrainsBeside):
         finally:
             self._live = None
 
+    def _prepare_context_parallel_inputs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """As Trainer's, which leaves each process a part of every sequence: of what the teacher says of it too."""
+        labels = labels_of(inputs)
+        if self.get_cp_size() == 1 or labels is None:
+            return super()._prepare_context_parallel_inputs(model, inputs)
+        self._live = None  # it is of the whole
+        if not labels.shifted:
+            inputs = {**inputs, SHIFTED: fastkd.next_token_labels(labels.labels)}
+        cut: Any
+        cut, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        taught = [] if inputs.get("teacher") is None else tensors(inputs["teacher"])
+        buffers, dims = [*cut.keywords["buffers"], *taught], [*cut.keywords["buffer_seq_dims"], *[1] * len(taught)]
+        return partial(cut.func, buffers=buffers, buffer_seq_dims=dims, no_restore_buffers=set(buffers)), inputs
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._unclocked(super()._save_checkpoint, model, trial)
 
@@ -317,6 +350,13 @@ def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:
     return teacher if isinstance(teacher, TeacherMode) else Frozen(teacher)
 
 
+def _labels_of(inputs: dict[str, Any]) -> Labels:
+    found = labels_of(inputs)
+    if found is None:
+        raise ValueError(f"a batch has neither labels nor {SHIFTED}, but {', '.join(sorted(inputs))}")
+    return found
+
+
 def _columns(dataset: Any) -> Collection[str]:
     """What the examples of a dataset have; nothing where that is seen in the first batch alone."""
     names = getattr(dataset, "column_names", None)
@@ -326,10 +366,10 @@ def _columns(dataset: Any) -> Collection[str]:
     return names or ()
 
 
-def _predicting(logits: fastkd.Projection, vocab_size: int | None) -> fastkd.Projection:
-    """The positions that predict one of the text, and the ids that count."""
+def _predicting(logits: fastkd.Projection, vocab_size: int | None, tokens: int) -> fastkd.Projection:
+    """The first positions, which predict one of the text, and the ids that count."""
     bias = None if logits.bias is None else logits.bias[:vocab_size]
-    return replace(logits, hidden=logits.hidden[:, :-1], weight=logits.weight[:vocab_size], bias=bias)
+    return replace(logits, hidden=logits.hidden[:, :tokens], weight=logits.weight[:vocab_size], bias=bias)
 
 
 def _mean_hard_loss(found: EvalPrediction) -> dict[str, float]:

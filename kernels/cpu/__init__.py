@@ -9,10 +9,10 @@ from fastkd.kernels.cpu.library import (
     row_statistics,
     sample,
     sparse_rows,
-    tile_state,
     top_k,
     weighted_total,
 )
+from fastkd.kernels.cpu.state import state_fields, tile_state
 
 __all__ = [
     "kd_rows",
@@ -23,6 +23,7 @@ __all__ = [
     "row_statistics",
     "sample",
     "sparse_rows",
+    "state_fields",
     "tile_state",
     "top_k",
     "weighted_total",

@@ -51,19 +51,19 @@ const Choice& chosen() {
 
 // What library.py asks before it uses a library: the version of this interface, which changes with the meaning of its
 // functions; the instruction set; whether it knows a divergence; and the sizes that both sides must agree on.
-FASTKD_API int fastkd_abi() { return 9; }
+FASTKD_API int fastkd_abi() { return 10; }
 
 FASTKD_API const char* fastkd_isa() { return chosen().name; }
 
 FASTKD_API int fastkd_knows(const char* divergence) { return chosen().kernels.knows(divergence); }
 
-// Bytes of an argument struct, or of a row's state between tiles ("state"). -1 for any other name.
+// Bytes of an argument struct, or of a row's state between tiles. -1 for any other name.
 FASTKD_API int64_t fastkd_size(const char* name) {
   const struct { const char* name; int64_t size; } sizes[] = {
       {"KDRows", sizeof(KDRows)}, {"MixRows", sizeof(MixRows)}, {"Statistics", sizeof(Statistics)},
       {"LogSoftmax", sizeof(LogSoftmax)}, {"Selection", sizeof(Selection)},
       {"SparseInput", sizeof(SparseInput)}, {"RowScales", sizeof(RowScales)},
-      {"WeightedTotal", sizeof(WeightedTotal)}, {"KDLoss", sizeof(KDLoss)}, {"state", kStateBytes}};
+      {"WeightedTotal", sizeof(WeightedTotal)}, {"KDLoss", sizeof(KDLoss)}, {"RowState", sizeof(RowState)}};
   for (const auto& entry : sizes)
     if (std::strcmp(name, entry.name) == 0) return entry.size;
   return -1;

@@ -16,7 +16,15 @@ struct Matrix {
 // See fastkd/rows.py, Tile: which sweep a call makes over its columns. kWhole: all of them, over whole rows.
 enum Stage : int64_t { kWhole = 0, kStatistics = 1, kTerms = 2, kGradient = 3 };
 
-constexpr int64_t kStateBytes = 128;  // per row
+// What is known of a row between tiles: the layout that interface.py reads and writes, where the parts of a row are on
+// several ranks. Logits, and sums relative to them: see row.h, Sums and State.
+struct RowState {
+  float student_max, teacher_max;
+  double student, teacher, hard;
+  double gap, forward, reverse;
+  float top_student, top_teacher;
+  double label_logit, value, total_g;
+};
 
 // See fastkd/divergences.py, PARAMETERS and PARTS.
 constexpr int kParameters = 2, kMostParts = 16;
@@ -71,7 +79,8 @@ struct KDRows {
   double soft_weight, hard_weight;
   int64_t stage;
   int64_t first;         // for tiles only: the column of the row that the matrices begin with,
-  void* state;           // and kStateBytes per row
+  int64_t origin;        // the one that the first of the tiles begins with,
+  void* state;           // and a RowState of each row
   SparseTeacher sparse;  // in place of `teacher`
 };
 
@@ -94,6 +103,7 @@ struct Statistics {
   float* entropy;
   int64_t* argmax;
   float* label_logprob;
+  float* normaliser;  // as of LogSoftmax
   int64_t rows;
   int64_t threads;
   double temperature;
@@ -106,6 +116,7 @@ struct LogSoftmax {
   Matrix upstream;  // backward only
   Matrix out;
   float* normaliser;
+  const float* total;  // backward only: the sum of each row's upstream gradient; nullptr: that of these columns
   int64_t rows;
   int64_t threads;
   double temperature;

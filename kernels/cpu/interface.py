@@ -14,6 +14,7 @@ __all__ = [
     "Matrix",
     "MixRows",
     "RowScales",
+    "RowState",
     "Selection",
     "SparseInput",
     "SparseTeacher",
@@ -46,6 +47,26 @@ class SparseTeacher(ctypes.Structure):
     )
 
 
+class RowState(ctypes.Structure):
+    """What is known of a row between tiles."""
+
+    _fields_ = (
+        ("student_max", ctypes.c_float),
+        ("teacher_max", ctypes.c_float),
+        ("student", ctypes.c_double),
+        ("teacher", ctypes.c_double),
+        ("hard", ctypes.c_double),
+        ("gap", ctypes.c_double),
+        ("forward", ctypes.c_double),
+        ("reverse", ctypes.c_double),
+        ("top_student", ctypes.c_float),
+        ("top_teacher", ctypes.c_float),
+        ("label_logit", ctypes.c_double),
+        ("value", ctypes.c_double),
+        ("total_g", ctypes.c_double),
+    )
+
+
 class KDRows(ctypes.Structure):
     _fields_ = (
         ("student", Matrix),
@@ -68,6 +89,7 @@ class KDRows(ctypes.Structure):
         ("hard_weight", ctypes.c_double),
         ("stage", ctypes.c_int64),
         ("first", ctypes.c_int64),
+        ("origin", ctypes.c_int64),
         ("state", ctypes.c_void_p),
         ("sparse", SparseTeacher),
     )
@@ -94,6 +116,7 @@ class Statistics(ctypes.Structure):
         ("entropy", ctypes.c_void_p),
         ("argmax", ctypes.c_void_p),
         ("label_logprob", ctypes.c_void_p),
+        ("normaliser", ctypes.c_void_p),
         ("rows", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("temperature", ctypes.c_double),
@@ -106,6 +129,7 @@ class LogSoftmax(ctypes.Structure):
         ("upstream", Matrix),  # backward only
         ("out", Matrix),
         ("normaliser", ctypes.c_void_p),
+        ("total", ctypes.c_void_p),  # backward only
         ("rows", ctypes.c_int64),
         ("threads", ctypes.c_int64),
         ("temperature", ctypes.c_double),
@@ -186,10 +210,21 @@ class KDLoss(ctypes.Structure):
     )
 
 
-#: The argument structs, by their names in C++.
+#: The argument structs and the state of a row, by their names in C++.
 STRUCTURES = {
     structure.__name__: structure
-    for structure in (KDRows, MixRows, Statistics, LogSoftmax, Selection, SparseInput, RowScales, WeightedTotal, KDLoss)
+    for structure in (
+        KDRows,
+        MixRows,
+        Statistics,
+        LogSoftmax,
+        Selection,
+        SparseInput,
+        RowScales,
+        WeightedTotal,
+        KDLoss,
+        RowState,
+    )
 }
 
 #: Every entry point: what it returns, and what it takes.

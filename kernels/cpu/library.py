@@ -50,12 +50,11 @@ __all__ = [
     "scratch_bytes",
     "sparse_rows",
     "status",
-    "tile_state",
     "top_k",
     "weighted_total",
 ]
 
-_ABI = 9
+_ABI = 10
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _PADDING = (0.0,) * PARAMETERS
 _STAGES = {"statistics": 1, "terms": 2, "gradient": 3}
@@ -202,16 +201,17 @@ def kd_rows(
             spec.teacher_temperature,
             spec.soft_weight,
             spec.hard_weight,
-            *((0, 0, None) if tile is None else (_STAGES[tile.stage], tile.first, tile.state.data_ptr())),
+            *_placed(tile),
             sparse,
         ),
     )
     return soft, hard
 
 
-def tile_state(rows: int, device: torch.device) -> Tensor:
-    """See `fastkd.backend.Backend.tile_state`."""
-    return _new(rows, loaded().fastkd_size(b"state"), dtype=torch.uint8)
+def _placed(tile: Tile | None) -> tuple[int, int, int, int | None]:
+    if tile is None:
+        return 0, 0, 0, None
+    return _STAGES[tile.stage], tile.first, tile.origin, tile.state.data_ptr()
 
 
 def scratch_bytes(divergence: Divergence, tile: int, whole_teacher: bool, own_exponential: bool, gradient: bool) -> int:
@@ -307,9 +307,10 @@ def mix_rows(
     )
 
 
-def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """See `fastkd.backend.Backend.row_statistics`."""
     rows = row_count(logits)
+    normaliser = _new(rows, 2)
     log_sum_exp, entropy, label_logprob = (_new(rows) for _ in range(3))
     argmax = _new(rows, dtype=torch.int64)
     labels = _contiguous(labels)
@@ -322,12 +323,13 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
             entropy.data_ptr(),
             argmax.data_ptr(),
             label_logprob.data_ptr(),
+            normaliser.data_ptr(),
             rows,
             torch.get_num_threads(),
             temperature,
         ),
     )
-    return log_sum_exp, entropy, argmax, label_logprob
+    return log_sum_exp, entropy, argmax, label_logprob, normaliser
 
 
 def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
@@ -339,6 +341,7 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
         Matrix(),
         _matrix(out),
         normaliser.data_ptr(),
+        None,
         rows,
         torch.get_num_threads(),
         temperature,
@@ -348,14 +351,21 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
 
 
 def log_softmax_backward(
-    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+    upstream: Tensor,
+    logits: Tensor,
+    normaliser: Tensor,
+    temperature: float,
+    grad: Tensor,
+    total: Tensor | None = None,
 ) -> None:
     """See `fastkd.backend.Backend.log_softmax_backward`."""
+    normaliser, total = normaliser.contiguous(), _contiguous(total)
     arguments = LogSoftmax(
         _matrix(logits),
         _matrix(upstream),
         _matrix(grad),
         normaliser.data_ptr(),
+        _pointer(total),
         row_count(logits),
         torch.get_num_threads(),
         temperature,

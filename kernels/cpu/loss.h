@@ -173,7 +173,7 @@ int kd_rows(const Divergence& divergence, const KDRows& call) {
 
     State own;
     State& state = call.stage == kWhole ? own : static_cast<State*>(call.state)[i];
-    if (call.first == 0 && call.stage == kStatistics) state = own;
+    if (call.first == call.origin && call.stage == kStatistics) state = own;
 
     float soft = 0, hard = 0;
     if (row.soft_scale != 0)

@@ -84,6 +84,7 @@ inline int row_statistics(const Statistics& call) {
     const Reader row{row_at(call.logits, i), call.logits.dtype, buffers.logits};
     const Normaliser normaliser = normalise<true>(row, width, scale);
     const double log_z = ::log(normaliser.sum);
+    call.normaliser[2 * i] = normaliser.max, call.normaliser[2 * i + 1] = (float)::log2(normaliser.sum);
     call.log_sum_exp[i] = (float)(log_z + normaliser.max / call.temperature);
     call.entropy[i] = (float)(log_z - ln2 * normaliser.weighted / normaliser.sum);
     call.argmax[i] = normaliser.argmax;
@@ -121,8 +122,8 @@ inline int log_softmax_backward(const LogSoftmax& call) {
     const Reader upstream{row_at(call.upstream, i), call.upstream.dtype, buffers.upstream};
     const Writer grad{row_at(call.out, i), call.out.dtype, buffers.out};
     const float max = call.normaliser[2 * i], log2_z = call.normaliser[2 * i + 1];
-    double total = 0;
-    for (const auto [start, n] : for_blocks(width)) {
+    double total = call.total ? call.total[i] : 0;
+    for (const auto [start, n] : for_blocks(call.total ? 0 : width)) {
       const float* u = upstream.fetch(start, n);
       vec sums{};
       const int64_t whole = n / lanes * lanes;

@@ -5,6 +5,7 @@
 
 #include <float.h>
 #include <math.h>
+#include <stddef.h>
 
 namespace FASTKD_ISA {
 
@@ -124,7 +125,9 @@ struct State {
   double value = 0;                        // the sum of a functor's terms, or of squares
   double total_g = 0;
 };
-static_assert(sizeof(State) <= kStateBytes, "library.py allocates this much per row");
+static_assert(sizeof(State) == sizeof(RowState) && offsetof(State, label_logit) == offsetof(RowState, label_logit) &&
+                  offsetof(Sums, top_student) == offsetof(RowState, top_student),
+              "library.py allocates these, and reads them between ranks");
 
 // A row of a SparseTeacher. `first` is the column of the row that the tile begins with.
 struct SparseRow {

@@ -52,7 +52,7 @@ inline int team(int64_t rows, int64_t columns, int64_t threads) {
 // Rows a thread takes at a time. Enough that two threads seldom touch the same new huge page (2 MiB) of the gradient
 // first, which the operating system serialises. Few enough that all threads stay busy to the end.
 inline int64_t rows_per_turn(int64_t rows, int64_t columns, int threads) {
-  const int64_t in_pages = 1 + (1 << 20) / columns, fair = rows / (4 * threads);
+  const int64_t in_pages = 1 + (1 << 20) / (columns + 1), fair = rows / (4 * threads);
   return in_pages < fair ? in_pages : fair < 1 ? 1 : fair;
 }
 

@@ -4,7 +4,7 @@ from fastkd.kernels.gpu.mixture import mix_rows
 from fastkd.kernels.gpu.row_scalars import row_scales, weighted_total
 from fastkd.kernels.gpu.rows import kd_rows
 from fastkd.kernels.gpu.scale import scale_
-from fastkd.kernels.gpu.state import tile_state
+from fastkd.kernels.gpu.state import state_fields, tile_state
 from fastkd.kernels.gpu.statistics import log_softmax, log_softmax_backward, row_statistics
 from fastkd.reference import sample, top_k  # torch's own selection runs on the device
 
@@ -17,6 +17,7 @@ __all__ = [
     "row_statistics",
     "sample",
     "scale_",
+    "state_fields",
     "tile_state",
     "top_k",
     "weighted_total",

@@ -80,7 +80,7 @@ def block_for(tensors: Sequence[Tensor], count: int, vectors: int = 2, *, loaded
     current device.
     """
     width = 16 // max(tensor.element_size() for tensor in tensors)
-    threads = next(threads for above, threads in _THREADS if count > above)
+    threads = next((threads for above, threads in _THREADS if count > above), _THREADS[-1][1])
     starts = [_starts(tensor, width) for tensor in tensors]
     whole = count % width == 0 and all(start == (0, None) for start in starts)
     stages = 1 if busy else _stages(16 * vectors * loaded)

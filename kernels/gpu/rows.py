@@ -18,7 +18,7 @@ from fastkd.kernels.gpu.mode import mode_for
 from fastkd.kernels.gpu.sparse import Kept, run_sparse
 from fastkd.kernels.gpu.state import VocabularyTile
 from fastkd.kernels.gpu.walks import Swept, Walk, sweeping, walk_for
-from fastkd.rows import RowSpec, SparseRows, Tile
+from fastkd.rows import RowSpec, SparseRows, Tile, row_count
 
 
 def kd_rows(
@@ -35,12 +35,16 @@ def kd_rows(
 
     Rows must lie at two strides (`fastkd.rows.row_layout`). fp32, bf16 or fp16, student and teacher independently.
     """
-    count = student[..., 0].numel()
+    count = row_count(student)
     soft, hard = (torch.empty(count, dtype=torch.float32, device=student.device) for _ in range(2))
     if count == 0:
         return soft, hard
     divergence = divergence_of(spec.divergence)
     width = spec.vocab_size if tile is None else student.shape[-1]
+    if width == 0:  # of a rank without columns: kernels take an address all the same
+        student = student.new_zeros(1, 1).expand(count, 1)
+        teacher = student if isinstance(teacher, Tensor) else teacher
+        grad = None
     logits = [tensor for tensor in (student, teacher) if isinstance(tensor, Tensor)]
     with device_of(student):
         if isinstance(teacher, SparseRows):
@@ -59,7 +63,7 @@ def kd_rows(
         hard,
         numbers_for(spec, divergence),
         spec.vocab_size,
-        None if tile is None else VocabularyTile(tile.state, tile.first, width),
+        None if tile is None else VocabularyTile(tile.state, tile.first, width, tile.origin),
         student.shape[-1] if grad is None else grad.shape[-1],
     )
     mode = mode_for(spec, divergence, student, teacher, labels, grad, walk.block, tile)

@@ -7,7 +7,7 @@ thread. So student_sum − teacher_sum, which decides everything between nearly 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import triton
@@ -15,9 +15,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastkd.kernels.gpu.elementary import expm1
+from fastkd.kernels.gpu.mixes import divergence_of
 from fastkd.kernels.gpu.points import max_gap_of, tempered_gap
 from fastkd.kernels.gpu.rest import Rest
 from fastkd.kernels.gpu.sweeps import Maxima, Statistics, moved
+from fastkd.rows import RowSpec, Stage, StateFields
 
 
 class VocabularyTile(NamedTuple):
@@ -26,6 +28,7 @@ class VocabularyTile(NamedTuple):
     state: Any
     first: int
     width: int
+    origin: int = 0
 
 
 class State(NamedTuple):
@@ -60,6 +63,36 @@ def tile_state(rows: int, device: torch.device) -> Tensor:
     return torch.empty(rows, FIELDS.value, dtype=torch.float32, device=device)
 
 
+def state_fields(
+    state: Tensor, spec: RowSpec, teacher: Literal["absent", "dense", "sparse"], hard: bool, stage: Stage
+) -> StateFields:
+    """See `fastkd.backend.Backend.state_fields`."""
+    divergence = divergence_of(spec.divergence)
+    soft = "absent" if teacher == "absent" else divergence.sweeps
+    found: dict[str, Any] = {}
+    if stage == "terms":
+        found = {"value": _TERM_SUM, "total_g": _SLOPE_SUM}
+    elif teacher == "dense" and soft == "raw":
+        found = {"value": _SQUARE}
+    elif teacher == "dense":
+        found = {"teacher_max": _TEACHER_MAX, "student": _STUDENT_SUM, "teacher": _TEACHER_SUM, "gap": _SUM_GAP}
+        if soft == "normalised":
+            found["top_teacher"] = _TEACHER_THERE
+        if soft == "closed" and divergence.forward:
+            found["forward"] = _FORWARD
+        if soft == "closed" and divergence.reverse:
+            found["reverse"] = _REVERSE
+    elif teacher == "sparse":
+        found = {"student": _STUDENT_SUM}
+    if stage == "statistics" and hard:
+        found |= {"hard": _HARD_SUM, "label_logit": _LABEL_LOGIT}
+    if "student" in found or "hard" in found:
+        found["student_max"] = _STUDENT_MAX
+    same = spec.temperature == spec.teacher_temperature
+    units = (1.0, 1.0) if same else (1 / spec.temperature, 1 / spec.teacher_temperature)
+    return StateFields({name: state[:, index.value] for name, index in found.items()}, units)
+
+
 @triton.jit
 def _fields(tile, index):
     """Pointer to a row's fields."""
@@ -73,8 +106,8 @@ def _fields(tile, index):
 def load_state(tile, index, MODE: tl.constexpr):
     """A row's state. The first tile of a stage finds the state of a row without columns."""
     fields = _fields(tile, index)
-    measured = tile.first > 0
-    summed = tile.first > 0
+    measured = tile.first > tile.origin
+    summed = tile.first > tile.origin
     if MODE.stage != "statistics":
         measured = True
     if MODE.stage == "gradient":
@@ -204,7 +237,7 @@ def merged_parts(parts, numbers, MODE: tl.constexpr):
 def load_rest(tile, index, MODE: tl.constexpr):
     """The row's `Rest` and its label's logit. The first tile of the statistics finds a rest without columns."""
     fields = _fields(tile, index)
-    measured = tile.first > 0
+    measured = tile.first > tile.origin
     if MODE.stage == "gradient":
         measured = True
     rest = Rest(

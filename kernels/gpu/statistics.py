@@ -101,6 +101,7 @@ def _statistics_kernel(
     entropies,
     argmaxes,
     label_logprobs,
+    normalisers,
     inverse,
     scale,
     vocab_size,
@@ -112,6 +113,8 @@ def _statistics_kernel(
     first = _argmax(row.vectors, span, top, place, vocab_size, BLOCK)
     log_total = tl.log(total)
     tl.store(log_sum_exps + index, top * inverse + log_total)
+    tl.store(normalisers + 2 * index, top)
+    tl.store(normalisers + 2 * index + 1, log_total * LOG2E)
     tl.store(entropies + index, log_total - mean / total * inverse)
     tl.store(argmaxes + index, tl.where(first < vocab_size, first, 0).to(tl.int64))
     if labels is not None:
@@ -121,16 +124,18 @@ def _statistics_kernel(
         tl.store(label_logprobs + index, tl.where(inside, logprob, float("nan")))
 
 
-def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
     """Of softmax(logits / temperature): log-sum-exp, entropy (nats), arg-max, label log-probability; `[rows]` each.
 
-    All fp32 but the arg-max, int64, which is the first maximum. The last is NaN where a label is outside [0, V).
+    All fp32 but the arg-max, int64, which is the first maximum. The last is NaN where a label is outside [0, V). Then
+    the normaliser, as `log_softmax` returns it.
     """
     count, vocab_size = logits[..., 0].numel(), logits.shape[-1]
     log_sum_exp, entropy, label_logprob = (
         torch.empty(count, dtype=torch.float32, device=logits.device) for _ in range(3)
     )
     argmax = torch.empty(count, dtype=torch.int64, device=logits.device)
+    normaliser = torch.empty(count, 2, dtype=torch.float32, device=logits.device)
     if labels is None:
         label_logprob.fill_(torch.nan)
     if count > 0:
@@ -143,13 +148,14 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
                 entropy,
                 argmax,
                 label_logprob,
+                normaliser,
                 1 / temperature,
                 LOG2E.value / temperature,
                 vocab_size,
                 block,
                 **launch_options(block, rows=2),
             )
-    return log_sum_exp, entropy, argmax, label_logprob
+    return log_sum_exp, entropy, argmax, label_logprob, normaliser
 
 
 # --- log-softmax ------------------------------------------------------------------------------------------------
@@ -239,6 +245,7 @@ def _log_softmax_backward_kernel(
     rows,
     grad_rows,
     normalisers,
+    totals,
     inverse,
     scale,
     vocab_size,
@@ -253,14 +260,17 @@ def _log_softmax_backward_kernel(
     upstream = row_beside(upstream_rows, index, span, UPSTREAM_ALIGNED, BLOCK).vectors
     grad = row_beside(grad_rows, index, span, GRAD_ALIGNED, BLOCK).vectors
 
-    above = per_thread(BLOCK)
-    if BLOCK.edges:
-        above = lane_sum(_load_upstream(upstream, edge_columns(span, BLOCK), "evict_last"))
     steps = whole_steps(span, BLOCK)
-    for step in tl.range(0, steps, num_stages=BLOCK.stages):
-        above += lane_sum(_load_upstream(upstream, (whole_columns(step, BLOCK), None), "evict_last"))
-    above += lane_sum(_load_upstream(upstream, last_columns(span, BLOCK), "evict_last"))
-    total = tl.sum(above, 0)
+    if totals is not None:
+        total = tl.load(totals + index)
+    else:
+        above = per_thread(BLOCK)
+        if BLOCK.edges:
+            above = lane_sum(_load_upstream(upstream, edge_columns(span, BLOCK), "evict_last"))
+        for step in tl.range(0, steps, num_stages=BLOCK.stages):
+            above += lane_sum(_load_upstream(upstream, (whole_columns(step, BLOCK), None), "evict_last"))
+        above += lane_sum(_load_upstream(upstream, last_columns(span, BLOCK), "evict_last"))
+        total = tl.sum(above, 0)
 
     last = last_columns(span, BLOCK)
     _backward_step(grad, upstream, logits, last, normaliser, total, inverse, scale)
@@ -272,9 +282,17 @@ def _log_softmax_backward_kernel(
 
 
 def log_softmax_backward(
-    upstream: Tensor, logits: Tensor, normaliser: Tensor, temperature: float, grad: Tensor
+    upstream: Tensor,
+    logits: Tensor,
+    normaliser: Tensor,
+    temperature: float,
+    grad: Tensor,
+    total: Tensor | None = None,
 ) -> None:
-    """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`; `upstream` `[..., V]` like `logits`."""
+    """Write (upstream − softmax(logits/T)·Σ upstream) / T to `grad`; `upstream` `[..., V]` like `logits`.
+
+    `total` is Σ upstream, where the columns here are not all of a row.
+    """
     count = logits[..., 0].numel()
     if count > 0:
         with device_of(logits):
@@ -283,7 +301,8 @@ def log_softmax_backward(
                 rows_of(upstream),
                 rows_of(logits),
                 rows_of(grad),
-                normaliser,
+                normaliser.contiguous(),
+                total,
                 1 / temperature,
                 LOG2E.value / temperature,
                 logits.shape[-1],

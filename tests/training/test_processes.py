@@ -167,7 +167,6 @@ def dump_to(folder, rank, options, **values):
 
 def test_a_sharded_student(options, tmp_path):
     """The losses of one process; what is saved and judged is whole."""
-    pytest.importorskip("fastkd.projection.sharded")
     short = {"max_steps": 12, **QUICK, "eval_steps": 6, "ce_baseline": True}
     expected = run(options, output=str(tmp_path / "one"), batch_size=8, **short)
     first, second = in_processes(2, sharded, str(tmp_path), changed(options, batch_size=4, **short))
