@@ -92,6 +92,12 @@ def commands(rank, folder, options):
         shutil.copytree(f"{folder}/stopped", f"{folder}/kept")
     found["resumed"] = said("resumed", "distill", config("stopped", **whole), "--resume")
     found["trained"] = batches(rank, f"{folder}/trainers")
+    settings = {"max_steps": 12, "batch_size": 4, **QUICK, "eval_steps": 6, "ce_baseline": True}
+    with patch.context() as here:
+        as_on_gpus(here)
+        found["refused"] = said("refused", "distill", config("none", **settings))
+        here.setattr("fastkd.training.setup.check_sharding", lambda *_: None)
+        found["sharded"] = said("sharded", "distill", config("sharded", **settings))
     patch.undo()
     dist.barrier()
     del store
@@ -137,46 +143,34 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
-def sharded(rank, folder, options):
-    """A run by accelerate's FSDP2, which it takes processes on the CPU into only where it thinks these are GPUs."""
-    from accelerate.state import DistributedType, PartialState
-
-    store, patch = launched(rank), pytest.MonkeyPatch()
-    patch.setattr("fastkd.training.report_page.inline_svg", lambda *_: "")
-    patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
-    original = PartialState.__init__
-    patch.setattr(PartialState, "__init__", lambda self, cpu=False, **more: original(self, **more))
-    os.environ.update(ACCELERATE_TORCH_DEVICE="cpu", FSDP_AUTO_WRAP_POLICY="TRANSFORMER_BASED_WRAP", **SHARDED)
-    found = [said("refused", "distill", dump_to(folder, rank, options, output=f"{folder}/none"))]
-    patch.setattr("fastkd.training.setup.check_sharding", lambda *_: None)
-    found.append(said("sharded", "distill", dump_to(folder, rank, options, output=f"{folder}/two")))
-    patch.undo()
-    dist.barrier()
-    del store
-    return found
-
-
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
 
-def dump_to(folder, rank, options, **values):
-    path = pathlib.Path(folder, f"{rank}.yaml")
-    path.write_text(dump(changed(options, **values)))
-    return str(path)
+def as_on_gpus(patch):
+    """Processes on the CPU are sharded by accelerate where it thinks that they are on GPUs."""
+    from accelerate.state import DistributedType, PartialState
+
+    patch.setattr(PartialState, "_prepare_backend", lambda *_: ("gloo", DistributedType.MULTI_GPU))
+    original = PartialState.__init__
+    patch.setattr(PartialState, "__init__", lambda self, cpu=False, **more: original(self, **more))
+    patch.delenv("ACCELERATE_USE_CPU")
+    policy = {"ACCELERATE_TORCH_DEVICE": "cpu", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
+    for name, value in {**SHARDED, **policy}.items():
+        patch.setenv(name, value)
 
 
-def test_a_sharded_student(options, tmp_path):
+def test_a_sharded_student(done, tmp_path):
     """The losses of one process; what is saved and judged is whole."""
-    short = {"max_steps": 12, **QUICK, "eval_steps": 6, "ce_baseline": True}
-    expected = run(options, output=str(tmp_path / "one"), batch_size=8, **short)
-    first, second = in_processes(2, sharded, str(tmp_path), changed(options, batch_size=4, **short))
-    assert "FSDP, which it uses on GPUs alone" in first[0][2]
-    assert first[1][0] == second[1][0] == 0, (first, second)
+    short = {"max_steps": 12, "batch_size": 8, **QUICK, "eval_steps": 6, "ce_baseline": True}
+    expected = run(done.options, output=str(tmp_path / "one"), **short)
+    assert "FSDP, which it uses on GPUs alone" in done.first["refused"][2]
+    assert done.first["sharded"][0] == 0, done.first["sharded"]
+    found = done.folder / "sharded"
     for name in ("student", "CE-only student"):
-        assert losses(tmp_path / "two", name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-5)
-    metrics = json.loads((tmp_path / "two" / "metrics.json").read_text())
+        assert losses(found, name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-5)
+    metrics = json.loads((found / "metrics.json").read_text())
     assert metrics["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-4)
-    saved = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "two")
+    saved = transformers.AutoModelForCausalLM.from_pretrained(found)
     assert saved.num_parameters() == expected["models"]["student"]["parameters"]
 
 
