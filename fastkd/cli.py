@@ -13,9 +13,12 @@ import sys
 from collections.abc import Sequence
 
 import fastkd
+from fastkd.training import launcher
 from fastkd.training.options import InputError
 from fastkd.training.plain import visible
 
+#: Those that several processes of torchrun or accelerate can work on together.
+_SEVERAL = ("distill", "cache", "eval")
 #: Name → what it does.
 _COMMANDS = {
     "distill": "train a small model on a teacher's predictions, and report what it learnt",
@@ -47,27 +50,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=_COMMANDS, metavar="COMMAND", help="one of those below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, metavar="...", help="see fastkd COMMAND --help")
     asked = parser.parse_args(arguments)
+
+    def told(error: BaseException, text: str, status: int) -> int:
+        if launcher.tells(error):
+            print(visible(f"fastkd: {text}"), file=sys.stderr)
+        return status
+
     try:
-        _run(asked.command, asked.arguments)
+        launcher.check_launch(asked.command, asked.command in _SEVERAL)
+        with launcher.quiet():
+            _run(asked.command, asked.arguments)
     except InputError as error:
-        print(visible(f"fastkd: error: {error}"), file=sys.stderr)
-        return 2
+        return told(error, f"error: {error}", 2)
     except ModuleNotFoundError as error:
         name = (error.name or "").partition(".")[0]
         if name not in _EXTRAS:
             raise
-        print(f"fastkd: error: {name} is not installed: pip install 'fastkd[train]'", file=sys.stderr)
-        return 2
+        return told(error, f"error: {name} is not installed: pip install 'fastkd[train]'", 2)
     except KeyboardInterrupt as error:
         again = shlex.join(["fastkd", asked.command, *asked.arguments])
-        print(f"fastkd: {str(error) or f'interrupted: start again with {again}'}", file=sys.stderr)
-        return 130
+        return told(error, str(error) or f"interrupted: start again with {again}", 130)
+    except Exception as error:
+        if launcher.tells(error):
+            raise
+        return 1  # of several processes another has told
     return 0
 
 
 def _run(command: str, arguments: Sequence[str]) -> None:
-    importlib.import_module("fastkd.training.lock").check_one_process()
     importlib.import_module(f"fastkd.training.commands.{command.replace('-', '_')}").run(arguments)
+    if "fastkd.training.joining" in sys.modules:
+        importlib.import_module("fastkd.training.joining").leave()
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fastkd import arguments
+from fastkd.itemized import Itemized, itemized
 from fastkd.mixture import Mixture
 from fastkd.projected import LogProbabilities, Projection, check_logits
 from fastkd.shards import VocabShard
@@ -40,12 +41,14 @@ __all__ = [
 SparseKind = Literal["ghost", "renormalize", "sampled"]
 
 
+@itemized
 @dataclass(frozen=True, eq=False)
-class SparseTargets:
+class SparseTargets(Itemized):
     """A teacher that keeps K tokens of each row and how likely they are: what a cache stores, or a top-k.
 
     Pass one wherever a loss takes a teacher. The student's logits, or its projection, stay whole; the loss costs what
-    cross-entropy costs.
+    cross-entropy costs. It is a mapping of its tensors (`fastkd.itemized`), so accelerate can send a batch that holds
+    one to a device, concatenate, slice and gather it as any other.
 
     Args:
         ids: token ids `[..., K]`, integers, in any order, none twice in a row.

@@ -18,6 +18,8 @@ LAYERS = [
         "fastkd.live",
         "fastkd.sequences",
         "fastkd.gathered",
+        "fastkd.itemized",
+        "fastkd.processes",
     ),
     ("fastkd.divergences",),
     (
@@ -43,6 +45,7 @@ LAYERS = [
     ("fastkd.cache",),
     ("fastkd.training",),
     ("fastkd.cli",),
+    ("fastkd.__main__",),
 ]
 #: Imported where they are used: a fastkd without them does all else. `pydoc_data` is half a megabyte of text.
 OPTIONAL = {"triton", "datasets", "peft", "torchao", "gguf", "transformers", "safetensors", "pydoc_data"}

@@ -13,7 +13,7 @@ from safetensors.numpy import save
 
 from fastkd.cache.disk import CacheError, disk, replace_file
 from fastkd.cache.keys import KEY_BYTES
-from fastkd.cache.manifest import Manifest, Shard, shard_name
+from fastkd.cache.manifest import Shard
 from fastkd.cache.records import Bytes
 
 __all__ = ["Index", "Places", "check_sum", "read_shard", "write_shard"]
@@ -24,15 +24,8 @@ Places = tuple[npt.NDArray[np.bytes_], npt.NDArray[np.int64]]
 _READ = 1 << 20  # bytes at a time
 
 
-def write_shard(
-    directory: Path,
-    manifest: Manifest,
-    rows: Sequence[Bytes],
-    keys: Sequence[bytes],
-    lengths: Sequence[int],
-    columns: set[str],
-) -> Manifest:
-    """Add a shard, and name it in the manifest once it is there; returns that manifest."""
+def write_shard(path: Path, rows: Sequence[Bytes], keys: Sequence[bytes], lengths: Sequence[int], advice: str) -> Shard:
+    """Write the file of a shard; returns what a manifest says of it. CacheError with `advice` where it cannot."""
     content = save(
         {
             "rows": np.concatenate(rows),
@@ -40,12 +33,8 @@ def write_shard(
             "starts": np.r_[0, np.cumsum(lengths)].astype(np.int64),
         }
     )
-    name = shard_name(len(manifest.shards))
-    replace_file(directory / name, content, manifest.safe())
-    digest = hashlib.sha256(content).hexdigest()
-    longer = manifest.with_shard(Shard(name, len(keys), sum(lengths), len(content), digest), columns)
-    longer.save(directory)
-    return longer
+    replace_file(path, content, advice)
+    return Shard(path.name, len(keys), sum(lengths), len(content), hashlib.sha256(content).hexdigest())
 
 
 def read_shard(directory: Path, shard: Shard, record_bytes: int) -> tuple[Bytes, Places]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastkd.backend import select
@@ -19,10 +20,11 @@ from fastkd.cache import keys
 from fastkd.cache.asked import check_extendable, check_same, check_shard_tokens, new_settings, packing
 from fastkd.cache.disk import CacheError, disk, locked, own_names
 from fastkd.cache.fingerprints import fingerprint, tokenizer_fingerprint
-from fastkd.cache.manifest import MANIFEST, Manifest
+from fastkd.cache.manifest import MANIFEST, Manifest, Shard, shard_name
 from fastkd.cache.reader import Cache
 from fastkd.cache.records import Bytes, Dense, KeptTokens
 from fastkd.cache.store import Index, check_sum, read_shard, write_shard
+from fastkd.processes import Processes
 from fastkd.projection.loop import logit_chunks
 from fastkd.projection.models import project
 from fastkd.sources import Projection
@@ -62,6 +64,7 @@ def write(
     teacher_fingerprint: str | None = None,
     shard_tokens: int | None = None,
     progress: Callable[[Progress], None] | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> Cache:
     """Run the teacher over all batches and keep what `format` keeps of each row; returns the finished cache.
 
@@ -97,13 +100,17 @@ def write(
         shard_tokens: tokens in a file, at least; an interrupted write loses no more than these. None: as the
             directory's cache has it; of a new one 131,072, fewer if dense.
         progress: called after each batch.
+        group: processes that share the work, whose collectives take objects of the host (gloo). All of them call this,
+            with the same arguments and the same batches, on one file system. Each runs the teacher for whole shards in
+            turn, so the files are those that one process writes, to the byte; an interrupted write loses up to a shard
+            of each, and resumes with any number of processes. An error of one is raised in all.
 
     Raises CacheError where settings or the teacher's weights are not those of the directory's cache, it is no cache,
     is damaged, is being written, or cannot be read or written, and where the teacher's logits have no softmax;
     ValueError and TypeError for wrong arguments. A UserWarning says where a finished cache does not know its weights.
     """
     check_shard_tokens(shard_tokens)
-    directory = Path(directory)
+    directory, processes = Path(directory), Processes(group)
     rest = iter(batches)
     first = list(itertools.islice(rest, 1))
     config = getattr(teacher, "config", None)
@@ -122,24 +129,36 @@ def write(
         "tokenizer": None if tokenizer is None else tokenizer_fingerprint(tokenizer),
         "shard_tokens": shard_tokens,
     }
-    with ExitStack() as held, _in_eval_mode(teacher):
-        with disk(f"cannot make the directory {directory}", "name another, or make room for it"):
-            directory.mkdir(parents=True, exist_ok=True)
-        found = begun(directory)
+
+    def fill() -> None:
         lock = _Lock(directory, held)
-        if found is None or not found.complete:
-            lock.take()
-            found = begun(directory)  # as another writer may have left it
+        if processes.gather(lambda: asked).count(asked) < processes.size:
+            raise CacheError("the processes of the group ask for different caches: give all of them the same arguments")
+        found = processes.of_first(lambda: _found(directory, lock))
         if found is None and vocab_size is None:
             new_settings({**asked, "vocab_size": 1})  # before the teacher runs
-            asked["vocab_size"] = _width(teacher, first)
-        writer = _Writer(directory, teacher, asked, found, lock)
+            asked["vocab_size"] = processes.of_first(lambda: _width(teacher, first))
+        writer = _Writer(directory, teacher, asked, found, lock, processes)
         for batch in itertools.chain(first, rest):
             writer.add(batch if isinstance(batch, Mapping) else {"input_ids": batch})
             if progress is not None:
                 progress(Progress(writer.tokens, writer.computed, writer.records.size))
         writer.finish()
+
+    with ExitStack() as held, _in_eval_mode(teacher):
+        processes.agree(fill)
     return Cache(directory)
+
+
+def _found(directory: Path, lock: _Lock) -> Manifest | None:
+    """What is in the directory, which is made, and locked where there is no finished cache."""
+    with disk(f"cannot make the directory {directory}", "name another, or make room for it"):
+        directory.mkdir(parents=True, exist_ok=True)
+    found = begun(directory)
+    if found is None or not found.complete:
+        lock.take()
+        found = begun(directory)  # as another writer may have left it
+    return found
 
 
 class _Lock:
@@ -155,22 +174,38 @@ class _Lock:
             self.taken = True
 
 
+class _Written(NamedTuple):
+    """A shard of a round, as each process of a group knows it."""
+
+    shard: Shard | None  # where this process has written it
+    keys: bytes  # a digest of them
+    columns: frozenset[str]
+
+
 class _Writer:
     """One write: what is stored, and what waits for the next shard.
 
-    A finished cache is only read, without a lock, until a sequence comes that is not in it.
+    A finished cache is only read, without a lock, until a sequence comes that is not in it. Of several processes each
+    sees all batches, and knows all shards, but runs the teacher for its own: in a round, one shard each.
     """
 
     def __init__(
-        self, directory: Path, teacher: Teacher, asked: Mapping[str, Any], found: Manifest | None, lock: _Lock
+        self,
+        directory: Path,
+        teacher: Teacher,
+        asked: Mapping[str, Any],
+        found: Manifest | None,
+        lock: _Lock,
+        processes: Processes,
     ) -> None:
         self.tokens = self.computed = 0
         self._directory, self._teacher, self._asked, self._lock = directory, teacher, asked, lock
+        self._processes = processes
         self._writing = False
+        self._round: list[_Written] = []
         self._clear()
         if found is None:
-            found = Manifest(new_settings(asked))
-            found.save(directory)
+            found = self._saved(Manifest(new_settings(asked)))
         self._take(found)
         if not found.complete:
             self._begin_writing()
@@ -187,14 +222,25 @@ class _Writer:
             self._shard_tokens = found.settings.shard_tokens
 
     def _begin_writing(self) -> None:
-        """From here on the cache is changed, by this process alone."""
-        if not self._lock.taken:
-            self._lock.take()
-            self._take(Manifest.load(self._directory))  # as another writer may have left it
+        """From here on the cache is changed, by this process and those of its group alone."""
+        newest = self._processes.of_first(self._locked)
+        if newest is not None:
+            self._take(newest)
         check_extendable(self._directory, self._manifest, self._asked)
-        for shard in self._manifest.shards:
+        for shard in self._manifest.shards[self._processes.rank :: self._processes.size]:
             check_sum(self._directory, shard)
         self._writing = True
+
+    def _locked(self) -> Manifest | None:
+        """The manifest as another writer may have left it, if the directory was not locked before."""
+        if self._lock.taken:
+            return None
+        self._lock.take()
+        return Manifest.load(self._directory)
+
+    def _saved(self, manifest: Manifest) -> Manifest:
+        self._processes.of_first(lambda: manifest.save(self._directory))
+        return manifest
 
     def _clear(self) -> None:
         self._rows: list[Bytes] = []
@@ -210,19 +256,25 @@ class _Writer:
             self._begin_writing()
             new = self._new(examples)
         if new:
-            real = understood.real
-            if isinstance(self._teacher, nn.Module):
-                batch, real = keys.padded_at_the_end(batch, understood)
-            chosen = torch.zeros(len(examples), dtype=torch.bool, device=real.device)
-            chosen[list(new.values())] = True
             lengths = [len(examples[number].ids) for number in new.values()]
-            self._rows.append(self._records_of(batch, real & chosen[:, None], list(new), lengths))
+            if self._mine:
+                real = understood.real
+                if isinstance(self._teacher, nn.Module):
+                    batch, real = keys.padded_at_the_end(batch, understood)
+                chosen = torch.zeros(len(examples), dtype=torch.bool, device=real.device)
+                chosen[list(new.values())] = True
+                self._rows.append(self._records_of(batch, real & chosen[:, None], list(new), lengths))
             self._waiting.update(zip(new, lengths, strict=True))
             self._columns.update(*(examples[number].columns for number in new.values()))
             self.computed += sum(lengths)
         self.tokens += sum(len(example.ids) for example in examples)
         if self._waiting and sum(self._waiting.values()) >= self._shard_tokens:
             self._flush()
+
+    @property
+    def _mine(self) -> bool:
+        """Whether the shard that is being filled is this process's."""
+        return len(self._round) == self._processes.rank
 
     def _new(self, examples: list[keys.Example]) -> dict[bytes, int]:
         """Key → number in the batch, of the sequences that are not in the cache."""
@@ -237,18 +289,46 @@ class _Writer:
     def finish(self) -> None:
         if self._waiting:
             self._flush()
+        if self._round:
+            self._end_round()
         if not self._manifest.complete:
-            self._manifest = replace(self._manifest, complete=True)
-            self._manifest.save(self._directory)
+            self._manifest = self._saved(replace(self._manifest, complete=True))
 
     def _flush(self) -> None:
-        lengths = list(self._waiting.values())
-        self._manifest = write_shard(
-            self._directory, self._manifest, self._rows, list(self._waiting), lengths, self._columns
-        )
-        self._shards.append((np.frombuffer(b"".join(self._waiting), "S16"), np.r_[0, np.cumsum(lengths)]))
+        """The shard is full: its process writes it."""
+        found, lengths, shard = list(self._waiting), list(self._waiting.values()), None
+        if self._mine:
+            path = self._directory / shard_name(len(self._shards))
+            shard = write_shard(path, self._rows, found, lengths, self._manifest.safe())
+        joined = b"".join(found)
+        self._round.append(_Written(shard, hashlib.blake2b(joined).digest(), frozenset(self._columns)))
+        self._shards.append((np.frombuffer(joined, "S16"), np.r_[0, np.cumsum(lengths)]))
         self._index = Index(self._shards)
         self._clear()
+        if len(self._round) == self._processes.size:
+            self._end_round()
+
+    def _end_round(self) -> None:
+        """Name the shards of this round in the manifest, when all are there."""
+        found = self._processes.gather(lambda: self._round)
+        if any([one.keys for one in theirs or ()] != [one.keys for one in self._round] for theirs in found):
+            raise CacheError(
+                "the processes of the group see different batches: give all of them the same, in one order"
+            )
+        for number, one in enumerate(self._round):
+            shard = found[number][number].shard
+            assert shard is not None
+            self._manifest = self._manifest.with_shard(shard, set(one.columns))
+        if self._processes.size > 1:
+            self._processes.agree(self._check_there)
+        self._manifest = self._saved(self._manifest)
+        self._round = []
+
+    def _check_there(self) -> None:
+        for shard in self._manifest.shards[-len(self._round) :]:
+            path = self._directory / shard.file
+            with disk(f"{path} is not seen by every process", "name a directory on a file system that all of them see"):
+                path.stat()
 
     def _records_of(self, batch: Mapping[str, Any], wanted: Tensor, keys: list[bytes], lengths: list[int]) -> Bytes:
         """The records of the rows that are `wanted`, `[batch, tokens]`: the sequences of these keys and lengths."""

@@ -7,7 +7,9 @@ from fastkd.training import checks as checks
 from fastkd.training import data as data
 from fastkd.training import evaluation as evaluation
 from fastkd.training import fit as fit
+from fastkd.training import joining as joining
 from fastkd.training import judge as judge
+from fastkd.training import launcher as launcher
 from fastkd.training import lessons as lessons
 from fastkd.training import loading as loading
 from fastkd.training import machine as machine
@@ -18,5 +20,7 @@ from fastkd.training import report as report
 from fastkd.training import run as run
 from fastkd.training import samples as samples
 from fastkd.training import setup as setup
+from fastkd.training import sharding as sharding
 from fastkd.training import teaching as teaching
 from fastkd.training import teaching_checks as teaching_checks
+from fastkd.training import whole as whole

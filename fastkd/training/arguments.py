@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 
 import fastkd
 from fastkd.terms import Course
+from fastkd.training.launcher import started
 from fastkd.training.loading import device_of
 from fastkd.training.options import DistillationOptions, InputError, Options, TrainingOptions
 
@@ -46,8 +47,11 @@ def courses(options: DistillationOptions) -> dict[str, Course | None]:
 
 
 def steps_of_epoch(training: TrainingOptions, windows: int) -> int:
-    """Optimizer steps of a pass over so many windows. An incomplete batch is dropped; the last step may have fewer."""
-    return max(1, -(-(windows // training.batch_size) // training.gradient_accumulation_steps))
+    """Optimizer steps of a pass over so many windows. An incomplete batch is dropped; the last step may have fewer.
+
+    A batch is one of each process.
+    """
+    return max(1, -(-(windows // (training.batch_size * started())) // training.gradient_accumulation_steps))
 
 
 def steps_and_epochs(training: TrainingOptions, windows: int) -> tuple[int, int]:

@@ -146,6 +146,10 @@ class TrainsBeside(Trainer):
         self._load_beside(resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
+        assert isinstance(self.model, nn.Module)
+        for unit in self.model.modules():
+            if isinstance(unit, FSDPModule):
+                unit.reshard()  # a validation leaves the head whole, and parts are loaded into parts
         super()._load_best_model()
         best = str(self.state.best_model_checkpoint)
         if (Path(best) / _FILE).is_file():  # Trainer warns where the checkpoint is gone
@@ -153,7 +157,7 @@ class TrainsBeside(Trainer):
 
     def _load_beside(self, checkpoint: str) -> None:
         file = Path(checkpoint) / _FILE
-        kept = torch.load(file, map_location=self.args.device, weights_only=True) if file.is_file() else {}
+        kept = torch.load(file, map_location="cpu", weights_only=True) if file.is_file() else {}
         self.terms.restore(kept.get("terms", {}), str(checkpoint))
         ours, theirs = self.teacher.kept(), kept.get("teacher", {})
         if ours.keys() != theirs.keys():

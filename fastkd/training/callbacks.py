@@ -10,17 +10,22 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from fastkd.training.joining import joined
 from fastkd.training.options import Options
 from fastkd.training.progress import Progress
-from fastkd.training.run import write_whole
 from fastkd.training.samples import samples
+from fastkd.training.sharding import is_sharded
 from fastkd.training.trainer import logged_beside
+from fastkd.training.whole import write_whole
 
 __all__ = ["DrawSamples", "ShowProgress", "StopOnInterrupt", "ValidateAtEnd"]
 
 
 class StopOnInterrupt(TrainerCallback):
-    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once."""
+    """Ctrl-C ends the training after the step under way, with a checkpoint; a second one ends it at once.
+
+    Of several processes all stop after one step, whichever was interrupted first.
+    """
 
     def __init__(self) -> None:
         self.interrupted = False
@@ -42,6 +47,7 @@ class StopOnInterrupt(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Save and stop, if asked to."""
+        self.interrupted = joined().any(self.interrupted)
         if self.interrupted:
             control.should_save = control.should_training_stop = True
         return control
@@ -120,14 +126,22 @@ class DrawSamples(TrainerCallback):
 
     def recall(self, state: Any, model: Any, *, ended: bool) -> None:
         """Read what was drawn up to the step that is resumed from; draw its own, if an epoch `ended` with it."""
-        if state.global_step and self._file.exists():
-            kept = json.loads(self._file.read_text(encoding="utf-8"))
+        if state.global_step:
+            kept = joined().of_first(self._kept)
             self.drawn = [(step, texts) for step, texts in kept if step <= state.global_step]
         if ended and all(step != state.global_step for step, _ in self.drawn):
             self._draw(state, model)
 
+    def _kept(self) -> list[Any]:
+        found: list[Any] = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else []
+        return found
+
     def _draw(self, state: Any, model: Any) -> None:
+        first = joined().first
+        if not (first or is_sharded(model)):  # a sharded model runs in all processes or in none
+            return
         found = samples(model, self._tokenizer, self._options.evaluation, self._options.training.seed)
         if found:
             self.drawn.append((state.global_step, found))
+        if found and first:
             write_whole(self._file, json.dumps(self.drawn))

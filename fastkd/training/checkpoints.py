@@ -16,7 +16,8 @@ from typing import Any
 
 from transformers import TrainerCallback, TrainerState
 
-from fastkd.training.run import write_whole
+from fastkd.training.joining import joined
+from fastkd.training.whole import write_whole
 
 __all__ = ["Sealer", "checkpoint_of", "fault", "last_whole", "state_of"]
 
@@ -28,10 +29,15 @@ class Sealer(TrainerCallback):
     """Seals every checkpoint that Trainer has written."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Trainer has written all files of this step's checkpoint."""
-        checkpoint = checkpoint_of(Path(args.output_dir), state.global_step)
-        sums = {name: _sum(checkpoint / name, sync=True) for name in _files(checkpoint)}
-        write_whole(checkpoint / _SEAL, json.dumps(sums, indent=1))
+        """Trainer has written all files of this step's checkpoint that are this process's."""
+        checkpoint, processes = checkpoint_of(Path(args.output_dir), state.global_step), joined()
+        processes.agree(lambda: None)  # now the others' too
+        processes.first_alone(lambda: _seal(checkpoint))
+
+
+def _seal(checkpoint: Path) -> None:
+    sums = {name: _sum(checkpoint / name, sync=True) for name in _files(checkpoint)}
+    write_whole(checkpoint / _SEAL, json.dumps(sums, indent=1))
 
 
 def checkpoint_of(directory: Path, step: int) -> Path:

@@ -14,8 +14,11 @@ from fastkd.training.arguments import arguments, courses, steps_of_epoch
 from fastkd.training.callbacks import DrawSamples, ShowProgress, StopOnInterrupt, ValidateAtEnd
 from fastkd.training.checkpoints import Sealer, checkpoint_of, last_whole, state_of
 from fastkd.training.data import Corpus, Windows, collate
+from fastkd.training.joining import joined
+from fastkd.training.launcher import started
 from fastkd.training.lessons import Lessons
 from fastkd.training.options import Options
+from fastkd.training.sharding import whole_state
 from fastkd.training.trainer import KDTrainer, logged_beside
 
 __all__ = ["Fitted", "fit"]
@@ -65,16 +68,18 @@ def fit(
 ) -> Fitted:
     """Train `student` in place, checkpoints in `directory`; at the end it is the best validated one.
 
+    Of several processes each calls this, and the first one writes.
+
     Resumes from the last whole checkpoint there if options.training.resume: on the same machine it ends with the same
     weights, bit for bit, as a training that was not interrupted. Raises KeyboardInterrupt after Ctrl-C, when a
     checkpoint has been saved.
     """
-    finished = directory / "finished.pt"
-    if options.training.resume and finished.exists():
-        kept = torch.load(finished, map_location=student.device, weights_only=True)
+    finished, processes = directory / "finished.pt", joined()
+    if options.training.resume and processes.of_first(finished.exists):
+        kept = torch.load(finished, map_location="cpu", weights_only=True)
         student.load_state_dict(kept["student"])
         return Fitted(**kept["fitted"])
-    checkpoint = last_whole(directory) if options.training.resume else None
+    checkpoint = processes.of_first(lambda: last_whole(directory)) if options.training.resume else None
     set_seed(options.training.seed)
     stop = StopOnInterrupt()
     samples = DrawSamples(tokenizer, options, directory, stop)
@@ -118,11 +123,16 @@ def fit(
     windows = _windows_seen(state.global_step, len(corpus.train), options)
     size = student.num_parameters()
     fitted = Fitted(state.log_history, size, state.global_step, windows * corpus.train.shape[1], samples.drawn)
-    trainer.teacher.save(directory)
-    trainer.terms.save(directory)
-    partial = finished.with_suffix(".partial")
-    torch.save({"student": student.state_dict(), "fitted": vars(fitted)}, partial)
-    partial.replace(finished)
+    state_dict = whole_state(student)
+
+    def save() -> None:
+        trainer.teacher.save(directory)
+        trainer.terms.save(directory)
+        partial = finished.with_suffix(".partial")
+        torch.save({"student": state_dict, "fitted": vars(fitted)}, partial)
+        partial.replace(finished)
+
+    processes.first_alone(save)
     if stop.interrupted:
         raise KeyboardInterrupt(f"interrupted after the last step, {state.global_step}, which is saved")
     return fitted
@@ -138,6 +148,6 @@ def _is_last(checkpoint: Path, options: Options) -> bool:
 
 def _windows_seen(steps: int, windows: int, options: Options) -> int:
     """How many windows so many steps took: the last step of an epoch may have fewer batches than the others."""
-    batches, accumulated = windows // options.training.batch_size, options.training.gradient_accumulation_steps
+    size, accumulated = options.training.batch_size * started(), options.training.gradient_accumulation_steps
     epochs, rest = divmod(steps, steps_of_epoch(options.training, windows))
-    return (epochs * batches + rest * accumulated) * options.training.batch_size
+    return (epochs * (windows // size) + rest * accumulated) * size

@@ -16,6 +16,7 @@ from fastkd.teachers import Cached, TeacherMode
 from fastkd.terms import Term
 from fastkd.training.caching import DTYPES, write
 from fastkd.training.data import Corpus, Windows, collate
+from fastkd.training.joining import joined
 from fastkd.training.options import InputError
 from fastkd.training.setup import Setup
 from fastkd.training.teaching import teacher_of, terms_of
@@ -67,7 +68,7 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
     if not options.needs_teacher:
         free(setup)
         return Lessons(Windows(corpus.train), collate, terms=terms)
-    vocab_size, tokenizer = setup.judge.vocab_size, setup.materials.tokenizer
+    vocab_size, tokenizer, processes = setup.vocab_size, setup.materials.tokenizer, joined()
     cache = write(
         setup.teacher,
         corpus.train,
@@ -77,10 +78,11 @@ def lessons_of(setup: Setup, student: Any) -> Lessons:
         temperature=options.temperature,
         k=options.cache_tokens,
         dtype=DTYPES[options.cache_precision],
-        seed=_seed_of_samples(options.cache_dir, setup.options.training.seed),
+        seed=processes.of_first(lambda: _seed_of_samples(options.cache_dir, setup.options.training.seed)),
         vocab_size=vocab_size,
         tokenizer=tokenizer,
         teacher_name=setup.options.models.teacher,
+        group=processes.group,
     )
     try:
         cache.check(tokenizer=tokenizer, vocab_size=vocab_size, temperature=options.temperature)

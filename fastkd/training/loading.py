@@ -13,6 +13,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, GPT2Tokenizer
 
 from fastkd.training.adapters import adapt
+from fastkd.training.launcher import started
 from fastkd.training.options import PACKAGED_TEACHER, SMALL_GPT2, TRAINED_TEACHER, InputError, ModelOptions
 
 __all__ = [
@@ -73,7 +74,8 @@ def load_teacher(options: ModelOptions, device: torch.device) -> Any:
         dtype = "float32"
     kwargs: dict[str, Any] = {"dtype": dtype if dtype == "auto" else getattr(torch, dtype)}
     if options.teacher_quantization != "none":
-        kwargs |= {"quantization_config": _quantization(options.teacher_quantization), "device_map": "auto"}
+        places = "auto" if started() == 1 else {"": device}  # a device is each process's own
+        kwargs |= {"quantization_config": _quantization(options.teacher_quantization), "device_map": places}
     teacher = _load(AutoModelForCausalLM, options.teacher, **kwargs)
     if options.teacher_quantization == "none":
         teacher = teacher.to(device)

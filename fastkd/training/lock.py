@@ -1,4 +1,4 @@
-"""One process at a time: for an output directory, and for the `fastkd` command as a whole."""
+"""One run at a time has an output directory."""
 
 from __future__ import annotations
 
@@ -11,22 +11,7 @@ from pathlib import Path
 
 from fastkd.training.options import InputError
 
-__all__ = ["check_one_process", "locked"]
-
-#: Where launchers say how many processes they have started.
-_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-
-
-def check_one_process() -> None:
-    """Refuse to be one of several processes: each would do the whole work, in one directory. Raises InputError."""
-    for name in _WORLD_SIZES:
-        size = os.environ.get(name, "1")
-        if size.isdigit() and int(size) > 1:
-            raise InputError(
-                f"the fastkd command works in one process, but a launcher has started {size} ({name}={size}): start it "
-                "without torchrun, accelerate or mpirun. fastkd.training.trainer.KDTrainer trains on several, in a "
-                "script of your own"
-            )
+__all__ = ["locked"]
 
 
 @contextlib.contextmanager

@@ -9,6 +9,8 @@ With `--overwrite` the new run works in `NAME.new` beside the earlier one, and t
 earlier one is renamed to `.NAME.replaced`, the new one to NAME; what no run wrote (a cache, notes) is moved over; then
 the earlier one is deleted. A process that dies on the way leaves the rest to the next one. Until the new run is
 finished, `--resume` resumes it in `NAME.new`.
+
+Of several processes the first does all of this, and the others learn what came of it.
 """
 
 from __future__ import annotations
@@ -18,17 +20,19 @@ import os
 import shlex
 import shutil
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from fastkd.processes import Processes
 from fastkd.training.configuration import differences, dump, load
-from fastkd.training.lock import check_one_process, locked
+from fastkd.training.launcher import check_launch
+from fastkd.training.lock import locked
 from fastkd.training.options import InputError, Options, TrainingOptions
 from fastkd.training.places import anchored, paths_in
+from fastkd.training.whole import STAGING, delete, results, write_whole
 
 __all__ = [
     "CHECKPOINTS",
@@ -39,51 +43,46 @@ __all__ = [
     "is_begun",
     "is_finished",
     "note_files",
-    "results",
     "started_with",
-    "write_whole",
 ]
 
 CONFIG_FILE, METRICS_FILE, CHECKPOINTS = "config.yaml", "metrics.json", "checkpoints"
-_STATE_FILE, _STAGING = "run.json", ".results-"
+_STATE_FILE = "run.json"
 _MAY_CHANGE = ("output", "overwrite", "resume", "device")
 
 
 @contextmanager
 def claimed(
-    options: Options, command: str = "distill", groups: Iterable[Any] | None = None, config: str | None = None
+    options: Options,
+    command: str = "distill",
+    groups: Iterable[Any] | None = None,
+    config: str | None = None,
+    processes: Processes | None = None,
 ) -> Iterator[Run]:
     """The run that `options` ask for, checked, while no other process may touch its output.
 
     Nothing is written before `Run.begin`. At the end of the block the run is finished; a failure leaves only what can
     be resumed, and Ctrl-C says with which command. `groups` is what `command` reads from a configuration, where that is
-    not `options`; `config` is the file it was read from. Raises InputError.
+    not `options`; `config` is the file it was read from; `processes` work on the run together. Raises InputError.
     """
-    check_one_process()
+    check_launch(command, several=processes is not None)
+    processes = processes or Processes()
     output = Path(options.training.output)
     if output.is_symlink() or output.name in ("", ".."):
         output = output.resolve()
-    with locked(output):
-        _settle(output)
-        run = Run(options, command, list(groups or options), output)
-        run.check(config)
-        try:
+    with ExitStack() as held:
+
+        def checked() -> Run:
+            held.enter_context(locked(output))
+            _settle(output)
+            run = Run(options, command, list(groups or options), output)
+            run.check(config)
+            return run
+
+        run = processes.of_first(checked)
+        run.processes = processes
+        with run.ending():
             yield run
-            run.finish()
-        except KeyboardInterrupt as error:
-            if run.leave(interrupted=True):
-                raise KeyboardInterrupt(run.hint(str(error) or "interrupted")) from None
-            cache = options.distillation.cache_dir
-            if os.path.isdir(cache):
-                raise KeyboardInterrupt(f"interrupted: the same command resumes the cache {cache}") from None
-            raise
-        except InputError:
-            run.leave(interrupted=False)
-            raise
-        except BaseException:
-            if run.leave(interrupted=False):
-                print(run.hint("what was trained is kept"), file=sys.stderr)
-            raise
 
 
 def started_with(options: Options) -> dict[Any, Any]:
@@ -112,6 +111,7 @@ class Run:
         ]
         earlier = not self.resumed and options.training.overwrite and bool(self._occupants())
         self.directory = _beside(output) if earlier else _waiting(output) if self.resumed else output
+        self.processes = Processes()
         self._begun = False
 
     def check(self, config: str | None) -> None:
@@ -130,16 +130,54 @@ class Run:
                 "an interrupted run, --resume"
             )
 
+    @contextmanager
+    def ending(self) -> Iterator[None]:
+        """A block at whose end the run is finished; a failure leaves only what can be resumed."""
+        if not self.processes.first:
+            yield
+            return
+        try:
+            yield
+            self.finish()
+        except KeyboardInterrupt as error:
+            if self.leave(interrupted=True):
+                raise KeyboardInterrupt(self.hint(str(error) or "interrupted")) from None
+            cache = self.options.distillation.cache_dir
+            if os.path.isdir(cache):
+                raise KeyboardInterrupt(f"interrupted: the same command resumes the cache {cache}") from None
+            raise
+        except InputError:
+            self.leave(interrupted=False)
+            raise
+        except BaseException:
+            if self.leave(interrupted=False):
+                print(self.hint("what was trained is kept"), file=sys.stderr)
+            raise
+
     def begin(self, **inputs: str) -> Path:
         """Start the run, or resume it, on inputs of these fingerprints; returns the directory to work in."""
-        if not self.resumed:
-            self._make_directory()
+        self._check_alike(inputs)
+        self.processes.first_alone(self._make_directory_unless_resumed)
         self._begun = True
         self.pin(**inputs)
         return self.directory
 
     def pin(self, **inputs: str) -> None:
         """Keep fingerprints of what the run is started on. Raises InputError where a resumed run began on another."""
+        self._check_alike(inputs)
+        self.processes.first_alone(lambda: self._pin(inputs))
+
+    def _check_alike(self, inputs: dict[str, str]) -> None:
+        """Every process was given the same."""
+        found = self.processes.gather(lambda: inputs)
+        changed = {name for one in found for name in inputs if one[name] != found[0][name]}
+        if changed:
+            raise InputError(
+                f"the {' and the '.join(sorted(changed))} of the {len(found)} processes differ: start all of them "
+                "where they see the same files"
+            )
+
+    def _pin(self, inputs: dict[str, str]) -> None:
         known = _state(self.directory).get("inputs", {})
         changed = [name.replace("_", " ") for name, value in inputs.items() if known.get(name, value) != value]
         if changed:
@@ -260,12 +298,14 @@ class Run:
         if beside.exists():
             _delete_run(beside)
 
-    def _make_directory(self) -> None:
+    def _make_directory_unless_resumed(self) -> None:
+        if self.resumed:
+            return
         try:
             self.directory.mkdir(parents=True, exist_ok=self.directory == self.output)
             if self.directory == self.output and self._occupants():
                 raise InputError(f"the output directory {self.output} was filled meanwhile: name another")
-            self._begun = True
+            self._begun = True  # what a failure from here on leaves is the run's
             state = {"fastkd_run": 1, "command": self.command, "finished": False, "files": [], "inputs": {}}
             if self.directory != self.output:
                 state["replaces"] = self.output.name
@@ -273,21 +313,6 @@ class Run:
             write_whole(self.directory / CONFIG_FILE, dump(self._groups))
         except OSError as error:
             raise InputError(f"cannot write to {self.directory}: {error.strerror}") from error
-
-
-@contextmanager
-def results(directory: Path) -> Iterator[Path]:
-    """A directory to write results in: they replace those in `directory` if the block succeeds, else they go away."""
-    staging = Path(tempfile.mkdtemp(prefix=_STAGING, dir=directory))
-    try:
-        yield staging
-        for path in sorted(staging.iterdir()):
-            target = directory / path.name
-            if target.is_dir():
-                _delete(target)
-            os.replace(path, target)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 def note_files(directory: Path, names: Iterable[str]) -> None:
@@ -305,16 +330,6 @@ def is_begun(directory: Path) -> bool:
 def is_finished(directory: Path) -> bool:
     """Whether there is a run in a directory that has all its results."""
     return bool(_state(directory).get("finished"))
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file that is there whole or not at all, also after a crash: under another name, synced, renamed."""
-    partial = path.with_name(f"{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
 
 
 def _beside(output: Path) -> Path:
@@ -349,7 +364,7 @@ def _foreign(directory: Path) -> list[Path]:
     """What is in a run's directory and no run wrote."""
     own = _own_names(directory)
     own |= {f"{name}.partial" for name in (CONFIG_FILE, _STATE_FILE)}
-    return [path for path in directory.iterdir() if path.name not in own and not path.name.startswith(_STAGING)]
+    return [path for path in directory.iterdir() if path.name not in own and not path.name.startswith(STAGING)]
 
 
 def _has_work(directory: Path) -> bool:
@@ -406,17 +421,10 @@ def _delete_run(directory: Path) -> None:
     foreign = {path.name for path in _foreign(directory)}
     for path in directory.iterdir():
         if path.name not in foreign and path.name != _STATE_FILE:
-            _delete(path)
-    _delete(directory / _STATE_FILE)
+            delete(path)
+    delete(directory / _STATE_FILE)
     with suppress(OSError):
         directory.rmdir()
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def _inside(path: str, directory: Path) -> str | None:

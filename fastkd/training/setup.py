@@ -18,8 +18,10 @@ from fastkd.training.arguments import arguments, distillation_loss
 from fastkd.training.cut import cut_configuration, cut_student
 from fastkd.training.data import Corpus, load_corpus
 from fastkd.training.judge import Judge
+from fastkd.training.launcher import started
 from fastkd.training.options import TRAINED_TEACHER, InputError, ModelOptions, Options
 from fastkd.training.plain import visible
+from fastkd.training.sharding import check_sharding
 from fastkd.training.teaching_checks import check_length, check_teaching, check_terms, others
 
 __all__ = ["Materials", "Setup", "check", "configurations", "gather", "with_teacher"]
@@ -47,8 +49,13 @@ class Setup:
     counted: int | None  # ids that count, where the output heads of the models are padded differently
     student_config: Any
     teacher: Any  # None once it is not needed any more
-    judge: Judge
+    judge: Any  # a Judge; None in a process that is not the one that judges
     loaded: ModelOptions  # which the teacher was loaded by
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids that count."""
+        return self.counted or loading.vocabulary_size(self.teacher.config)
 
     def student(self) -> Any:
         """A student; the same one, to the last bit of its weights, at every call."""
@@ -81,6 +88,7 @@ def check(options: Options) -> tuple[torch.device, Any, Any]:
     Raises InputError.
     """
     device = _training_device(options)
+    check_sharding(options, device)
     distillation_loss(options.distillation)  # refuses what it cannot mean
     transformers.utils.logging.disable_progress_bar()  # of loading and saving: there is one for the training
     tokenizer = loading.load_tokenizer(options.models.teacher)
@@ -97,18 +105,19 @@ def gather(options: Options) -> Materials:
     """Check what can be checked without a model, then read the text. Raises InputError."""
     device, tokenizer, _ = check(options)
     corpus = load_corpus(options.data, tokenizer, options.evaluation.eval_windows, options.training.seed)
-    if len(corpus.train) < options.training.batch_size:
+    needed = options.training.batch_size * started()
+    if len(corpus.train) < needed:
         raise InputError(
             f"{options.data.data} gives {len(corpus.train)} windows to train on, but a batch needs "
-            f"{options.training.batch_size}: use more text (--size), a smaller --max-length or a smaller --batch-size"
+            f"{needed}: use more text (--size), a smaller --max-length or a smaller --batch-size"
         )
     check_length(options, len(corpus.train))
     print(visible(f"data: {corpus.description()}"))
     return Materials(device, tokenizer, corpus)
 
 
-def with_teacher(options: Options, materials: Materials, *, on_validation: bool = False) -> Setup:
-    """Load the teacher and judge it, on held-out or on validation text. Raises InputError."""
+def with_teacher(options: Options, materials: Materials, *, on_validation: bool = False, judged: bool = True) -> Setup:
+    """Load the teacher and judge it, on held-out or on validation text, if this process judges. Raises InputError."""
     vocab_size, config, _ = configurations(options, materials.tokenizer)
     teacher = loading.load_teacher(options.models, materials.device)
     checks.check_frozen(teacher)
@@ -116,7 +125,7 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     corpus = materials.corpus
     if on_validation:
         corpus = replace(corpus, held_out=corpus.validation, tasks=())  # nothing of what they hold out is seen
-    judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size)
+    judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size) if judged else None
     return Setup(options, materials, vocab_size, config, teacher, judge, options.models)
 
 
@@ -125,15 +134,14 @@ def _digest(content: bytes) -> str:
 
 
 def _training_device(options: Options) -> torch.device:
-    """Where Trainer will put the student. Raises InputError for what it cannot do in one process."""
+    """Where Trainer will put the student. Raises InputError for several devices of one process."""
     chosen = arguments(options, Path(options.training.output))
-    if chosen.world_size > 1 or chosen.n_gpu > 1:
+    if chosen.n_gpu > 1:
         raise InputError(
-            f"the fastkd command trains in one process on one device, but there are {chosen.world_size} processes and "
-            f"{max(chosen.n_gpu, 1)} devices: set CUDA_VISIBLE_DEVICES=0, or start your own script with torchrun, in "
-            "which fastkd.training.trainer.KDTrainer trains on all of them"
+            f"a process trains on one device, but this one sees {chosen.n_gpu}: set CUDA_VISIBLE_DEVICES=0, or start a "
+            f"process for each: torchrun --nproc-per-node {chosen.n_gpu} -m fastkd ..."
         )
-    return chosen.device
+    return torch.device("cpu") if chosen.device.type == "cpu" else chosen.device  # accelerate numbers that too
 
 
 def configurations(options: Options, tokenizer: Any) -> tuple[int | None, Any, Any]:

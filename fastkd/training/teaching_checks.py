@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from fastkd import teachers
 from fastkd.divergences import resolve
 from fastkd.terms import Term, Terms, terms_named
-from fastkd.training import checks, loading
+from fastkd.training import checks, loading, sharding
 from fastkd.training.arguments import steps_and_epochs
 from fastkd.training.options import InputError, ModelOptions, Options, TeachingOptions, named_terms
 
@@ -122,7 +122,10 @@ def check_terms(options: Options, student: Any, teacher: Any, tokenizer: Any) ->
         )
         if views is not None:
             input_error(lambda: views.check(ours, tuple(needs)), "teacher_mode is 'multi_view'")
-        input_error(lambda: Terms(terms, ours).check(ours, theirs), "terms")
+        checked = Terms(terms, ours)
+        input_error(lambda: checked.check(ours, theirs), "terms")
+        if sharding.asked_for() and checked.trained:
+            raise InputError("terms with parameters of their own cannot be trained beside a sharded student: use DDP")
 
 
 def asked_terms(options: Options) -> list[Term]:

@@ -101,11 +101,16 @@ def _written(teacher: Any, tokenizer: Any) -> list[str]:
 @pytest.fixture
 def options(inputs: Path, tmp_path: Path) -> Options:
     """A run of 40 steps that takes two seconds."""
+    return short_run(inputs, tmp_path / "out")
+
+
+def short_run(inputs: Path, output: Path) -> Options:
+    """The options of such a run."""
     return Options(
         ModelOptions(teacher=str(inputs / "teacher"), student=str(inputs / "student.json"), device="cpu"),
         DataOptions(data=str(inputs / "text.txt"), max_length=CONTEXT, out_of_domain="none"),
         DistillationOptions(),
-        TrainingOptions(max_steps=40, learning_rate=1e-2, eval_steps=20, output=str(tmp_path / "out")),
+        TrainingOptions(max_steps=40, learning_rate=1e-2, eval_steps=20, output=str(output)),
         EvaluationOptions(prompts=["the old film", "two friends"], sample_tokens=4),
     )
 

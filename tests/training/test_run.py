@@ -352,18 +352,32 @@ def test_the_lock_of_a_killed_process_is_free(options, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-@pytest.mark.parametrize("command", ["distill", "sweep", "cache", "eval"])
-@pytest.mark.parametrize("launcher", ["WORLD_SIZE", "OMPI_COMM_WORLD_SIZE"])
-def test_one_of_several_processes_is_refused_before_any_work(tmp_path, monkeypatch, capsys, command, launcher):
-    monkeypatch.setenv(launcher, "2")
+COMMANDS = ("distill", "cache", "eval", "sweep")
+MET = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+
+
+@pytest.mark.parametrize(
+    ("command", "environment", "message"),
+    [
+        *((name, {"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set") for name in COMMANDS),
+        ("distill", {**MET, "WORLD_SIZE": "4", "MASTER_PORT": ""}, "but MASTER_PORT is not set, so these processes"),
+        ("distill", {"OMPI_COMM_WORLD_SIZE": "2"}, "(OMPI_COMM_WORLD_SIZE=2), started by a launcher that"),
+        ("sweep", {**MET, "WORLD_SIZE": "2"}, "(WORLD_SIZE=2), but fastkd sweep works in one"),
+    ],
+)
+def test_processes_that_cannot_work_together_are_refused_before_any_work(
+    tmp_path, monkeypatch, capsys, command, environment, message
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     for name in ("load_tokenizer", "teacher_config"):
         monkeypatch.setattr(f"fastkd.training.loading.{name}", lambda _: pytest.fail("work was begun"))
-    arguments = {"distill": [], "sweep": [], "cache": ["write"], "eval": ["somewhere"]}[command]
+    arguments = {"cache": ["write"], "eval": ["somewhere"]}.get(command, [])
     output = [] if command == "eval" else ["--output", str(tmp_path / "out")]
     assert main([command, *arguments, *output]) == 2
     told = capsys.readouterr().err
-    assert f"a launcher has started 2 ({launcher}=2)" in told
-    assert "without torchrun" in told
+    assert message in told
+    assert "torchrun" in told
     assert not any(tmp_path.iterdir())
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from torch import Tensor
 
 import fastkd
 from fastkd import training
@@ -108,6 +110,29 @@ def write_cache(options: CacheOptions, models: ModelOptions, data: DataOptions) 
     Raises InputError, before the teacher runs, where the options cannot be met. Interrupted, it leaves a cache that
     the same call completes.
     """
+    training.launcher.check_launch("cache write", several=True)
+    with training.launcher.quiet():
+        processes = training.joining.joined(models)
+        windows, tokenizer, teacher = processes.agree(lambda: _read(options, models, data))
+        return training.caching.write(
+            teacher,
+            windows,
+            options.output,
+            batch_size=options.batch_size,
+            format=options.cache_format,
+            temperature=options.temperature,
+            k=options.cache_tokens,
+            packed=False if options.plain else None,
+            seed=options.seed,
+            shard_tokens=options.shard_tokens,
+            tokenizer=tokenizer,
+            teacher_name=models.teacher,
+            group=processes.group,
+        )
+
+
+def _read(options: CacheOptions, models: ModelOptions, data: DataOptions) -> tuple[Tensor, Any, Any]:
+    """(windows, tokenizer, teacher), checked."""
     checks, loading = training.checks, training.loading
     training.places.check_writable(options.output, "output")
     device = loading.device_of(models)
@@ -120,21 +145,7 @@ def write_cache(options: CacheOptions, models: ModelOptions, data: DataOptions) 
     else:
         windows = training.data.load_corpus(data, tokenizer, 1, options.seed).train
     print(f"data: {len(windows):,} windows of {data.max_length} tokens ({options.documents} documents)")
-    teacher = loading.load_teacher(models, device)
-    return training.caching.write(
-        teacher,
-        windows,
-        options.output,
-        batch_size=options.batch_size,
-        format=options.cache_format,
-        temperature=options.temperature,
-        k=options.cache_tokens,
-        packed=False if options.plain else None,
-        seed=options.seed,
-        shard_tokens=options.shard_tokens,
-        tokenizer=tokenizer,
-        teacher_name=models.teacher,
-    )
+    return windows, tokenizer, loading.load_teacher(models, device)
 
 
 def _info(arguments: Sequence[str]) -> None:

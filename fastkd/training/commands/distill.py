@@ -68,82 +68,126 @@ def distill(options: Options, config: str | None = None) -> dict[str, Any]:
     written, where the options cannot be met; after Ctrl-C KeyboardInterrupt, whose text says what resumes the run. A
     report that cannot be made is no failure of the run, which has its student: a warning names what is missing.
     """
-    options = training.precision.decided(options)
-    started, judge = time.perf_counter(), training.judge
-    with training.run.claimed(options, config=config) as run:
-        materials = training.setup.gather(options)
-        output = run.begin(**materials.fingerprints())
-        taught = options
-        if options.models.teacher == TRAINED_TEACHER:
-            _train_teacher(options, materials, run)
-            taught, options = (_taught_by(options, folder / "teacher") for folder in (output, run.output))
-        setup = training.setup.with_teacher(taught, materials)
-        setup.options = options  # they name a trained teacher by the place where it ends up
-        student = setup.student()
-        run.pin(**setup.fingerprints(student))
-        before = setup.judge.judge("student before", student)
-        if options.learns and not options.teaching.of_itself:
-            training.checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
-        _introduce(setup, before)
+    training.launcher.check_launch("distill", several=True)
+    with training.launcher.quiet():
+        processes = training.joining.joined(options.models)
+        options = processes.of_first(lambda: training.precision.decided(options))
+        with training.run.claimed(options, config=config, processes=processes) as run:
+            return _distilled(options, run)
 
-        clock = time.perf_counter()
-        # What is cut from the teacher is cut before the teacher learns, or is loaded in another precision.
-        early = setup.student() if options.models.cut and options.evaluation.ce_baseline else None
-        given = training.lessons.lessons_of(setup, student)
-        run.pin(**training.teaching.fingerprints(given.teacher))
-        seconds = {"cache": time.perf_counter() - clock}
-        work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
-        fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
-        listens = given.listens
-        del given  # a teacher, a second student or an average: the rest is done without them
-        training.lessons.free(setup)
-        students = {judge.STUDENT: training.adapters.merged(student, some, work / "student")}
-        if options.evaluation.ce_baseline:
-            alone = early or setup.student()
-            without = options._replace(
-                distillation=LABELS_ALONE, teaching=TeachingOptions(), training=_as_long(options, fitted[judge.STUDENT])
-            )
-            plain = training.lessons.labels_alone(materials.corpus)
-            fitted[judge.CE_ONLY] = _fit(setup, alone, plain, without, work / "ce-only")
-            students[judge.CE_ONLY] = training.adapters.merged(alone, some, work / "ce-only")
 
-        beside = {
-            name: (work / "student" / left, to) for name, left, to in _BESIDE if (work / "student" / left).is_dir()
-        }
-        with run.results() as staging:  # first of all: nothing that follows costs a student
-            for name, model in students.items():
-                folder = staging if name == judge.STUDENT else staging / "ce-only"
-                model.save_pretrained(folder)
-                materials.tokenizer.save_pretrained(folder)
-            for of_terms in (work / "student").glob("*.safetensors"):  # such as heads that predict further ahead
-                shutil.copy2(of_terms, staging)
-            for source, place in beside.values():
-                shutil.copytree(source, staging / place)
-                materials.tokenizer.save_pretrained(staging / place)
-        contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
-        for name, (kept, _) in beside.items():
-            models = replace(options.models, teacher=str(kept), teacher_dtype="float32", teacher_quantization="none")
-            contenders.append(setup.judge.judge(name, training.loading.load_teacher(models, materials.device)))
+def _distilled(options: Options, run: Run) -> dict[str, Any]:
+    started, processes, judge = time.perf_counter(), run.processes, training.judge
+    materials = processes.agree(lambda: training.setup.gather(options))
+    output = run.begin(**materials.fingerprints(), number_of_processes=str(processes.size))
+    taught = options
+    if options.models.teacher == TRAINED_TEACHER:
+        _train_teacher(options, materials, run)
+        taught, options = (_taught_by(options, folder / "teacher") for folder in (output, run.output))
+    setup = processes.agree(lambda: training.setup.with_teacher(taught, materials, judged=processes.first))
+    setup.options = options  # they name a trained teacher by the place where it ends up
+    student = processes.agree(setup.student)
+    run.pin(**setup.fingerprints(student))
+    before = processes.first_alone(lambda: _before(setup, student))
+
+    clock = time.perf_counter()
+    # What is cut from the teacher is cut before the teacher learns, or is loaded in another precision.
+    early = setup.student() if options.models.cut and options.evaluation.ce_baseline else None
+    given = processes.agree(lambda: training.lessons.lessons_of(setup, student))
+    run.pin(**training.teaching.fingerprints(given.teacher))
+    seconds = {"cache": time.perf_counter() - clock}
+    work, some = output / training.run.CHECKPOINTS, materials.corpus.validation[:4]
+    fitted = {judge.STUDENT: _fit(setup, student, given, options, work / "student")}
+    listens = given.listens
+    student = training.sharding.whole(student, setup.materials.device)
+    del given  # a teacher, a second student or an average: the rest is done without them
+    training.lessons.free(setup)
+    merged = training.adapters.merged
+    students = {judge.STUDENT: processes.first_alone(lambda: merged(student, some, work / "student"))}
+    if options.evaluation.ce_baseline:
+        alone = early or setup.student()
+        without = options._replace(
+            distillation=LABELS_ALONE, teaching=TeachingOptions(), training=_as_long(options, fitted[judge.STUDENT])
+        )
+        plain = training.lessons.labels_alone(materials.corpus)
+        fitted[judge.CE_ONLY] = _fit(setup, alone, plain, without, work / "ce-only")
+        alone = training.sharding.whole(alone, setup.materials.device)
+        students[judge.CE_ONLY] = processes.first_alone(lambda: merged(alone, some, work / "ce-only"))
+
+    def conclude() -> dict[str, Any]:
+        beside = _save(run, materials, students, work)
+        contenders = _contenders(setup, students, beside)
         cost = _flops(setup, fitted[judge.STUDENT], listens)
         lines = [*judge.verdict(contenders, before), *_cost_lines(cost)]
-        seconds |= {name: one.seconds for name, one in fitted.items()}
+        spent = seconds | {name: one.seconds for name, one in fitted.items()}
         record = _record(setup, before, contenders, fitted, lines) | {"flops": cost}
         record["differences"] = judge.differences(contenders, options.training.seed)
-        record["seconds"] = seconds | {"total": time.perf_counter() - started}
-        with run.results() as staging:
-            title = f"{options.models.teacher} → {options.models.student_name}: {run.output.name}"
-            failed = training.report.write(
-                staging, title, contenders, fitted, lines, options, materials.tokenizer, record
-            )
+        record["seconds"] = spent | {"total": time.perf_counter() - started}
+        _report(run, setup, contenders, fitted, lines, record)
+        return record
+
+    return processes.of_first(conclude)
+
+
+def _before(setup: Setup, student: Any) -> Contender:
+    """The student before training, which has something to learn from the teacher."""
+    options = setup.options
+    before: Contender = setup.judge.judge("student before", student)
+    if options.learns and not options.teaching.of_itself:
+        training.checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
+    _introduce(setup, before)
+    return before
+
+
+def _save(run: Run, materials: Materials, students: dict[str, Any], work: Path) -> dict[str, Path]:
+    """Put the students into the run, first of all results: nothing that follows costs them.
+
+    Returns where the models that learnt beside the student are, by the names of their contenders.
+    """
+    beside = {name: (work / "student" / left, to) for name, left, to in _BESIDE if (work / "student" / left).is_dir()}
+    with run.results() as staging:
+        for name, model in students.items():
+            folder = staging if name == training.judge.STUDENT else staging / "ce-only"
+            model.save_pretrained(folder)
+            materials.tokenizer.save_pretrained(folder)
+        for of_terms in (work / "student").glob("*.safetensors"):  # such as heads that predict further ahead
+            shutil.copy2(of_terms, staging)
+        for source, place in beside.values():
+            shutil.copytree(source, staging / place)
+            materials.tokenizer.save_pretrained(staging / place)
+    return {name: kept for name, (kept, _) in beside.items()}
+
+
+def _contenders(setup: Setup, students: dict[str, Any], beside: dict[str, Path]) -> list[Contender]:
+    """The teacher, the students, and what learnt beside them, judged."""
+    contenders = [setup.judge.teacher, *(setup.judge.judge(name, model) for name, model in students.items())]
+    for name, kept in beside.items():
+        models = replace(setup.options.models, teacher=str(kept), teacher_dtype="float32", teacher_quantization="none")
+        contenders.append(setup.judge.judge(name, training.loading.load_teacher(models, setup.materials.device)))
+    return contenders
+
+
+def _report(
+    run: Run,
+    setup: Setup,
+    contenders: list[Contender],
+    fitted: dict[str, Fitted],
+    lines: list[str],
+    record: dict[str, Any],
+) -> None:
+    options = setup.options
+    with run.results() as staging:
+        title = f"{options.models.teacher} → {options.models.student_name}: {run.output.name}"
+        failed = training.report.write(
+            staging, title, contenders, fitted, lines, options, setup.materials.tokenizer, record
+        )
     training.report.print_results(contenders, lines, options.evaluation.metrics)
-    print(
-        visible(f"saved to {run.output} after {time.perf_counter() - started:.0f} s; see {run.output / 'report.html'}")
-    )
+    page = run.output / "report.html"
+    print(visible(f"saved to {run.output} after {record['seconds']['total']:.0f} s; see {page}"))
     again = shlex.join(["fastkd", "eval", str(run.output)])
     training.report.warn(
         failed, f"the student is saved all the same; {again} writes a report into {run.output / 'eval'}"
     )
-    return record
 
 
 def _introduce(setup: Setup, before: Contender) -> None:
@@ -164,7 +208,7 @@ def _introduce(setup: Setup, before: Contender) -> None:
 
 def _train_teacher(options: Options, materials: Materials, run: Run) -> None:
     """Train a GPT-2 on the labels of the corpus and save it in the run's folder `teacher`, unless it is there."""
-    if (run.directory / "teacher" / "config.json").exists():
+    if run.processes.of_first((run.directory / "teacher" / "config.json").exists):
         return
     transformers.set_seed(options.training.seed)
     teacher = training.loading.teacher_to_train(materials.tokenizer).to(materials.device)
@@ -181,9 +225,14 @@ def _train_teacher(options: Options, materials: Materials, run: Run) -> None:
         alone,
         checkpoints,
     )
-    with run.results() as staging:
-        teacher.save_pretrained(staging / "teacher")
-        materials.tokenizer.save_pretrained(staging / "teacher")
+    teacher = training.sharding.whole(teacher, materials.device)
+
+    def save() -> None:
+        with run.results() as staging:
+            teacher.save_pretrained(staging / "teacher")
+            materials.tokenizer.save_pretrained(staging / "teacher")
+
+    run.processes.first_alone(save)
 
 
 def _taught_by(options: Options, teacher: Path) -> Options:
@@ -228,12 +277,13 @@ def _as_long(options: Options, fitted: Fitted) -> Any:
 
 def _record(
     setup: Setup,
-    before: Contender,
+    before: Contender | None,
     contenders: list[Contender],
     fitted: dict[str, Fitted],
     lines: list[str],
 ) -> dict[str, Any]:
     """What metrics.json says."""
+    assert before is not None  # in the process that writes
     return {
         "models": {one.name: one.record() for one in (before, *contenders)},
         "student": setup.options.models.student_name,

@@ -42,8 +42,15 @@ def run(arguments: Sequence[str]) -> None:
 def evaluate(student: str, options: Options, baseline: str | None = None) -> dict[str, Any]:
     """Judge the model in the directory `student`, print the table and write the report into its folder `eval`.
 
-    `baseline` is a model to compare with; by default the one that a run with ce_baseline left. Raises InputError.
+    `baseline` is a model to compare with; by default the one that a run with ce_baseline left. Of several processes
+    the first does it, and the others wait. Raises InputError.
     """
+    training.launcher.check_launch("eval", several=True)
+    with training.launcher.quiet():
+        return training.joining.joined(options.models).of_first(lambda: _evaluated(student, options, baseline))
+
+
+def _evaluated(student: str, options: Options, baseline: str | None) -> dict[str, Any]:
     started = time.perf_counter()
     directory, judge = Path(student), training.judge
     if not (directory / "config.json").is_file():
@@ -83,7 +90,7 @@ def evaluate(student: str, options: Options, baseline: str | None = None) -> dic
     if not (directory / "eval").exists():
         (directory / "eval").mkdir()
         training.run.note_files(directory, ["eval"])
-    with training.run.results(directory / "eval") as staging:
+    with training.whole.results(directory / "eval") as staging:
         title = f"{options.models.teacher} and {student}{made}"
         failed = training.report.write(
             staging, title, contenders, {}, lines, options, setup.materials.tokenizer, record

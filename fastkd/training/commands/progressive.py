@@ -258,13 +258,13 @@ def _distill(options: Options, name: str, output: Path) -> None:
     if training.run.is_begun(directory):
         file = directory / training.run.CONFIG_FILE
         # The output may have been moved, and with it the teacher, whose weights the stage knows by their fingerprint.
-        training.run.write_whole(file, dump_over(file, teacher=options.models.teacher))
+        training.whole.write_whole(file, dump_over(file, teacher=options.models.teacher))
         place = f"--output={options.training.output}"
         command += [str(file), f"--device={options.models.device}", place, "--resume"]
     else:
         file = output / training.run.CHECKPOINTS / f"{name}.yaml"
         file.parent.mkdir(exist_ok=True)
-        training.run.write_whole(file, dump(options))
+        training.whole.write_whole(file, dump(options))
         command += [str(file)]
     process = subprocess.Popen(command)
     before = signal.signal(signal.SIGTERM, _end)

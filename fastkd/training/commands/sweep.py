@@ -262,7 +262,7 @@ def _rows(setup: Setup, cells: list[Cell], seeds: list[int], work: Path) -> list
         checkpoints = work / f"cell-{number}"
         print(f"student {number} of {len(asked)}: {cell.name()}{f', seed {seed}' if len(seeds) > 1 else ''}")
         found.append(_measured(setup, cell, seed, checkpoints))
-        training.run.write_whole(file, json.dumps(found))
+        training.whole.write_whole(file, json.dumps(found))
         shutil.rmtree(checkpoints)
     return [_row(cell, found[place * len(seeds) :][: len(seeds)]) for place, cell in enumerate(cells)]
 
