@@ -126,8 +126,8 @@ def plan_for(
     `teachers`: those whose logits are computed, several where they are mixed. `whole_teacher`: every column of it is
     known, so its exponentials are stashed. `own_exponential`: the cross-entropy's e^z is no power of e^(z/T), and is
     stashed too. `gathered`: the rows are some of more, and copied; on CPUs that is not counted, since groups are short
-    there. `shared`: bytes of what ranks exchange of a row, of which this one computes `vocab_size` columns. `free`: bytes
-    of a device that is not to be asked.
+    there. `shared`: bytes of what ranks exchange of a row, if they do. `free`: bytes of a device that is not to be
+    asked.
     """
     options = (whole_teacher, own_exponential, gathered, shared)
     request = _Request(tokens, vocab_size, student, (*teachers,), wants, divergence, device, *options)
