@@ -8,7 +8,6 @@ import pathlib
 
 import bench.scale
 from bench.scale.formulas import FP32, MIXED, Model
-from bench.scale.plot import draw
 from bench.scale.tables import MODELS, Setting, data, text
 
 
@@ -59,6 +58,8 @@ def main() -> None:
     if uneven:
         parser.error(f"--ranks {uneven[0]} is no multiple of --group {setting.group}")
     if options.plot:
+        from bench.scale.plot import draw  # needs matplotlib
+
         draw(setting, options.plot)
     else:
         print(json.dumps(data(setting), indent=1) if options.json else text(setting), end="\n" * options.json)
