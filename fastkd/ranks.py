@@ -27,6 +27,7 @@ __all__ = [
     "Rows",
     "agreed",
     "all_columns",
+    "exchanged_bytes",
     "layout_of",
     "normaliser_of_ranks",
     "stages",
@@ -134,6 +135,14 @@ def stages(spec: RowSpec, teacher: object) -> tuple[Stage, ...]:
     """Those after which ranks exchange what they found."""
     normalised = isinstance(teacher, Tensor) and of_spec(spec.divergence, spec.parameters).normalised
     return ("statistics", "terms") if normalised else ("statistics",)
+
+
+def exchanged_bytes(ranks: int, entries: int = 0) -> int:
+    """What `Rows.exchange` holds of a row at its peak, at most; `entries`: of a sparse teacher.
+
+    Eight numbers of each rank and the entries, as they come, in fp32 on GPUs, and in float64; and what merging makes.
+    """
+    return ranks * ((4 + 8) * (8 + entries) + 8 * 10)
 
 
 class Rows(NamedTuple):

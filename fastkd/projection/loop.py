@@ -43,6 +43,7 @@ from fastkd.projection.sides import (
     student_side,
 )
 from fastkd.projection.teachers import Sparse, teacher_side, teacher_sizes
+from fastkd.ranks import exchanged_bytes
 from fastkd.rows import NOTHING, SparseRows, Stage, Tile, Wants, row_count, row_dtype
 from fastkd.sources import Projection
 
@@ -79,6 +80,7 @@ def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
     budget = call.memory_budget
     if budget is None and spread is not None:
         budget = fixed_budget(call.student.device)  # what is free is another number on each rank
+    entries = 0 if call.teacher_ids is None else call.teacher_ids.shape[-1]
     return plan_for(
         max(_count(live), 1),
         columns.widest,
@@ -92,6 +94,7 @@ def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
         own_exponential=call.hard_scale is not None and call.temperature not in (1, 2, 3, 4),
         tiles_allowed=hasattr(select(call.student), "tile_state") and not call.teacher_mixed and not is_recut(call),
         gathered=isinstance(live, Tensor) and not _tells(call),
+        shared=0 if columns.layout is None else exchanged_bytes(len(columns.layout.widths), entries),
     )
 
 

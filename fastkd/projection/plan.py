@@ -118,6 +118,7 @@ def plan_for(
     own_exponential: bool = False,
     tiles_allowed: bool = True,
     gathered: bool = False,
+    shared: int = 0,
     free: int | None = None,
 ) -> Plan:
     """The plan of one call.
@@ -125,11 +126,11 @@ def plan_for(
     `teachers`: those whose logits are computed, several where they are mixed. `whole_teacher`: every column of it is
     known, so its exponentials are stashed. `own_exponential`: the cross-entropy's e^z is no power of e^(z/T), and is
     stashed too. `gathered`: the rows are some of more, and copied; on CPUs that is not counted, since groups are short
-    there. `free`: bytes of a device that is not to be asked.
+    there. `shared`: bytes of what ranks exchange of a row, if they do. `free`: bytes of a device that is not to be
+    asked.
     """
-    request = _Request(
-        tokens, vocab_size, student, (*teachers,), wants, divergence, device, whole_teacher, own_exponential, gathered
-    )
+    options = (whole_teacher, own_exponential, gathered, shared)
+    request = _Request(tokens, vocab_size, student, (*teachers,), wants, divergence, device, *options)
     if not any(side.hidden_size for side in request.sides):
         request = request._replace(most=max(_WITHOUT_PRODUCTS[request.kind] // vocab_size, 1))
     elif memory_budget is None:
@@ -173,6 +174,7 @@ class _Request(NamedTuple):
     whole_teacher: bool
     own_exponential: bool
     gathered: bool
+    shared: int
     most: int | None = None  # tokens in a group
 
     @property
@@ -195,7 +197,11 @@ class _Request(NamedTuple):
         """Memory beside the gradients while so many tokens × `tile` columns are held."""
         student, width, tiled = self.student, padded(tile), tile < self.vocab_size
         of_chunk = 4 * width * len(self.sides)
-        of_group = STATE_BYTES if tiled else 0
+        of_group = STATE_BYTES if tiled and not self.shared else 0
+        if tiled:  # ranks exchange what they know of a group, else of a chunk
+            of_group += self.shared
+        else:
+            of_chunk += self.shared
         if student is not None and self.wants.any:
             if student.softcap:
                 of_chunk += 4 * width  # the slopes
@@ -218,7 +224,8 @@ class _Request(NamedTuple):
         scratch = scratch_bytes(
             self.device, self.divergence, tile, self.whole_teacher, self.own_exponential, self.wants.any
         )
-        return sizes.chunk * of_chunk + sizes.group * of_group + max(casts, default=0) + scratch
+        states = STATE_BYTES * self.tokens if self.shared else 0
+        return sizes.chunk * of_chunk + sizes.group * of_group + max(casts, default=0) + scratch + states
 
     def largest(self, tile: int, budget: int) -> _Sizes:
         """What fits a budget."""
