@@ -147,6 +147,14 @@ def _bytes(state: Tensor) -> Tensor:
     return state.view(torch.uint8)
 
 
+def _checksum(values: Tensor | None) -> float | None:
+    """Of values and where they stand."""
+    if values is None:
+        return None
+    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
+    return float((values.double() * places).sum())
+
+
 def same_on_all_ranks(call: Call, layout: Layout, least: tuple[int, ...] = ()) -> tuple[int, ...]:
     """ValueError where ranks were given different tokens or settings; the least of `least`.
 
@@ -157,10 +165,8 @@ def same_on_all_ranks(call: Call, layout: Layout, least: tuple[int, ...] = ()) -
     same = {
         "number of tokens": row_count(call.student),
         "settings of the loss": call.spec,
-        "labels": None if call.labels is None else int(call.labels.sum()),
-        "weights, masks and divisors": [
-            None if scale is None else float(scale.double().sum()) for scale in (call.soft_scale, call.hard_scale)
-        ],
+        "labels (by checksum)": _checksum(call.labels),
+        "weights, masks and divisors (by checksum)": [_checksum(call.soft_scale), _checksum(call.hard_scale)],
         "kinds of teachers": (call.teacher is None, call.teacher_kind, len(call.teacher_mixed)),
     }
     return agreed(layout, call.student.device, same, least)
