@@ -130,6 +130,6 @@ def test_the_memory_planned_is_what_is_allocated(
 
 def test_waiting_for_the_device_would_be_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     for read in (lambda x: x.nonzero(), lambda x: x.sum().item(), lambda x: x.cpu(), lambda x: bool(x.any())):
-        monkeypatch.setattr(loop, "_live_rows", lambda call, read=read: read(call.soft_scale))
+        monkeypatch.setattr(loop, "_live_rows", lambda call, columns, read=read: read(call.soft_scale))
         with pytest.raises((RuntimeError, NotImplementedError), match="meta"):
             run_on_meta(monkeypatch, 64, 500, (16, 16))
