@@ -191,7 +191,7 @@ def test_fewer_than_said_spoil_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = from_projections(student, teacher, labels)
     made = loop._live_rows
     sixteen_bit_products(monkeypatch, torch.float32, cpu)
-    monkeypatch.setattr(loop, "_live_rows", lambda call: made(call._replace(live=N - 10)))
+    monkeypatch.setattr(loop, "_live_rows", lambda call, columns: made(call._replace(live=N - 10), columns))
     found = from_projections(student, teacher, labels)
     torch.testing.assert_close(found.loss, expected.loss)
     for a, b in zip(found.gradients, expected.gradients, strict=True):

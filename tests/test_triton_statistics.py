@@ -17,7 +17,7 @@ def test_statistics_and_log_softmax(family: str, vocab: int, temperature: float)
     logits, upstream = cases.logits(family, 3, vocab)[0], torch.randn(3, vocab)
     labels = cases.labels(3, vocab, ignored=(1,))
     with interpreted() as trace:
-        log_sum_exp, entropy, argmax, picked = gpu.row_statistics(logits, labels, temperature)
+        log_sum_exp, entropy, argmax, picked, told = gpu.row_statistics(logits, labels, temperature)
     # Once, the labels' columns, and what may hold a row's maximum: at most a step of 128 threads, and the edges.
     again = trace.loads(logits).sum() - logits.numel() - 2
     assert 0 < again <= 3 * (128 * 2 * 4 + 6)
@@ -36,11 +36,17 @@ def test_statistics_and_log_softmax(family: str, vocab: int, temperature: float)
         normaliser = gpu.log_softmax(logits, temperature, out)
         gpu.log_softmax_backward(upstream, logits, normaliser, temperature, grad)
     assert normaliser.shape == (3, 2)  # as the operator's fake says
+    torch.testing.assert_close(told, normaliser)
     compare.assert_gradient(out, eager, exact, "log-probabilities")
     q, above = exact.exp(), upstream.double()
     truth = (above - q * above.sum(-1, keepdim=True)) / temperature
     slope = (upstream - eager.exp() * upstream.sum(-1, keepdim=True)) / temperature
     compare.assert_gradient(grad, slope, truth)
+    own = slice(vocab // 3, vocab)  # some of a row's columns, as ranks have them
+    with interpreted():
+        part, total = grad[:, own].clone(), upstream.sum(-1)
+        gpu.log_softmax_backward(upstream[:, own], logits[:, own], normaliser, temperature, part, total)
+    compare.assert_gradient(part, slope[:, own], truth[:, own])
 
 
 @pytest.mark.parametrize("shift", [0, 1, 3])
