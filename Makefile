@@ -18,7 +18,14 @@ demo-layers: $(VENV)/demo
 # Several processes of several threads each share the cores: those that wait for work must not turn in circles there.
 PASSIVE := OMP_WAIT_POLICY=passive
 
-test: $(VENV)/test lint docs sanitize triton-versions
+# What runs on one core, or waits for a network, two at a time: make begins it in this order. Then the suites, which take
+# every core, one after another. Nothing but `$(VENV)/test` installs into the environment meanwhile.
+OUTPUT_SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
+test:
+	$(MAKE) --jobs=2 $(OUTPUT_SYNC) lint docs $(SANITIZED) $(TRITONS)
+	$(MAKE) sanitize
+	$(MAKE) triton-versions
 	$(PASSIVE) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
@@ -27,7 +34,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # The site, from docs/ into build/site; a broken link or reference is an error. The variable silences a notice of the theme.
-docs: $(VENV)/docs
+docs: $(VENV)/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The kernels' tests on a library that stops the process at an access out of bounds or at undefined behaviour. Python and
@@ -54,7 +61,9 @@ NEWEST_TRITON := 3.9.0
 INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks triton_mixture row_scalars host_time))
 with_triton = $(PASSIVE) PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/triton/$(NEWEST_TRITON)/installed
+TRITONS = $(patsubst %,$(VENV)/triton/%/installed,$(OLDEST_TRITON) $(NEWEST_TRITON))
+
+triton-versions: $(VENV)/test $(TRITONS)
 	$(call with_triton,$(OLDEST_TRITON)) tests/test_triton_versions.py
 	$(call with_triton,$(NEWEST_TRITON)) tests/test_triton_versions.py $(INTERPRETED)
 
@@ -94,12 +103,9 @@ $(VENV)/torch:
 # What the install depends on. The sources are linked (editable), so only these need a new one.
 INSTALLED := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 
+# For lint, the site and the tests: each install builds the library.
 $(VENV)/test: $(VENV)/torch $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable ".[test,demo]"
-	touch $@
-
-$(VENV)/docs: $(VENV)/torch $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,demo,docs]"
 	touch $@
 
 $(VENV)/bench: $(VENV)/torch $(INSTALLED)
