@@ -54,18 +54,22 @@ $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 	  --config-settings=cmake.define.FASTKD_SANITIZE=ON .
 	touch $@
 
-# Every kernel compiled with the oldest and the newest Triton of `fastkd.backends()`, and some interpreted with the newest.
-# All other tests run with the one that PyTorch 2.13 brings.
+# Every kernel compiled with the oldest and the newest Triton of `fastkd.backends()`, and some interpreted with the newest:
+# its launches and its interpreter, one test of each. Clusters are compiled with no other. All other tests run with the
+# Triton that PyTorch 2.13 brings.
 OLDEST_TRITON := 3.5.1
 NEWEST_TRITON := 3.9.0
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks triton_mixture row_scalars host_time))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_mixture row_scalars host_time))
+WALKS := $(addprefix tests/test_triton_walks.py::test_,a_cluster_reads_rows_from_dram_once other_vocabularies \
+  forward_kl_at_the_speed_of_a_copy clusters_are_for_gpus_and_versions_that_have_them the_gradient_in_place \
+  cross_entropy_alone counters_are_left_at_zero tickets_read_rows_from_dram_once[forward_kl-sm_90-50257])
 with_triton = $(PASSIVE) PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 TRITONS = $(patsubst %,$(VENV)/triton/%/installed,$(OLDEST_TRITON) $(NEWEST_TRITON))
 
 triton-versions: $(VENV)/test $(TRITONS)
 	$(call with_triton,$(OLDEST_TRITON)) tests/test_triton_versions.py
-	$(call with_triton,$(NEWEST_TRITON)) tests/test_triton_versions.py $(INTERPRETED)
+	$(call with_triton,$(NEWEST_TRITON)) tests/test_triton_versions.py $(INTERPRETED) $(WALKS) -k "not cpu- and not reference-"
 
 $(VENV)/triton/%/installed: $(VENV)/torch
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
