@@ -48,7 +48,7 @@ def _block(vocab: int, dtype: torch.dtype, target: str = "sm_90") -> Block:
 
 
 @pytest.mark.parametrize(
-    ("divergence", "family"), zip(cases.KINDS, itertools.cycle(["near_equal", "peaked"]), strict=False), ids=str
+    ("divergence", "family"), list(zip(cases.KINDS, itertools.cycle(["near_equal", "peaked"]), strict=False)), ids=str
 )
 def test_contract(divergence: Divergence, family: str, walk: str) -> None:
     assert _block(5003, torch.float32).shared
