@@ -18,7 +18,14 @@ demo-layers: $(VENV)/demo
 # Several processes of several threads each share the cores: those that wait for work must not turn in circles there.
 PASSIVE := OMP_WAIT_POLICY=passive
 
-test: $(VENV)/test lint docs sanitize triton-versions
+# What runs on one core, or waits for a network, two at a time: make begins it in this order. Then the suites, which take
+# every core, one after another. Nothing but `$(VENV)/test` installs into the environment meanwhile.
+OUTPUT_SYNC := $(if $(filter output-sync,$(.FEATURES)),--output-sync=target)
+
+test:
+	$(MAKE) --jobs=2 $(OUTPUT_SYNC) lint docs $(SANITIZED) $(TRITONS)
+	$(MAKE) sanitize
+	$(MAKE) triton-versions
 	$(PASSIVE) $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: $(VENV)/test
@@ -27,7 +34,7 @@ lint: $(VENV)/test
 	$(BIN)/mypy
 
 # The site, from docs/ into build/site; a broken link or reference is an error. The variable silences a notice of the theme.
-docs: $(VENV)/docs
+docs: $(VENV)/test
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 # The kernels' tests on a library that stops the process at an access out of bounds or at undefined behaviour. Python and
@@ -47,16 +54,22 @@ $(SANITIZED): $(VENV)/torch CMakeLists.txt $(wildcard kernels/cpu/*)
 	  --config-settings=cmake.define.FASTKD_SANITIZE=ON .
 	touch $@
 
-# Every kernel compiled with the oldest and the newest Triton of `fastkd.backends()`, and some interpreted with the newest.
-# All other tests run with the one that PyTorch 2.13 brings.
+# Every kernel compiled with the oldest and the newest Triton of `fastkd.backends()`, and some interpreted with the newest:
+# its launches and its interpreter, one test of each. Clusters are compiled with no other. All other tests run with the
+# Triton that PyTorch 2.13 brings.
 OLDEST_TRITON := 3.5.1
 NEWEST_TRITON := 3.9.0
-INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_walks triton_mixture row_scalars host_time))
+INTERPRETED := $(addprefix tests/test_,$(addsuffix .py,triton_interpreter triton_statistics triton_mixture row_scalars host_time))
+WALKS := $(addprefix tests/test_triton_walks.py::test_,a_cluster_reads_rows_from_dram_once other_vocabularies \
+  forward_kl_at_the_speed_of_a_copy clusters_are_for_gpus_and_versions_that_have_them the_gradient_in_place \
+  cross_entropy_alone counters_are_left_at_zero tickets_read_rows_from_dram_once[forward_kl-sm_90-50257])
 with_triton = $(PASSIVE) PYTHONPATH=$(VENV)/triton/$(1) TRITON_TEST_VERSION=$(1) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
-triton-versions: $(VENV)/test $(VENV)/triton/$(OLDEST_TRITON)/installed $(VENV)/triton/$(NEWEST_TRITON)/installed
+TRITONS = $(patsubst %,$(VENV)/triton/%/installed,$(OLDEST_TRITON) $(NEWEST_TRITON))
+
+triton-versions: $(VENV)/test $(TRITONS)
 	$(call with_triton,$(OLDEST_TRITON)) tests/test_triton_versions.py
-	$(call with_triton,$(NEWEST_TRITON)) tests/test_triton_versions.py $(INTERPRETED)
+	$(call with_triton,$(NEWEST_TRITON)) tests/test_triton_versions.py $(INTERPRETED) $(WALKS) -k "not cpu- and not reference-"
 
 $(VENV)/triton/%/installed: $(VENV)/torch
 	$(BIN)/python -m pip install --quiet --no-deps --upgrade --target $(@D) triton==$*
@@ -94,12 +107,9 @@ $(VENV)/torch:
 # What the install depends on. The sources are linked (editable), so only these need a new one.
 INSTALLED := pyproject.toml CMakeLists.txt $(wildcard kernels/cpu/*)
 
+# For lint, the site and the tests: each install builds the library.
 $(VENV)/test: $(VENV)/torch $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable ".[test,demo]"
-	touch $@
-
-$(VENV)/docs: $(VENV)/torch $(INSTALLED)
-	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	$(BIN)/python -m pip install --quiet --editable ".[test,demo,docs]"
 	touch $@
 
 $(VENV)/bench: $(VENV)/torch $(INSTALLED)

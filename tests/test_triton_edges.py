@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import cycle
 
 import pytest
 import torch
@@ -20,8 +21,9 @@ from tests.triton_interpreter import interpreted
 from tests.triton_judge import judge
 
 
-@pytest.mark.parametrize("place", edges.PLACES[1:3])
-@pytest.mark.parametrize("divergence", edges.KINDS, ids=str)
+@pytest.mark.parametrize(
+    ("divergence", "place"), list(zip(edges.KINDS, cycle(edges.PLACES[1:3]), strict=False)), ids=str
+)
 def test_where_a_row_lies_changes_nothing(divergence: Divergence, place: float) -> None:
     with interpreted():
         edges.judge_place(gpu.kd_rows, divergence, place, 300)
@@ -36,8 +38,9 @@ def test_temperatures_from_1e_30_to_1e6(divergence: Divergence, temperature: flo
         check(gpu.kd_rows, *cases.logits("far", 2, 700), divergence, temperature)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 3.7])
-@pytest.mark.parametrize("divergence", edges.TEMPERED, ids=str)
+@pytest.mark.parametrize(
+    ("divergence", "temperature"), list(zip(edges.TEMPERED, cycle([1.0, 3.7]), strict=False)), ids=str
+)
 def test_confident_rows_that_disagree(divergence: Divergence, temperature: float) -> None:
     """Each side is sure of a token of its own; whole rows and tiles, and the teacher's likeliest tokens alone."""
     if divergence.name == "alpha_beta" and divergence.parameters in ((0.5, -0.5), (0.0, 0.0), (0.5, 0.0)):

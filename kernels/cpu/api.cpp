@@ -29,11 +29,14 @@ struct Choice {
 
 // The environment variable FASTKD_ISA=v3 chooses AVX2 on a processor that has more, to compare or to test both.
 Choice choose() {
-#if defined(FASTKD_HAS_v3)
+#if defined(FASTKD_HAS_v4)
   __builtin_cpu_init();
   const char* wish = std::getenv("FASTKD_ISA");
   const bool narrow = wish && std::strcmp(wish, "v3") == 0;
   if (!narrow && __builtin_cpu_supports("x86-64-v4")) return {"x86-64-v4 (AVX-512)", v4::kernels()};
+#endif
+#if defined(FASTKD_HAS_v3)
+  __builtin_cpu_init();
   if (__builtin_cpu_supports("x86-64-v3")) return {"x86-64-v3 (AVX2, FMA)", v3::kernels()};
 #endif
 #if defined(FASTKD_HAS_generic)

@@ -8,7 +8,6 @@ import torch
 from fastkd.terms import AttentionTerm, Course, HiddenStateTerm, Term, terms_named
 from tests.features import frozen, gpt2, llama
 from tests.training.test_trainer import logged, trainer, weights
-from tests.training.two_processes import on_two
 
 TERMS = [
     {"type": "hidden", "layers": "learned", "weight": 0.5, "temperature": {"start": 1.0, "end": 0.1}},
@@ -68,38 +67,6 @@ def test_terms_are_in_the_precision_of_the_training(tmp_path):
     found.train()
     assert len(logged(found, "watched")) == 1
     assert not torch.is_autocast_enabled("cpu")
-
-
-def some_blocks(path, **settings):
-    """Of terms that read one block of each model, and never the last one."""
-    torch.manual_seed(3)
-    student, teacher = gpt2(16, 3, attention="sdpa"), frozen(llama(24, 3, attention="sdpa"))
-    terms = [HiddenStateTerm([[0, 1]], weight=0.5), AttentionTerm([[1, 0]], "qk", weight=0.2)]
-    torch.manual_seed(4)
-    found = trainer(path, student, teacher=teacher, terms=terms, max_grad_norm=0.5, **settings)
-    found.train()
-    return weights(found.model), weights(terms[0]), logged(found, "hidden"), logged(found, "attention")
-
-
-def both(rank: int, folder: str) -> None:
-    checkpointed = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
-    torch.save(some_blocks(folder, per_device_train_batch_size=8, **checkpointed), f"{folder}/{rank}.pt")
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
-def test_two_processes_that_compute_blocks_again_are_one(tmp_path):
-    """Blocks that no term reads are left out of what the student returns, in DDP and under checkpointing too."""
-    on_two(both, tmp_path)
-    student, projector, hidden, attention = some_blocks(tmp_path, per_device_train_batch_size=16)
-    assert min(hidden + attention) > 0
-    for rank in range(2):
-        found = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(found[0], student, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(found[1], projector, rtol=1e-5, atol=1e-6)
-    assert torch.load(tmp_path / "0.pt")[2:] == (
-        pytest.approx(hidden, rel=1e-5),
-        pytest.approx(attention, rel=1e-5),
-    )
 
 
 @pytest.mark.parametrize(

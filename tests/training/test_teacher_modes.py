@@ -15,7 +15,6 @@ from fastkd.terms import AttentionTerm, Batch, Course, HiddenStateTerm, KDTerm, 
 from fastkd.training.data import collate
 from fastkd.training.trainer import KDTrainer
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, logged, teacher, trainer, weights, windows
-from tests.training.two_processes import on_two
 
 
 def gpt2(seed, wide=16, dropout=0.1):
@@ -305,32 +304,3 @@ def test_columns_that_trainer_takes_away_are_refused(tmp_path):
     made(plain, data_collator=lambda examples: {**collate(examples), "corpus": [0] * len(examples)}).train()
     made(plain, Cached(), data_collator=WithTeacher()).train()
     made(Corpora(windows()), Frozen(teacher())).train()
-
-
-def both(rank: int, folder: str) -> None:
-    for name in ("online", "ema"):
-        torch.manual_seed(rank)  # the first process' start counts
-        student = gpt2(rank, dropout=0.0)
-        mode = Online(gpt2(1 + rank, 24, 0.0), 1e-3) if name == "online" else EMA(0.5)
-        found = trainer(folder, student, kd=KD, teacher=mode, per_device_train_batch_size=8, max_grad_norm=0.5)
-        found.train()
-        torch.save((weights(found.model), weights(mode.model), logged(found, "loss")), f"{folder}/{name}{rank}.pt")
-
-
-def test_two_processes_are_one(tmp_path):
-    on_two(both, tmp_path)
-    for name, mode in (("online", Online(gpt2(1, 24, 0.0), 1e-3)), ("ema", EMA(0.5))):
-        alone = trainer(
-            tmp_path,
-            gpt2(0, dropout=0.0),
-            kd=KD,
-            teacher=mode,
-            per_device_train_batch_size=16,
-            max_grad_norm=0.5,
-        )
-        alone.train()
-        for rank in range(2):
-            student, above, losses = torch.load(tmp_path / f"{name}{rank}.pt")
-            torch.testing.assert_close(student, weights(alone.model), rtol=1e-5, atol=1e-6)
-            torch.testing.assert_close(above, weights(mode.model), rtol=1e-5, atol=1e-6)
-            assert rank or losses == pytest.approx(logged(alone, "loss"), rel=1e-5)

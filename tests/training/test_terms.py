@@ -14,7 +14,6 @@ from fastkd.terms import Term
 from fastkd.training.trainer import KDTrainer, logged_beside
 from tests import compare
 from tests.training.test_trainer import VOCAB, logged, model, teacher, trainer, weights
-from tests.training.two_processes import on_two
 
 WIDE, WIDE_TEACHER = 16, 24
 
@@ -200,29 +199,6 @@ def test_an_optimizer_that_is_given_must_have_the_parameters(tmp_path):
     before = weights(term).clone()
     run(torch.optim.SGD([*student.parameters(), *term.parameters()], 0.1), term)
     assert not torch.equal(weights(term), before)
-
-
-def both(rank: int, folder: str) -> None:
-    term = LastHidden("hidden", 2.0)
-    with torch.no_grad():
-        term.projector.weight.add_(rank)  # the first process' counts
-    found = trainer(folder, model(0), teacher=teacher(), per_device_train_batch_size=8, terms=[term], max_grad_norm=0.5)
-    found.train()
-    torch.save((weights(found.model), weights(term), logged(found, "hidden")), f"{folder}/{rank}.pt")
-
-
-def test_two_processes_are_one(tmp_path):
-    on_two(both, tmp_path)
-    term = LastHidden("hidden", 2.0)
-    alone = trainer(
-        tmp_path, model(0), teacher=teacher(), per_device_train_batch_size=16, terms=[term], max_grad_norm=0.5
-    )
-    alone.train()
-    for rank in range(2):
-        student, projector, _ = torch.load(tmp_path / f"{rank}.pt")
-        torch.testing.assert_close(student, weights(alone.model), rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(projector, weights(term), rtol=1e-5, atol=1e-6)
-    assert torch.load(tmp_path / "0.pt")[2] == pytest.approx(logged(alone, "hidden"), rel=1e-5)
 
 
 def test_a_sharded_student_is_refused(tmp_path, monkeypatch):

@@ -9,14 +9,12 @@ import time
 
 import pytest
 import torch
-import torch.distributed.fsdp as fsdp
 import transformers
 
 import fastkd
 import fastkd.cache
 from fastkd.training.data import Windows, collate
 from fastkd.training.trainer import Course, KDTrainer
-from tests.training.two_processes import on_two
 
 LENGTH, VOCAB = 12, 60
 
@@ -343,47 +341,3 @@ def test_the_loss_given_is_not_changed(tmp_path):
 def test_the_loss_has_a_default(tmp_path):
     arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True, report_to="none")
     assert KDTrainer(model(0), arguments, teacher=teacher()).kd.temperature == fastkd.KDLoss().temperature
-
-
-TOKENS = 60  # labels of the first eight rows
-
-
-def both(rank: int, folder: str) -> None:
-    student = model(0)
-    found = trainer(folder, student, teacher=teacher(), per_device_train_batch_size=8, eval_dataset=Ragged(windows(7)))
-    found.train()
-    measured = found.evaluate()
-    mine = collate([Ragged(windows())[index] for index in range(4 * rank, 4 * rank + 4)])
-    gradients = []
-    for units in (True, False):  # the layer has a unit of its own, or the root is the only one
-        sharded = model(0)
-        if units:
-            fsdp.fully_shard(sharded.model.layers[0])
-        fsdp.fully_shard(sharded)
-        trainer(folder, sharded, teacher=teacher()).compute_loss(sharded, mine, num_items_in_batch=TOKENS).backward()
-        gradients.append(torch.cat([weight.grad.full_tensor().flatten() for weight in sharded.parameters()]))
-    if rank == 0:
-        lines = {name: logged(found, name) for name in ("loss", "soft", "hard")}
-        torch.save((weights(student), lines, measured["eval_hard"], gradients), f"{folder}/found.pt")
-
-
-def test_two_processes_are_one(tmp_path):
-    """Replicated (DDP) for three steps and a validation, and the gradients of a sharded student (FSDP2)."""
-    on_two(both, tmp_path)
-    found, lines, hard, gradients = torch.load(tmp_path / "found.pt")
-    alone = model(0)
-    one = trainer(tmp_path, alone, teacher=teacher(), per_device_train_batch_size=16, eval_dataset=Ragged(windows(7)))
-    one.train()
-    torch.testing.assert_close(found, weights(alone), rtol=1e-5, atol=1e-6)
-    for name, values in lines.items():
-        assert values == pytest.approx(logged(one, name), rel=1e-5)
-    assert hard == pytest.approx(one.evaluate()["eval_hard"], rel=1e-5)
-
-    whole = model(0)
-    batch = collate([Ragged(windows())[index] for index in range(8)])
-    assert (batch["labels"][:, 1:] != -100).sum() == TOKENS
-    trainer(tmp_path, whole, teacher=teacher()).compute_loss(whole, batch, num_items_in_batch=TOKENS).backward()
-    expected = torch.cat([weight.grad.flatten() for weight in whole.parameters()])
-    for found in gradients:
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
-    assert expected.abs().max() > 0.01
