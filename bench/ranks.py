@@ -10,6 +10,7 @@ processes, so that no rank is always the one that another process is in the way 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
 import time
@@ -81,10 +82,11 @@ def _timed(rank: int, ranks: int, size: Size, form: str, divergence: str, folder
 def compared(size: Size, ranks: list[int], rounds: int, form: str, divergence: str) -> dict[int, float]:
     """Number of ranks → median seconds."""
     found: dict[int, list[float]] = {count: [] for count in ranks}
+    multiprocessing.get_context("forkserver").set_forkserver_preload(["torch", "fastkd"])
     for _ in range(rounds):
         for count in ranks:
             with tempfile.TemporaryDirectory() as folder:
-                mp.spawn(_timed, (count, size, form, divergence, folder), nprocs=count)
+                mp.start_processes(_timed, (count, size, form, divergence, folder), count, start_method="forkserver")
                 found[count] += torch.load(f"{folder}/0.pt")
     return {count: statistics.median(seconds) for count, seconds in found.items()}
 
