@@ -176,8 +176,9 @@ def test_lora_student_is_merged(options, inputs, tmp_path):
 
 def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
     """The interrupted run, resumed, ends with the losses and the student of one that was not interrupted."""
-    whole = run(options, max_steps=400, logging_steps=1, output=str(tmp_path / "whole"), eval_steps=1000)
-    arguments = flags(options, max_steps=400, logging_steps=1, eval_steps=1000)
+    settings = {"max_steps": 200, "logging_steps": 1, "eval_steps": 1000}
+    whole = run(options, **settings, output=str(tmp_path / "whole"))
+    arguments = flags(options, **settings)
     process = subprocess.Popen(
         [sys.executable, "-m", "fastkd.cli", "distill", *arguments],
         stderr=subprocess.PIPE,
@@ -199,7 +200,7 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
     assert list((out / "checkpoints" / "student").glob("checkpoint-*"))
 
     with pytest.raises(InputError, match=r"learning_rate: 0\.01 → 0\.5"):
-        run(options, max_steps=400, logging_steps=1, eval_steps=1000, learning_rate=0.5, resume=True)
+        run(options, **settings, learning_rate=0.5, resume=True)
     assert main(["distill", str(out / "config.yaml"), "--resume"]) == 0
     resumed = json.loads((out / "metrics.json").read_text())
 
@@ -212,9 +213,11 @@ def test_ctrl_c_leaves_a_run_that_is_resumed(options, tmp_path):
         assert torch.equal(weight, theirs.state_dict()[name])
 
 
-@pytest.mark.parametrize("stage", ["lessons", "ce-only", "results"])
-def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
-    """While the cache is written, after the student is trained, or while results are written: resumed, it is whole."""
+def test_ctrl_c_at_every_stage(options, tmp_path, monkeypatch):
+    """While the cache is written, after the student is trained, and while results are written: at last it is whole.
+
+    One run, interrupted and resumed again and again.
+    """
     from fastkd.training import report
     from fastkd.training.commands import distill as module
 
@@ -230,12 +233,13 @@ def test_ctrl_c_at_any_stage(options, tmp_path, monkeypatch, stage):
         "ce-only": (module, "_as_long", interrupt),
         "results": (report, "write", interrupt),
     }
-    with monkeypatch.context() as patched:
-        patched.setattr(*stages[stage])
-        with pytest.raises(KeyboardInterrupt, match=r"config\.yaml --resume"):
-            run(options, **settings)
-    assert not (tmp_path / "out" / "metrics.json").exists()
-    assert not list((tmp_path / "out").glob(".results*"))
+    for stage, patch in stages.items():
+        with monkeypatch.context() as patched:
+            patched.setattr(*patch)
+            with pytest.raises(KeyboardInterrupt, match=r"config\.yaml --resume"):
+                run(options, **settings, resume=stage != "lessons")
+        assert not (tmp_path / "out" / "metrics.json").exists()
+        assert not list((tmp_path / "out").glob(".results*"))
     found = run(options, **settings, resume=True)
     for name, values in expected["models"].items():
         for measure in ("perplexity", "kl", "calibration_error"):
