@@ -30,6 +30,11 @@ class Frozen(TeacherMode):
         # Not a submodule: checkpoints, `.to()` and `.train()` of what holds this mode are not for it.
         self.__dict__["model"] = model
 
+    @property
+    def in_step(self) -> list[nn.Module]:
+        """The model."""
+        return [self.__dict__["model"]]
+
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
         """Both models have one vocabulary, and are two."""
         check_models(student, {"the teacher": self.__dict__["model"]}, vocab_size)

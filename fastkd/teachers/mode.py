@@ -79,6 +79,11 @@ class TeacherMode(nn.Module):
         """The parameters that learn from `loss`, which get a learning rate of their own."""
         return []
 
+    @property
+    def in_step(self) -> list[nn.Module]:
+        """Models that stay as they are and that every process runs for every batch: each may hold a part of them."""
+        return []
+
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
         """Raise ValueError, before the first step, for models that do not fit, and for needs that cannot be served.
 

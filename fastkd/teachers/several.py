@@ -79,6 +79,11 @@ class Mixed(_Several):
         self.weights = [weight / sum(given) for weight in given]
         self._vocab_size: int | None = None
 
+    @property
+    def in_step(self) -> list[nn.Module]:
+        """Those that are run."""
+        return [model for model, weight in zip(self._models.values(), self.weights, strict=True) if weight]
+
     def check(self, student: nn.Module, needs: Sequence[Need] = (), vocab_size: int | None = None) -> None:
         """As above. Of heads that are padded to different widths the first `vocab_size` columns are mixed."""
         super().check(student, needs, vocab_size)

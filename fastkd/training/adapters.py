@@ -63,8 +63,8 @@ def check_adapters(options: ModelOptions, config: Any) -> None:
             adapt(AutoModelForCausalLM.from_config(config, trust_remote_code=False), options)
 
 
-def merged(student: Any, windows: Tensor, directory: Path) -> Any:
-    """A student as a plain transformers model, its adapters merged into it.
+def merged(student: Any, windows: Tensor, directory: Path, *, saves: bool = True) -> Any:
+    """A student as a plain transformers model, its adapters merged into it. Of several processes the first one saves.
 
     `windows` [n, length] are ids that it is run on before and after. Where its logits are not the same but for
     rounding, InputError is raised; the adapters, which are saved in `directory`/adapter first, are still there.
@@ -72,7 +72,8 @@ def merged(student: Any, windows: Tensor, directory: Path) -> Any:
     if not hasattr(student, "merge_and_unload"):
         return student
     folder = directory / "adapter"
-    student.save_pretrained(folder, save_embedding_layers=False)  # "auto" may ask the Hub
+    if saves:
+        student.save_pretrained(folder, save_embedding_layers=False)  # "auto" may ask the Hub
     before = _logits(student, windows)
     whole = student.merge_and_unload()
     apart, largest = (_logits(whole, windows) - before).abs().max().item(), before.abs().max().item()
@@ -89,7 +90,8 @@ def merged(student: Any, windows: Tensor, directory: Path) -> Any:
 def _logits(model: Any, windows: Tensor) -> Tensor:
     """fp32 [rows, V], of the first rows of `windows`."""
     found = predict(model, windows, len(windows))
-    return exact_logits(next(found.rows(windows))[0])
+    logits, _ = next(next(found.batches(windows)))
+    return exact_logits(logits)
 
 
 def _users(model: Any) -> dict[int, set[str]]:

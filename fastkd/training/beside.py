@@ -20,6 +20,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from fastkd.teachers import TeacherMode
 from fastkd.terms import Terms
+from fastkd.training.sharding import shard_frozen
 
 __all__ = ["TrainsBeside"]
 
@@ -104,6 +105,8 @@ class TrainsBeside(Trainer):
         if self.accelerator.num_processes > 1:
             for weight in (*self.terms.parameters(), *self.teacher.trained):
                 dist.broadcast(weight.data, 0)  # the same everywhere, as DDP makes the student
+        for model in self.teacher.in_step if self.accelerator.is_fsdp2 else []:
+            shard_frozen(model, self.accelerator)
         return super().train(*args, **kwargs)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:

@@ -3,12 +3,16 @@
 A model is run over the windows once; what is kept is its last hidden states and its output head (`Predictions`), of
 which logits are made a few rows at a time. So the teacher's body can be freed before the student trains, and any
 number of students is compared with it at the cost of its head.
+
+Several processes share the work by batches of windows. Every number is made of sums over single windows, added in the
+order of the windows, so it has the bits of one process.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +20,9 @@ import torch
 from torch import Tensor
 
 import fastkd
+from fastkd.processes import Processes
 from fastkd.projection.loop import logit_chunks
+from fastkd.training.dealing import Deal
 
 __all__ = [
     "BINS",
@@ -37,19 +43,24 @@ __all__ = [
 BINS = 15  # of confidence, for the calibration error
 LARGEST_LOSS = 700.0  # whose perplexity is a float
 _ROWS = 256  # whose logits exist at a time
+Rows = tuple[fastkd.Projection, Tensor]  # logits `[_ROWS, V]` of predicted tokens, and their labels
 _KL = fastkd.KDLoss(temperature=1.0, soft_weight=1.0, hard_weight=0.0, reduction="none")
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model expects over windows: hidden states `[windows, length, H]` on the CPU, and its head."""
+    """What a model expects over windows: of each batch that is this process's the hidden states, and its head."""
 
-    hidden: Tensor
+    hidden: list[Tensor]  # `[windows, length, H]` on the CPU
     head: fastkd.Projection  # of no tokens
+    deal: Deal
 
-    def rows(self, windows: Tensor) -> Iterator[tuple[fastkd.Projection, Tensor]]:
-        """Projections `[_ROWS, V]` and labels `[_ROWS]` of the predicted tokens of `windows`, in turn."""
-        hidden, labels = self.hidden[:, :-1].flatten(0, 1), windows[:, 1:].flatten()
+    def batches(self, windows: Tensor) -> Iterator[Iterator[Rows]]:
+        """Of each batch of `windows` [n, length] that is this process's the predicted tokens, in turn."""
+        for hidden, ids in zip(self.hidden, self.deal.mine(windows), strict=True):
+            yield self._rows(hidden[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+    def _rows(self, hidden: Tensor, labels: Tensor) -> Iterator[Rows]:
         for start in range(0, len(labels), _ROWS):
             part = hidden[start : start + _ROWS].to(self.head.device)
             yield replace(self.head, hidden=part), labels[start : start + _ROWS].to(self.head.device)
@@ -60,23 +71,26 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: Any, windows: Tensor, batch_size: int, vocab_size: int | None = None) -> Predictions:
+def predict(
+    model: Any, windows: Tensor, batch_size: int, vocab_size: int | None = None, processes: Processes | None = None
+) -> Predictions:
     """Run `model` over `windows` [n, length], in eval mode. Only the first `vocab_size` ids count, if given.
 
-    The head shares the model's memory: to keep the predictions of a model that is trained further, give that one's head
-    other memory first.
+    Each of `processes` runs the batches that are its own. The head shares the model's memory: to keep the predictions
+    of a model that is trained further, give that one's head other memory first.
     """
     training = model.training
     model.eval()
-    found = []
-    for ids in windows.split(batch_size):
+    deal, hidden = Deal(batch_size, processes or Processes()), []
+    mine = deal.mine(windows)
+    for ids in mine or [windows[:1, :1]]:  # a process without a batch needs the head
         ids = ids.to(model.device)
-        found.append(fastkd.project(model, input_ids=ids, attention_mask=torch.ones_like(ids)).detach())
+        found = fastkd.project(model, input_ids=ids, attention_mask=torch.ones_like(ids)).detach()
+        hidden.append(found.hidden.cpu())
     model.train(training)
-    first = found[0]
-    bias = None if first.bias is None else first.bias[:vocab_size]
-    head = replace(first, hidden=first.hidden[:0, 0], weight=first.weight[:vocab_size], bias=bias)
-    return Predictions(torch.cat([logits.hidden.cpu() for logits in found]), head)
+    bias = None if found.bias is None else found.bias[:vocab_size]
+    head = replace(found, hidden=found.hidden[:0, 0], weight=found.weight[:vocab_size], bias=bias)
+    return Predictions(hidden[: len(mine)], head, deal)
 
 
 def exact_logits(projection: fastkd.Projection) -> Tensor:
@@ -119,64 +133,77 @@ class Measures:
 
 @torch.no_grad()
 def measure(student: Predictions, windows: Tensor, teacher: Predictions | None = None) -> Measures:
-    """Judge a student on `windows` [n, length], on its own and, if there is one, against a teacher."""
-    bins = torch.zeros(3, BINS, dtype=torch.float64, device="cpu")
-    totals = torch.zeros(5, dtype=torch.float64, device="cpu")
-    losses, divergences = [], []  # of each token
+    """Judge a student on `windows` [n, length], on its own and, if there is one, against a teacher.
+
+    Both were run in batches of one size. All processes that ran them call this, and get the same.
+    """
     compared = teacher is not None and teacher is not student
-    teacher_rows = teacher.rows(windows) if teacher is not None and compared else iter(())
-    for projection, labels in student.rows(windows):
-        logits = exact_logits(projection)
-        found = fastkd.row_statistics(logits, labels)
-        losses.append(-found.label_logprob.double().cpu())
-        confidence = (logits.amax(-1) - found.log_sum_exp).exp()
-        place = (confidence * BINS).long().clamp(max=BINS - 1).cpu()
-        right = found.argmax == labels
-        for row, values in zip(bins, (torch.ones_like(confidence), confidence, right), strict=True):
-            row.index_add_(0, place, values.double().cpu())
-        for row, _ in [next(teacher_rows)] if compared else []:
-            above = exact_logits(row).to(logits.device)
-            divergences.append(_KL(logits, above).double().cpu())
-            totals += _agreement(logits, above)
-    count = bins[0].sum()
-    loss = _by_window(losses, windows)
+
+    def of_batches() -> list[Tensor]:
+        above = teacher.batches(windows) if teacher is not None and compared else itertools.repeat(None)
+        return [
+            torch.cat(list(_of_tokens(*pair))).unflatten(0, (-1, windows.shape[1] - 1)).sum(1)
+            for pair in zip(student.batches(windows), above, strict=False)
+        ]
+
+    by_window = student.deal.together(of_batches)
+    loss, kl = by_window[:, 0], by_window[:, 1] if compared else None
     tokens = torch.full_like(loss, windows.shape[1] - 1)
+    total = by_window.sum(0)
+    totals, bins = total[: -3 * BINS], total[-3 * BINS :].view(3, BINS)
+    count = bins[0].sum()
     share, confidence, right = bins[0] / count, bins[1] / bins[0].clamp(min=1), bins[2] / bins[0].clamp(min=1)
-    kl = _by_window(divergences, windows) if compared else None if teacher is None else torch.zeros_like(tokens)
     measures = Measures(
-        loss=(loss.sum() / count).item(),
+        loss=(totals[0] / count).item(),
         calibration_error=(share * (confidence - right).abs()).sum().item(),
         calibration=torch.stack((share, confidence, right), 1).tolist(),
         sums=WindowSums(tokens, loss, kl),
     )
-    if kl is None:
+    if teacher is None:
         return measures
     if not compared:
-        return replace(measures, kl=0.0, top1_agreement=1.0, top5_agreement=1.0, probability_correlation=1.0)
+        sums = replace(measures.sums, kl=torch.zeros_like(loss))
+        return replace(measures, sums=sums, kl=0.0, top1_agreement=1.0, top5_agreement=1.0, probability_correlation=1.0)
     uniform = count / student.vocab_size  # the product of the sums, divided by the number of probabilities
-    both, ours, theirs = totals[2:] - uniform
+    both, ours, theirs = totals[4:] - uniform
     return replace(
         measures,
-        kl=(kl.sum() / count).item(),
-        top1_agreement=(totals[0] / count).item(),
-        top5_agreement=(totals[1] / count).item(),
+        kl=(totals[1] / count).item(),
+        top1_agreement=(totals[2] / count).item(),
+        top5_agreement=(totals[3] / count).item(),
         probability_correlation=(both / (ours * theirs).sqrt()).item(),
     )
 
 
-def _by_window(values: list[Tensor], windows: Tensor) -> Tensor:
-    """Sums `[windows]` of a value of every predicted token, given in parts."""
-    return torch.cat(values).view(len(windows), -1).sum(1)
+def _of_tokens(rows: Iterable[Rows], above: Iterable[Rows] | None) -> Iterator[Tensor]:
+    """What is summed of each token, float64 `[_ROWS, k]` on the CPU.
+
+    The loss; with a teacher the KL, and what `_agreement` says; then by bins of confidence: 1, confidence, whether the
+    likeliest token was right.
+    """
+    theirs: Iterable[Rows | None] = itertools.repeat(None) if above is None else above
+    for (projection, labels), row in zip(rows, theirs, strict=False):
+        logits = exact_logits(projection)
+        found = fastkd.row_statistics(logits, labels)
+        columns = [-found.label_logprob]
+        if row is not None:
+            taught = exact_logits(row[0]).to(logits.device)
+            columns += [_KL(logits, taught), *_agreement(logits, taught)]
+        confidence = (logits.amax(-1) - found.log_sum_exp).exp()
+        place = (confidence * BINS).long().clamp(max=BINS - 1)
+        binned = torch.stack((torch.ones_like(confidence), confidence, found.argmax == labels), 1).double()
+        bins = binned[:, :, None] * torch.nn.functional.one_hot(place, BINS)[:, None]
+        yield torch.cat((torch.stack([column.double() for column in columns], 1), bins.flatten(1)), 1).cpu()
 
 
-def _agreement(logits: Tensor, above: Tensor) -> Tensor:
-    """Sums over rows, float64 [5]: same likeliest token, shared of five, p·q, q², p²."""
+def _agreement(logits: Tensor, above: Tensor) -> list[Tensor]:
+    """Of each row float64: same likeliest token, share in common of five, p·q, q², p²."""
     k = min(5, logits.shape[-1])
     ours, theirs = logits.topk(k).indices, above.topk(k).indices
     q, p = fastkd.log_softmax(logits).exp(), fastkd.log_softmax(above).exp()
     shared = (ours[:, :, None] == theirs[:, None, :]).any(-1).double().mean(-1)
-    columns = (ours[:, 0] == theirs[:, 0], shared, (p * q).sum(-1), (q * q).sum(-1), (p * p).sum(-1))
-    return torch.stack([column.sum(dtype=torch.float64).cpu() for column in columns])
+    products = ((one * other).sum(-1, dtype=torch.float64) for one, other in ((p, q), (q, q), (p, p)))
+    return [(ours[:, 0] == theirs[:, 0]).double(), shared, *products]
 
 
 def unigram_loss(train: Tensor, windows: Tensor, vocab_size: int) -> float:

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from fastkd.processes import Processes
 from fastkd.training.bootstrap import interval, resampled_means
 from fastkd.training.data import Corpus
 from fastkd.training.evaluation import (
@@ -72,8 +73,8 @@ class Contender:
     held_out: Measures
     out_of_domain: Measures | None
     retention: float | None  # of the teacher's gain over unigrams, on held-out text, in percent
-    samples: list[str]
-    next_tokens: list[Tensor]  # logits [V] after each prompt
+    samples: list[str]  # of the first process; others have none
+    next_tokens: list[Tensor]  # logits [V] after each prompt, also of the first process alone
     #: Of perplexity, out_of_domain_perplexity and kl: [lower, upper] end. A single window has no interval: None.
     intervals: dict[str, list[float] | None]
     #: On each corpus of a mixture, by its name; the measures above are on the mixture. Empty where there is one corpus.
@@ -107,9 +108,21 @@ class _Read(NamedTuple):
 
 
 class Judge:
-    """Measures contenders on the same text against the same teacher, whose body it does not keep."""
+    """Measures contenders on the same text against the same teacher, whose body it does not keep.
 
-    def __init__(self, teacher: Any, tokenizer: Any, corpus: Corpus, options: Options, vocab_size: int | None) -> None:
+    All `processes` judge together, and come to the same. The first one alone draws samples.
+    """
+
+    def __init__(
+        self,
+        teacher: Any,
+        tokenizer: Any,
+        corpus: Corpus,
+        options: Options,
+        vocab_size: int | None,
+        processes: Processes | None = None,
+    ) -> None:
+        self._processes = processes or Processes()
         self.tokenizer, self.corpus, self.options, self._counted = tokenizer, corpus, options, vocab_size
         self._teacher = self._read(teacher)
         self.vocab_size = self._teacher.held_out.vocab_size  # ids that count
@@ -126,7 +139,7 @@ class Judge:
         size, corpus = self.options.evaluation.eval_batch_size, self.corpus
 
         def run(windows: Tensor) -> Predictions:
-            return predict(model, windows, size, self._counted)
+            return predict(model, windows, size, self._counted, self._processes)
 
         elsewhere = None if corpus.out_of_domain is None else run(corpus.out_of_domain)
         return _Read(run(corpus.held_out), elsewhere, [run(task.held_out) for task in corpus.tasks])
@@ -138,6 +151,7 @@ class Judge:
             assert self.corpus.out_of_domain is not None
             elsewhere = measure(read.out_of_domain, self.corpus.out_of_domain, self._teacher.out_of_domain)
         evaluation, seed = self.options.evaluation, self.options.training.seed
+        first = self._processes.first
         intervals = _intervals(found, seed)
         intervals["out_of_domain_perplexity"] = None if elsewhere is None else _intervals(elsewhere, seed)["perplexity"]
         return Contender(
@@ -146,8 +160,8 @@ class Judge:
             found,
             elsewhere,
             self._retention(None, found.loss, self._baseline),
-            samples(model, self.tokenizer, evaluation, seed),
-            next_token(model, self.tokenizer, evaluation.prompts, self.vocab_size),
+            samples(model, self.tokenizer, evaluation, seed) if first else [],
+            next_token(model, self.tokenizer, evaluation.prompts, self.vocab_size) if first else [],
             intervals,
             self._task_results(read),
         )

@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from fastkd.cache.fingerprints import fingerprint, state_fingerprint
+from fastkd.processes import Processes
 from fastkd.training import caching, checks, loading
 from fastkd.training.adapters import adapt, check_adapters
 from fastkd.training.arguments import arguments, distillation_loss
@@ -49,7 +50,7 @@ class Setup:
     counted: int | None  # ids that count, where the output heads of the models are padded differently
     student_config: Any
     teacher: Any  # None once it is not needed any more
-    judge: Any  # a Judge; None in a process that is not the one that judges
+    judge: Judge
     loaded: ModelOptions  # which the teacher was loaded by
 
     @property
@@ -116,8 +117,10 @@ def gather(options: Options) -> Materials:
     return Materials(device, tokenizer, corpus)
 
 
-def with_teacher(options: Options, materials: Materials, *, on_validation: bool = False, judged: bool = True) -> Setup:
-    """Load the teacher and judge it, on held-out or on validation text, if this process judges. Raises InputError."""
+def with_teacher(
+    options: Options, materials: Materials, *, on_validation: bool = False, processes: Processes | None = None
+) -> Setup:
+    """Load the teacher and judge it, on held-out or on validation text, in all `processes`. Raises InputError."""
     vocab_size, config, _ = configurations(options, materials.tokenizer)
     teacher = loading.load_teacher(options.models, materials.device)
     checks.check_frozen(teacher)
@@ -125,7 +128,7 @@ def with_teacher(options: Options, materials: Materials, *, on_validation: bool 
     corpus = materials.corpus
     if on_validation:
         corpus = replace(corpus, held_out=corpus.validation, tasks=())  # nothing of what they hold out is seen
-    judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size) if judged else None
+    judge = Judge(teacher, materials.tokenizer, corpus, options, vocab_size, processes)
     return Setup(options, materials, vocab_size, config, teacher, judge, options.models)
 
 

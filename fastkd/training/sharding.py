@@ -6,14 +6,16 @@ import os
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import AutoModelForCausalLM
 
 from fastkd.training.launcher import started
 from fastkd.training.options import InputError, Options
 
-__all__ = ["asked_for", "check_sharding", "is_sharded", "whole", "whole_state"]
+__all__ = ["asked_for", "check_sharding", "is_sharded", "shard_frozen", "whole", "whole_state"]
 
 #: Plugins of accelerate by the variables that `accelerate launch` sets.
 _OTHERS = {
@@ -53,6 +55,11 @@ def check_sharding(options: Options, device: torch.device) -> None:
             f"accelerate is configured to keep a {kept}, of which the best one could not be loaded: set "
             "fsdp_state_dict_type: FULL_STATE_DICT in its configuration"
         )
+    if _set("FSDP_CPU_RAM_EFFICIENT_LOADING"):  # which leaves models without weights in all processes but one
+        raise InputError(
+            "accelerate is configured to load weights in one process alone, but all of them judge the models: set "
+            "fsdp_cpu_ram_efficient_loading: false in its configuration"
+        )
     mode = options.teaching.teacher_mode
     if mode not in _MODES:
         raise InputError(f"teacher_mode is {mode!r}, but beside a sharded student teach: {', '.join(_MODES)}")
@@ -65,6 +72,24 @@ def is_sharded(model: Any) -> bool:
     return any(isinstance(module, FSDPModule) for module in model.modules())
 
 
+def shard_frozen(model: Any, accelerator: Any) -> None:
+    """Shard a model that is not trained as accelerate shards the student: its blocks, and what is around them.
+
+    Each process then holds a part of it, and a block is whole while it runs; all processes must run it at once. A model
+    that is in parts already, or whose weights are quantised or otherwise no plain parameters, stays as it is.
+    """
+    plain = all(type(weight) is nn.Parameter and weight.is_floating_point() for weight in model.parameters())
+    if not plain or getattr(model, "is_quantized", False) or is_sharded(model):
+        return
+    # Not accelerate's own function: that one shards by the student's classes, and keeps the head whole.
+    mesh = getattr(accelerator, "torch_device_mesh", None)
+    if mesh is not None:
+        mesh = mesh[tuple(accelerator.parallelism_config.fsdp_dim_names)]
+    blocks = set(getattr(model, "_no_split_modules", None) or ())
+    for module in [*(module for module in model.modules() if type(module).__name__ in blocks), model]:
+        fully_shard(module, mesh=mesh, reshard_after_forward=True)
+
+
 def whole_state(model: Any) -> dict[str, Any]:
     """The state of a model; of a sharded one, whole, in the first process alone. All of them call this."""
     if not is_sharded(model):
@@ -74,13 +99,15 @@ def whole_state(model: Any) -> dict[str, Any]:
 
 
 def whole(model: Any, device: torch.device) -> Any:
-    """A model as one process has it: of a sharded one another, whole in the first process. All of them call this."""
+    """A model as one process has it: of a sharded one another, whole in every process. All of them call this."""
     if not is_sharded(model):
         return model
     state = whole_state(model)
     made = AutoModelForCausalLM.from_config(model.config, trust_remote_code=False).to(device)
     if state:
         made.load_state_dict(state)
+    for tensor in made.state_dict().values():
+        dist.broadcast(tensor, 0)
     return made
 
 

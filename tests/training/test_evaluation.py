@@ -9,10 +9,13 @@ import math
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
 
+from fastkd.processes import Processes
 from fastkd.training.commands.inspect_teacher import temperature_table
 from fastkd.training.evaluation import BINS, diagnosis, flops, measure, predict, retention, unigram_loss
+from tests.processes import run as in_processes
 
 VOCAB, LENGTH = 311, 16  # several chunks of rows
 
@@ -78,9 +81,42 @@ def test_measures_are_their_definitions(padded):
     assert (record["windows"], record["tokens"]) == (len(windows()), len(labels))
     assert json.loads(json.dumps(record)) == record
     itself = measure(theirs, windows(), theirs)
-    again = measure(theirs, windows(), predict(teacher, windows(), 7, counted))
+    again = measure(theirs, windows(), predict(teacher, windows(), 5, counted))
     for name in ("kl", "top1_agreement", "top5_agreement", "probability_correlation"):
         assert getattr(itself, name) == pytest.approx(getattr(again, name), abs=1e-6)
+
+
+def measured(processes, count):
+    """What two models are found to be over `count` windows in batches of 3, and how often each was run."""
+    found, ran = [], []
+    for model in models():
+        calls = []
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        found.append(predict(model, windows(count), 3, processes=processes))
+        ran.append(len(calls))
+    ours, theirs = found
+    measures = [measure(ours, windows(count), theirs), measure(theirs, windows(count), theirs)]
+    return [(vars(one), one.sums) for one in measures], ran
+
+
+def shared(rank):
+    """Of this process alone, and of both together, over 13 batches and over one."""
+    together = Processes(dist.group.WORLD)
+    return [(measured(Processes(), count), measured(together, count)) for count in (37, 2)]
+
+
+def test_processes_share_the_windows_and_find_what_one_does():
+    """To the last bit, each with half of the batches; a process without a batch runs a single token for the head."""
+    found = in_processes(2, shared)
+    for (expected, whole), by_rank in zip((pair[0] for pair in found[0]), zip(*found, strict=True), strict=True):
+        batches = [whole[0] - whole[0] // 2, max(whole[0] // 2, 1)]
+        for (_, (mine, ran)), count in zip(by_rank, batches, strict=True):
+            assert ran == [count, count]
+            for (values, sums), (wanted, wanted_sums) in zip(mine, expected, strict=True):
+                assert {**values, "sums": 0} == {**wanted, "sums": 0}
+                for name in ("tokens", "loss", "kl"):
+                    assert torch.equal(getattr(sums, name), getattr(wanted_sums, name))
+    assert found[0][0][0][1] == [13, 13]
 
 
 def test_without_a_teacher_nothing_is_compared():

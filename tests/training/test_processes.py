@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 from typing import Any, NamedTuple
 
 import pytest
@@ -28,7 +29,14 @@ from tests.training.conftest import CONTEXT, changed, run, short_run
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, collate, logged, teacher, trainer, windows
 from tests.training.test_trainer import model as small
 
-QUICK = {"eval_steps": 25, "logging_steps": 1, "sample_tokens": 2, "bf16": False, "eval_windows": 5}
+QUICK = {
+    "eval_steps": 25,
+    "logging_steps": 1,
+    "sample_tokens": 2,
+    "bf16": False,
+    "eval_windows": 5,
+    "eval_batch_size": 2,
+}
 
 
 def launched(rank: int, world: int = 2) -> dist.Store:
@@ -65,8 +73,10 @@ def commands(rank, folder, options):
         return str(path)
 
     whole = {"max_steps": 50, "batch_size": 4, **QUICK}
-    found["whole"] = said("whole", "distill", config("whole", **whole))
-    found["eval"] = said("eval", "eval", f"{folder}/whole", "--eval-windows", "4")
+    with patch.context() as here:
+        found["forwards"] = counted(here)
+        found["whole"] = said("whole", "distill", config("whole", **whole))
+        found["eval"] = said("eval", "eval", f"{folder}/whole", "--eval-windows", "4")
     short = {"max_steps": 4, "batch_size": 4, "gradient_accumulation_steps": 2, **QUICK}
     cached = {"cache_dir": f"{folder}/cache", "ce_baseline": True, "terms": ["multi_token"]}
     found["cached"] = said("cached", "distill", config("cached", **short, **cached))
@@ -92,15 +102,29 @@ def commands(rank, folder, options):
         shutil.copytree(f"{folder}/stopped", f"{folder}/kept")
     found["resumed"] = said("resumed", "distill", config("stopped", **whole), "--resume")
     found["trained"] = batches(rank, f"{folder}/trainers")
-    settings = {"max_steps": 12, "batch_size": 4, **QUICK, "eval_steps": 6, "ce_baseline": True}
+    settings = {"max_steps": 50, "batch_size": 4, **QUICK, "ce_baseline": True}
     with patch.context() as here:
         as_on_gpus(here)
         found["refused"] = said("refused", "distill", config("none", **settings))
         here.setattr("fastkd.training.setup.check_sharding", lambda *_: None)
+        teachers = weighed(here)
         found["sharded"] = said("sharded", "distill", config("sharded", **settings))
+        found["teachers"] = [(before, parts_of(model)) for before, model in teachers]
     patch.undo()
     dist.barrier()
     del store
+    return found
+
+
+def counted(patch):
+    """The sizes of the batches that models are judged on, once there are some."""
+    found, project = [], fastkd.project
+
+    def projected(model, **inputs):
+        found.append(tuple(inputs["input_ids"].shape))
+        return project(model, **inputs)
+
+    patch.setattr("fastkd.training.evaluation.fastkd", types.SimpleNamespace(**{**vars(fastkd), "project": projected}))
     return found
 
 
@@ -143,6 +167,26 @@ def contents(directory):
     return {path.name: path.read_bytes() for path in sorted(directory.iterdir())}
 
 
+def parts_of(model):
+    """Bytes of a model's parameters in this process."""
+    weights = (weight.to_local() if hasattr(weight, "to_local") else weight for weight in model.parameters())
+    return sum(weight.nbytes for weight in weights)
+
+
+def weighed(patch):
+    """Teachers and their bytes before they are sharded, once there are some."""
+    from fastkd.training.beside import shard_frozen
+
+    found = []
+
+    def sharded(model, accelerator):
+        found.append((parts_of(model), model))
+        shard_frozen(model, accelerator)
+
+    patch.setattr("fastkd.training.beside.shard_frozen", sharded)
+    return found
+
+
 SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 
 
@@ -160,15 +204,19 @@ def as_on_gpus(patch):
 
 
 def test_a_sharded_student(done, tmp_path):
-    """The losses of one process; what is saved and judged is whole."""
-    short = {"max_steps": 12, "batch_size": 8, **QUICK, "eval_steps": 6, "ce_baseline": True}
+    """The losses of one process with a teacher in two halves; what is saved and judged is whole."""
+    short = {"max_steps": 50, "batch_size": 8, **QUICK, "ce_baseline": True}
     expected = run(done.options, output=str(tmp_path / "one"), **short)
     assert "FSDP, which it uses on GPUs alone" in done.first["refused"][2]
     assert done.first["sharded"][0] == 0, done.first["sharded"]
     found = done.folder / "sharded"
     for name in ("student", "CE-only student"):
         assert losses(found, name) == pytest.approx(losses(tmp_path / "one", name), rel=1e-5)
+    for one in done[2:]:
+        ((whole, part),) = one["teachers"]
+        assert part == pytest.approx(whole / 2, rel=0.02)
     metrics = json.loads((found / "metrics.json").read_text())
+    assert metrics["models"]["teacher"] == expected["models"]["teacher"]
     assert metrics["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-4)
     saved = transformers.AutoModelForCausalLM.from_pretrained(found)
     assert saved.num_parameters() == expected["models"]["student"]["parameters"]
@@ -179,6 +227,7 @@ def test_a_sharded_student(done, tmp_path):
     [
         ({"FSDP_VERSION": "1"}, {}, "configured for FSDP 1: set fsdp_version: 2"),
         ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "keep a SHARDED_STATE_DICT"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
         ({}, {"teacher_mode": "ema"}, "teacher_mode is 'ema', but beside a sharded student teach: frozen"),
         ({}, {"lora_rank": 2}, "adapters are not sharded"),
         ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, {}, "configured for DeepSpeed"),
@@ -283,6 +332,9 @@ def test_the_losses_and_the_judgement_are_those_of_one(done, tmp_path):
     assert metrics["training"]["student"]["tokens"] == expected["training"]["student"]["tokens"]
     assert metrics["models"]["student before"] == expected["models"]["student before"]
     assert metrics["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-4)
+    # Of 5 windows in batches of 2: the teacher, the student before and after. Of 4 for eval: the teacher, the student.
+    assert done.first["forwards"] == [(2, 16), (1, 16)] * 3 + [(2, 16)] * 2
+    assert done.second["forwards"] == [(2, 16)] * 5
     eval_folder = done.folder / "whole" / "eval"
     assert {path.name for path in (tmp_path / "one").iterdir()} | {"eval"} == {
         path.name for path in (done.folder / "whole").iterdir()
@@ -329,7 +381,7 @@ def test_one_process_tells_of_an_error(done):
     assert done.first["nobody can"][0] == done.second["nobody can"][0] == 2
     assert "max_length 4000 is more than" in done.first["nobody can"][2]
     assert not (done.folder / "failed").exists()
-    for name, (_, out, err) in ((name, said) for name, said in done.second.items() if name != "trained"):
+    for name, (_, out, err) in ((name, said) for name, said in done.second.items() if isinstance(said, tuple)):
         assert out == ""
         assert name in ("one fails", "all fail") or err == ""
 

@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -84,11 +85,11 @@ def _distilled(options: Options, run: Run) -> dict[str, Any]:
     if options.models.teacher == TRAINED_TEACHER:
         _train_teacher(options, materials, run)
         taught, options = (_taught_by(options, folder / "teacher") for folder in (output, run.output))
-    setup = processes.agree(lambda: training.setup.with_teacher(taught, materials, judged=processes.first))
+    setup = processes.agree(lambda: training.setup.with_teacher(taught, materials, processes=processes))
     setup.options = options  # they name a trained teacher by the place where it ends up
     student = processes.agree(setup.student)
     run.pin(**setup.fingerprints(student))
-    before = processes.first_alone(lambda: _before(setup, student))
+    before = processes.agree(lambda: _before(setup, student))
 
     clock = time.perf_counter()
     # What is cut from the teacher is cut before the teacher learns, or is loaded in another precision.
@@ -102,8 +103,8 @@ def _distilled(options: Options, run: Run) -> dict[str, Any]:
     student = training.sharding.whole(student, setup.materials.device)
     del given  # a teacher, a second student or an average: the rest is done without them
     training.lessons.free(setup)
-    merged = training.adapters.merged
-    students = {judge.STUDENT: processes.first_alone(lambda: merged(student, some, work / "student"))}
+    merged = partial(training.adapters.merged, windows=some, saves=processes.first)
+    students = {judge.STUDENT: processes.agree(lambda: merged(student, directory=work / "student"))}
     if options.evaluation.ce_baseline:
         alone = early or setup.student()
         without = options._replace(
@@ -112,11 +113,11 @@ def _distilled(options: Options, run: Run) -> dict[str, Any]:
         plain = training.lessons.labels_alone(materials.corpus)
         fitted[judge.CE_ONLY] = _fit(setup, alone, plain, without, work / "ce-only")
         alone = training.sharding.whole(alone, setup.materials.device)
-        students[judge.CE_ONLY] = processes.first_alone(lambda: merged(alone, some, work / "ce-only"))
+        students[judge.CE_ONLY] = processes.agree(lambda: merged(alone, directory=work / "ce-only"))
+    beside = processes.of_first(lambda: _save(run, materials, students, work))
+    contenders = processes.agree(lambda: _contenders(setup, students, beside))
 
     def conclude() -> dict[str, Any]:
-        beside = _save(run, materials, students, work)
-        contenders = _contenders(setup, students, beside)
         cost = _flops(setup, fitted[judge.STUDENT], listens)
         lines = [*judge.verdict(contenders, before), *_cost_lines(cost)]
         spent = seconds | {name: one.seconds for name, one in fitted.items()}
@@ -132,7 +133,7 @@ def _distilled(options: Options, run: Run) -> dict[str, Any]:
 def _before(setup: Setup, student: Any) -> Contender:
     """The student before training, which has something to learn from the teacher."""
     options = setup.options
-    before: Contender = setup.judge.judge("student before", student)
+    before = setup.judge.judge("student before", student)
     if options.learns and not options.teaching.of_itself:
         training.checks.check_better(setup.judge.teacher.held_out.loss, before.held_out.loss)
     _introduce(setup, before)
@@ -277,13 +278,12 @@ def _as_long(options: Options, fitted: Fitted) -> Any:
 
 def _record(
     setup: Setup,
-    before: Contender | None,
+    before: Contender,
     contenders: list[Contender],
     fitted: dict[str, Fitted],
     lines: list[str],
 ) -> dict[str, Any]:
     """What metrics.json says."""
-    assert before is not None  # in the process that writes
     return {
         "models": {one.name: one.record() for one in (before, *contenders)},
         "student": setup.options.models.student_name,

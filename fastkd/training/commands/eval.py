@@ -6,12 +6,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastkd import training
 from fastkd.training.configuration import Parser
 from fastkd.training.options import GROUPS, TRAINED_TEACHER, InputError, Options, TeachingOptions, at_home
 from fastkd.training.plain import visible
+
+if TYPE_CHECKING:
+    from fastkd.processes import Processes
+    from fastkd.training.judge import Contender
+    from fastkd.training.setup import Setup
 
 __all__ = ["evaluate", "run"]
 
@@ -42,22 +47,41 @@ def run(arguments: Sequence[str]) -> None:
 def evaluate(student: str, options: Options, baseline: str | None = None) -> dict[str, Any]:
     """Judge the model in the directory `student`, print the table and write the report into its folder `eval`.
 
-    `baseline` is a model to compare with; by default the one that a run with ce_baseline left. Of several processes
-    the first does it, and the others wait. Raises InputError.
+    `baseline` is a model to compare with; by default the one that a run with ce_baseline left. Several processes
+    judge together, and the first one writes. Raises InputError.
     """
     training.launcher.check_launch("eval", several=True)
     with training.launcher.quiet():
-        return training.joining.joined(options.models).of_first(lambda: _evaluated(student, options, baseline))
+        processes = training.joining.joined(options.models)
+        started = time.perf_counter()
+        made = f" ({options.models.student_name})" if options.models.cut else ""
+        setup, contenders = processes.agree(lambda: _judged(student, options, baseline, processes))
+        return processes.of_first(lambda: _written(student, made, setup, contenders, started))
 
 
-def _evaluated(student: str, options: Options, baseline: str | None) -> dict[str, Any]:
-    started = time.perf_counter()
+def _judged(
+    student: str, options: Options, baseline: str | None, processes: Processes
+) -> tuple[Setup, list[Contender]]:
+    """The teacher, the student and the one to compare with."""
     directory, judge = Path(student), training.judge
     if not (directory / "config.json").is_file():
         unfinished = directory / training.run.CONFIG_FILE
         has = f"an unfinished run: see its {unfinished.name}" if unfinished.is_file() else "no config.json"
         raise InputError(f"{student} holds no model ({has}); name the directory of a finished run or of a model")
-    made = f" ({options.models.student_name})" if options.models.cut else ""
+    if baseline is None and (directory / "ce-only" / "config.json").is_file():
+        baseline = str(directory / "ce-only")
+    options = _of_saved(student, options)
+    setup = training.setup.with_teacher(options, training.setup.gather(options), processes=processes)
+    contenders = [setup.judge.teacher, setup.judge.judge(judge.STUDENT, setup.student())]
+    if baseline is not None:
+        models = replace(setup.options.models, student=baseline)
+        other = training.loading.load_student(models, None, setup.materials.device)
+        contenders.append(setup.judge.judge(judge.CE_ONLY, other))
+    return setup, contenders
+
+
+def _of_saved(student: str, options: Options) -> Options:
+    """Options that load the student as it is, and train nothing."""
     models = replace(
         options.models,
         student=student,
@@ -68,16 +92,14 @@ def _evaluated(student: str, options: Options, baseline: str | None) -> dict[str
         lora_targets=[],
     )
     if models.teacher == TRAINED_TEACHER:
-        models = replace(models, teacher=str(directory / "teacher"))
-    options = options._replace(models=models, distillation=replace(options.distillation, cache_dir=""))  # none is read
-    options = options._replace(teaching=TeachingOptions())  # nor is anything taught
-    if baseline is None and (directory / "ce-only" / "config.json").is_file():
-        baseline = str(directory / "ce-only")
-    setup = training.setup.with_teacher(options, training.setup.gather(options))
-    contenders = [setup.judge.teacher, setup.judge.judge(judge.STUDENT, setup.student())]
-    if baseline is not None:
-        other = training.loading.load_student(replace(models, student=baseline), None, setup.materials.device)
-        contenders.append(setup.judge.judge(judge.CE_ONLY, other))
+        models = replace(models, teacher=str(Path(student) / "teacher"))
+    without_cache = replace(options.distillation, cache_dir="")
+    return options._replace(models=models, distillation=without_cache, teaching=TeachingOptions())
+
+
+def _written(student: str, made: str, setup: Setup, contenders: list[Contender], started: float) -> dict[str, Any]:
+    """Write the report and print the table; returns what metrics.json says."""
+    directory, judge, options = Path(student), training.judge, setup.options
     lines = judge.verdict(contenders)
     record = {
         "models": {one.name: one.record() for one in contenders},

@@ -1,0 +1,85 @@
+"""Frozen teachers in parts: what they say is what whole ones say, and what cannot be in parts stays whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import fastkd
+from fastkd.teachers import Frozen, Mixed, Routed
+from fastkd.terms import AttentionTerm, Batch, HiddenStateTerm, KDTerm, Terms, outputs_of
+from fastkd.training.sharding import is_sharded, shard_frozen
+from tests.processes import run
+from tests.training.test_trainer import VOCAB, model, teacher, windows
+
+COUNTED = VOCAB - 3  # where the heads are padded
+
+
+class Alone:
+    """An accelerator without a mesh of its own."""
+
+
+def losses(rank: int) -> list[list[float]]:
+    """Of what whole teachers and sharded ones say of this rank's rows, by every kind of reader."""
+    found = []
+    for sharded in (False, True):
+        found.append([])
+        for dtype in (torch.float32, torch.bfloat16):
+            models = [teacher().to(dtype), model(3).to(dtype).eval().requires_grad_(False)]
+            for one in models if sharded else []:
+                shard_frozen(one, Alone())
+                assert is_sharded(one)
+            frozen = Frozen(models[0])
+            for mode, terms, counted in (
+                (frozen, [], None),
+                (frozen, [], COUNTED),
+                (frozen, [AttentionTerm(relation="qk"), HiddenStateTerm()], None),
+                (Mixed(models, [0.25, 0.75]), [], COUNTED),
+            ):
+                found[-1].append(loss_of(mode, terms, counted, windows()[4 * rank : 4 * rank + 4]))
+    return found
+
+
+def loss_of(mode, terms, counted, ids) -> float:
+    student = model(0)
+    every = Terms([KDTerm(fastkd.KDLoss(shift=True, vocab_size=counted)), *terms], student)
+    every.check(student, mode.model)
+    mode.check(student, every.needs, counted)
+    inputs = {"input_ids": ids}
+    said = mode.outputs(student, inputs, needs=every.teachers_needs)
+    labels = ids.clamp(max=COUNTED - 1)
+    return every(outputs_of(student, inputs, every.students_needs), said, Batch(labels, inputs)).item()
+
+
+def test_sharded_teachers_say_what_whole_ones_do():
+    for whole, sharded in run(2, losses):
+        assert sharded == whole
+        assert len(set(whole)) == len(whole) == 8
+
+
+class Packed(nn.Parameter):
+    """What libraries of quantisation put in the place of weights."""
+
+
+@pytest.mark.parametrize("kind", ["integers", "subclass", "said"])
+def test_quantised_teachers_stay_whole(kind):
+    """Where no process group exists, sharding would raise."""
+    one = teacher()
+    head = one.get_output_embeddings()
+    if kind == "integers":
+        head.weight = nn.Parameter(head.weight.to(torch.int8), requires_grad=False)
+    elif kind == "subclass":
+        head.weight = Packed(head.weight.detach(), requires_grad=False)
+    else:
+        one.is_quantized = True
+    shard_frozen(one, Alone())
+    assert not is_sharded(one)
+    assert type(one) is type(teacher())
+
+
+def test_which_teachers_run_for_every_batch():
+    first, second = teacher(), teacher()
+    assert Mixed([first, second], [1.0, 0.0]).in_step == [first]
+    assert Frozen(first).in_step == [first]
+    assert Routed([first, second]).in_step == []
