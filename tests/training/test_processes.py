@@ -26,6 +26,7 @@ from fastkd.training.configuration import dump
 from fastkd.training.options import InputError, Options
 from tests.processes import run as in_processes
 from tests.training.conftest import CONTEXT, changed, run, short_run
+from tests.training.test_sharding import SHARDED
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, collate, logged, teacher, trainer, windows
 from tests.training.test_trainer import model as small
 
@@ -196,9 +197,6 @@ def weighed(patch):
     return found
 
 
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-
-
 def as_on_gpus(patch):
     """Processes on the CPU are sharded by accelerate where it thinks that they are on GPUs."""
     from accelerate.state import DistributedType, PartialState
@@ -229,27 +227,6 @@ def test_a_sharded_student(done, tmp_path):
     assert metrics["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-4)
     saved = transformers.AutoModelForCausalLM.from_pretrained(found)
     assert saved.num_parameters() == expected["models"]["student"]["parameters"]
-
-
-@pytest.mark.parametrize(
-    ("environment", "values", "message"),
-    [
-        ({"FSDP_VERSION": "1"}, {}, "configured for FSDP 1: set fsdp_version: 2"),
-        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "keep a SHARDED_STATE_DICT"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
-        ({}, {"teacher_mode": "ema"}, "teacher_mode is 'ema', but beside a sharded student teach: frozen"),
-        ({}, {"lora_rank": 2}, "adapters are not sharded"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, {}, "configured for DeepSpeed"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"}, {"bf16": False}, "mixed precision in bf16, but"),
-    ],
-)
-def test_what_a_sharded_student_cannot_learn_by(options, monkeypatch, environment, values, message):
-    from fastkd.training.sharding import check_sharding
-
-    for name, value in {**SHARDED, **environment}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        check_sharding(changed(options, **values), torch.device("cuda"))
 
 
 class Stream(IterableDataset):
