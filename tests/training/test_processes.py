@@ -26,6 +26,7 @@ from fastkd.training.configuration import dump
 from fastkd.training.options import InputError, Options
 from tests.processes import run as in_processes
 from tests.training.conftest import CONTEXT, changed, run, short_run
+from tests.training.test_sharding import SHARDED
 from tests.training.test_trainer import LENGTH, VOCAB, Ragged, collate, logged, teacher, trainer, windows
 from tests.training.test_trainer import model as small
 
@@ -91,6 +92,11 @@ def commands(rank, folder, options):
         if rank == 1:
             alone.setattr("fastkd.training.loading.load_teacher", no_room)
         found["one fails"] = said("one fails", "distill", config("failed", **short))
+    with patch.context() as alone:
+        if rank == 1:
+            alone.setattr("fastkd.training.judge.predict", no_room)
+        found["one cannot judge"] = said("one cannot judge", "distill", config("failed", **short))
+    found["lora"] = said("lora", "distill", config("lora", **short, lora_rank=2))
     found["all fail"] = said("all fail", "distill", config("failed", **short, learning_rate=1e30))
     found["nobody can"] = said("nobody can", "distill", config("failed", **short, max_length=4000))
 
@@ -140,6 +146,10 @@ def small_teacher(patch, options):
     patch.setattr("fastkd.training.loading._TRAINED", size)
 
 
+#: While a model is loaded, and while the others wait for what it says of its windows.
+ONE_FAILS = ("one fails", "one cannot judge")
+
+
 def no_room(*_):
     raise InputError("there is no room for the teacher")
 
@@ -187,9 +197,6 @@ def weighed(patch):
     return found
 
 
-SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
-
-
 def as_on_gpus(patch):
     """Processes on the CPU are sharded by accelerate where it thinks that they are on GPUs."""
     from accelerate.state import DistributedType, PartialState
@@ -220,27 +227,6 @@ def test_a_sharded_student(done, tmp_path):
     assert metrics["models"]["student"]["kl"] == pytest.approx(expected["models"]["student"]["kl"], rel=1e-4)
     saved = transformers.AutoModelForCausalLM.from_pretrained(found)
     assert saved.num_parameters() == expected["models"]["student"]["parameters"]
-
-
-@pytest.mark.parametrize(
-    ("environment", "values", "message"),
-    [
-        ({"FSDP_VERSION": "1"}, {}, "configured for FSDP 1: set fsdp_version: 2"),
-        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "keep a SHARDED_STATE_DICT"),
-        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
-        ({}, {"teacher_mode": "ema"}, "teacher_mode is 'ema', but beside a sharded student teach: frozen"),
-        ({}, {"lora_rank": 2}, "adapters are not sharded"),
-        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, {}, "configured for DeepSpeed"),
-        ({"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"}, {"bf16": False}, "mixed precision in bf16, but"),
-    ],
-)
-def test_what_a_sharded_student_cannot_learn_by(options, monkeypatch, environment, values, message):
-    from fastkd.training.sharding import check_sharding
-
-    for name, value in {**SHARDED, **environment}.items():
-        monkeypatch.setenv(name, value)
-    with pytest.raises(InputError, match=message):
-        check_sharding(changed(options, **values), torch.device("cuda"))
 
 
 class Stream(IterableDataset):
@@ -358,7 +344,7 @@ def test_teachers_that_learn_and_one_that_is_trained_first(done, tmp_path, monke
     small_teacher(monkeypatch, done.options)
     settings = {"max_steps": 4, "batch_size": 8, "gradient_accumulation_steps": 2, **QUICK}
     more = [(mode, {"teacher_mode": mode}) for mode in MODES]
-    for name, values in [*more, ("train", {"teacher": "train", "max_steps": 20})]:
+    for name, values in [*more, ("lora", {"lora_rank": 2}), ("train", {"teacher": "train", "max_steps": 20})]:
         run(done.options, output=str(tmp_path / name), **{**settings, **values})
         assert done.first[name][0] == 0, done.first[name]
         assert losses(done.folder / name) == pytest.approx(losses(tmp_path / name), rel=1e-5)
@@ -371,10 +357,11 @@ def names(folder):
 
 def test_one_process_tells_of_an_error(done):
     """The one that failed alone, or one of those that failed alike; the others print nothing, and end as it does."""
-    (status, _, told), (same, _, silent) = done.second["one fails"], done.first["one fails"]
-    assert (status, told) == (2, "fastkd: error: there is no room for the teacher\n")
-    assert same == 2
-    assert "no room" not in silent
+    for case in ONE_FAILS:
+        (status, _, told), (same, _, silent) = done.second[case], done.first[case]
+        assert (status, told) == (2, "fastkd: error: there is no room for the teacher\n")
+        assert same == 2
+        assert "no room" not in silent
     both = sorted(str(found["all fail"][0]) for found in done[2:])
     assert both[0] == "1"
     assert both[1].startswith("FloatingPointError: the loss is")
@@ -383,7 +370,7 @@ def test_one_process_tells_of_an_error(done):
     assert not (done.folder / "failed").exists()
     for name, (_, out, err) in ((name, said) for name, said in done.second.items() if isinstance(said, tuple)):
         assert out == ""
-        assert name in ("one fails", "all fail") or err == ""
+        assert name in (*ONE_FAILS, "all fail") or err == ""
 
 
 def test_all_stop_after_one_step_and_resume(done):

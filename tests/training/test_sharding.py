@@ -1,4 +1,4 @@
-"""Frozen teachers in parts: what they say is what whole ones say, and what cannot be in parts stays whole."""
+"""Frozen teachers in parts say what whole ones do; what cannot be in parts stays whole, or is refused."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ from torch import nn
 import fastkd
 from fastkd.teachers import Frozen, Mixed, Routed
 from fastkd.terms import AttentionTerm, Batch, HiddenStateTerm, KDTerm, Terms, outputs_of
-from fastkd.training.sharding import is_sharded, shard_frozen
+from fastkd.training.options import InputError
+from fastkd.training.sharding import check_sharding, is_sharded, shard_frozen
 from tests.processes import run
+from tests.training.conftest import changed
 from tests.training.test_trainer import VOCAB, model, teacher, windows
 
+SHARDED = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}
 COUNTED = VOCAB - 3  # where the heads are padded
 
 
@@ -83,3 +86,22 @@ def test_which_teachers_run_for_every_batch():
     assert Mixed([first, second], [1.0, 0.0]).in_step == [first]
     assert Frozen(first).in_step == [first]
     assert Routed([first, second]).in_step == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "values", "message"),
+    [
+        ({"FSDP_VERSION": "1"}, {}, "configured for FSDP 1: set fsdp_version: 2"),
+        ({"FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT"}, {}, "keep a SHARDED_STATE_DICT"),
+        ({"FSDP_CPU_RAM_EFFICIENT_LOADING": "true"}, {}, "set fsdp_cpu_ram_efficient_loading: false"),
+        ({}, {"teacher_mode": "ema"}, "teacher_mode is 'ema', but beside a sharded student teach: frozen"),
+        ({}, {"lora_rank": 2}, "adapters are not sharded"),
+        ({"ACCELERATE_USE_DEEPSPEED": "true", "WORLD_SIZE": "2"}, {}, "configured for DeepSpeed"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16", "WORLD_SIZE": "2"}, {"bf16": False}, "mixed precision in bf16, but"),
+    ],
+)
+def test_what_a_sharded_student_cannot_learn_by(options, monkeypatch, environment, values, message):
+    for name, value in {**SHARDED, **environment}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=message):
+        check_sharding(changed(options, **values), torch.device("cuda"))
