@@ -106,7 +106,7 @@ def layout_of(
     known = _layouts.setdefault(members, {})
     key = (first, width, vocab_size)
     if again or key not in known:
-        told = _gathered(torch.tensor([key], device=device), group)[:, 0].tolist()
+        told = _gathered(torch.tensor([key], dtype=torch.int64, device=device), group)[:, 0].tolist()
         held = sorted((start, start + size) for start, size, _ in told)
         starts, ends = [start for start, _ in held], [0, *(stop for _, stop in held)]
         if {total for *_, total in told} != {ends[-1]} or starts != ends[:-1]:
@@ -119,7 +119,7 @@ def layout_of(
 def agreed(layout: Layout, device: torch.device, same: dict[str, Any], least: tuple[int, ...]) -> tuple[int, ...]:
     """Check that `same` is the same on all ranks; the least of each of `least`. The host waits for it."""
     own = [zlib.crc32(repr(value).encode()) for value in same.values()]
-    told = _gathered(torch.tensor([[*own, *least]], device=device), layout.group)[:, 0].tolist()
+    told = _gathered(torch.tensor([[*own, *least]], dtype=torch.int64, device=device), layout.group)[:, 0].tolist()
     for at, (name, value) in enumerate(same.items()):
         if len({values[at] for values in told}) > 1:
             raise ValueError(
