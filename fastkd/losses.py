@@ -156,6 +156,7 @@ class KDLoss(nn.Module):
                 return computed
         student, teacher = placed.here(student, "student"), placed.here(teacher, "teacher")
         labels, weights = placed.beside(labels, "labels"), placed.beside(weights, "weights")
+        num_items = placed.beside(num_items, "num_items")
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)

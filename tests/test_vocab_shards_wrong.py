@@ -97,6 +97,14 @@ def placements(rank: int) -> None:
     cut = distribute_tensor(batch.student, mesh, [Shard(1)])
     labels = distribute_tensor(batch.labels, mesh, [Shard(0)])
     raised(lambda: kd(cut, batch.teacher, labels), "labels has the placements", "redistribute")
+    one = torch.tensor(5.0)
+    parts = torch.distributed.tensor.DTensor.from_local(one, mesh, [Partial()])
+    raised(lambda: kd(cut, batch.teacher, batch.labels, num_items=parts), "num_items has the placements")
+    whole_number = distribute_tensor(one, mesh, [Replicate()])
+    assert torch.equal(
+        kd(cut, batch.teacher, batch.labels, num_items=whole_number),
+        kd(cut, batch.teacher, batch.labels, num_items=one),
+    )
 
 
 def test_placements_that_cannot_be_right_raise() -> None:
@@ -166,8 +174,9 @@ def planted(rank: int, bug: str) -> bool:
         equals_one_process(rank, 2, ["forward_kl"])
     except AssertionError:
         return True
-    except BaseException:
-        return dist.barrier() is None and True
+    except RuntimeError as error:  # the other rank has found it, and is gone; a bug that cannot be put in is no find
+        if "gloo" not in str(error):
+            raise
     return False
 
 
