@@ -35,6 +35,8 @@ __all__ = [
     "sum_of_ranks",
 ]
 
+#: Bytes that an exchange holds at most, but for those of one row.
+_EXCHANGED_AT_ONCE = 64 << 20
 _LEAST = -torch.finfo(torch.float32).max  # a maximum of no columns, so that differences are no NaN
 
 
@@ -222,7 +224,17 @@ class Rows(NamedTuple):
         return values
 
     def exchange(self, stage: Stage, state: Tensor, labels: Tensor | None, teacher: Tensor | SparseRows | None) -> None:
-        """Make of what this rank knows of each row what all know together."""
+        """Make of what this rank knows of each row what all know together. Many ranks do so for some rows at a time."""
+        sparse = teacher if isinstance(teacher, SparseRows) else None
+        of_row = exchanged_bytes(len(self.layout.widths), 0 if sparse is None else sparse.ids.shape[-1])
+        count, step = len(state), max(_EXCHANGED_AT_ONCE // of_row, 1)
+        for rows in (slice(start, start + step) for start in range(0, count, step)):
+            beside = teacher if sparse is None else sparse.part(rows)
+            self._exchange(stage, state[rows], None if labels is None else labels[rows], beside)
+
+    def _exchange(
+        self, stage: Stage, state: Tensor, labels: Tensor | None, teacher: Tensor | SparseRows | None
+    ) -> None:
         kind: Literal["absent", "dense", "sparse"] = "absent" if teacher is None else "dense"
         if isinstance(teacher, SparseRows):
             kind = "sparse"

@@ -18,9 +18,10 @@ import fastkd
 from bench.scale import formulas, tables
 from bench.scale.formulas import FP32, Loss, Moved
 from fastkd import ranks
+from fastkd.divergences import resolve
 from fastkd.kernels import cpu
 from fastkd.projection.plan import HeadSize, plan_for
-from fastkd.rows import STATE_BYTES, Wants
+from fastkd.rows import STATE_BYTES, RowSpec, SparseRows, Wants
 from tests import shards
 from tests.collectives import Counting, counting
 from tests.memory import printed
@@ -205,6 +206,36 @@ def test_an_exchange_of_many_ranks_holds_no_more_than_is_planned() -> None:
     assert len(shares) == 6
     assert max(shares) <= 1, shares
     assert max(shares) >= 0.7, f"it is planned too high: {shares}"
+
+
+def test_many_ranks_exchange_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Beside logits no plan makes chunks. What is merged does not depend on it."""
+    world, rows, entries, device = 4, 21, 3, torch.device("cpu")
+    layout = ranks.Layout("", 0, (*range(world),), (1,) * world)
+    spec = RowSpec("jsd", resolve("jsd").parameters, 2.0, 2.0, 1.0, 1.0, world)
+    shared, at_once = ranks.Rows(layout, cpu, spec), []
+
+    def everyone(values: Tensor, group: str) -> Tensor:
+        at_once.append(len(values))
+        return torch.stack([values + rank for rank in range(world)])
+
+    def exchanged() -> list[Tensor]:
+        draw = torch.Generator().manual_seed(0)
+        state, labels = cpu.tile_state(rows, device).zero_(), torch.randint(world, (rows,), generator=draw)
+        fields = cpu.state_fields(state, spec, "sparse", True, "statistics").fields
+        for field in fields.values():
+            field.copy_(torch.rand(rows, generator=draw))
+        ids = torch.tensor([[0, 2, 3]], dtype=torch.int64, device=device).expand(rows, entries)
+        rest, picked = torch.zeros(rows), torch.rand(rows, entries, generator=draw)
+        shared.exchange("statistics", state, labels, SparseRows(ids, picked, rest, rest, picked))
+        return [state, picked]
+
+    monkeypatch.setattr(ranks, "_gathered", everyone)
+    whole = exchanged()
+    monkeypatch.setattr(ranks, "_EXCHANGED_AT_ONCE", 8 * ranks.exchanged_bytes(world, entries))
+    parts = exchanged()
+    assert at_once == [21, 8, 8, 5]
+    assert all(map(torch.equal, whole, parts))
 
 
 def test_what_ranks_exchange_is_in_the_plan() -> None:

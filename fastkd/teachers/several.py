@@ -116,8 +116,7 @@ class Routed(_Several):
             the student's device, with the student's vocabulary.
         column: the key of the batch that has the names of its rows: a list of strings, or indices as a list or as
             integers `[batch]`, on the CPU best, since they are read there. Indices count the models in the order given,
-            unless names are numbers: a name goes before an index. Trainer takes a column from the examples that is no
-            argument of the student: give `KDTrainer` `remove_unused_columns=False`.
+            unless names are numbers: a name goes before an index.
 
     Tensors among the inputs whose first dimension is the batch are cut into rows. Others go to each teacher as they
     are.

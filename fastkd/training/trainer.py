@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import math
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -51,8 +51,8 @@ class KDTrainer(TrainsBeside):
     """Trains a causal language model on a teacher's predictions and the labels.
 
     Args:
-        model, args, ...: as of Trainer. `args.remove_unused_columns` must be False where examples bring
-            something for the teacher, such as its name.
+        model, args, ...: as of Trainer. With `args.remove_unused_columns` examples keep what the trainer itself reads:
+            `shift_labels`, and what they bring for the teacher, such as its name.
         kd: the loss, `KDLoss()` by default. A copy is used, with `shift=True` and `return_parts=True`.
         teacher: a frozen model in eval mode with the student's vocabulary, on the student's device; or one of
             `fastkd.teachers`, which learn or follow the student. Or None: then batches bring the teacher's predictions
@@ -121,7 +121,6 @@ class KDTrainer(TrainsBeside):
             )
         if not (all_terms.need_teacher or soft_weight or isinstance(mode, (Frozen, Cached))):
             raise ValueError(f"no term reads the teacher, so {type(mode).__name__} would take no part: take it away")
-        self._check_columns(mode)
         mode.check(self.model, all_terms.needs, self.kd.vocab_size)
         if self.kd.soft_weight or soft_weight:
             mode.check_loss(self.kd.divergence)
@@ -136,18 +135,12 @@ class KDTrainer(TrainsBeside):
         self._tokens, self._steps_logged, self._paused = 0, 0, 0.0
         self._since: float | None = None  # when the first step since the last line of logs began
 
-    def _check_columns(self, mode: TeacherMode) -> None:
-        """Raise ValueError where Trainer would take from the examples what they bring for the teacher."""
-        if not (mode.columns and self.args.remove_unused_columns):
-            return
-        self._set_signature_columns_if_needed()  # the columns that stay
-        brought = _columns(self.train_dataset)
-        lost = [name for name in mode.columns if name in brought and name not in (self._signature_columns or ())]
-        if lost:
-            raise ValueError(
-                f"{type(mode).__name__} reads {', '.join(map(repr, lost))} of each batch, but Trainer takes from the "
-                "examples what is no argument of the student: set remove_unused_columns=False"
-            )
+    def _set_signature_columns_if_needed(self) -> None:
+        """As Trainer's: which columns of the examples stay. The model's arguments, and what is read here."""
+        super()._set_signature_columns_if_needed()
+        columns: Any = self._signature_columns
+        mode = getattr(self, "teacher", None)  # TRL asks before there is one
+        columns += [name for name in (SHIFTED, *getattr(mode, "columns", ())) if name not in columns]
 
     def distillation_loss(
         self, model: nn.Module, inputs: dict[str, Any], teacher: Outputs, labels: Tensor, num_items: Any
@@ -175,6 +168,11 @@ class KDTrainer(TrainsBeside):
         if not (self.terms.need_teacher or self.teacher.trained):
             return Outputs(None)
         if taken.get("teacher") is not None and isinstance(self.teacher, Frozen):
+            if self.accelerator.is_fsdp2:  # processes whose batches bring none would wait for this one
+                raise ValueError(
+                    "a batch brings the teacher's predictions, but the teacher is in parts on all processes, which "
+                    "run it together: pass teacher=None, or batches without"
+                )
             return Cached().outputs(model, inputs, taken)  # batches win over a live teacher
         with self.accelerator.autocast():
             return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.teachers_needs)
@@ -355,15 +353,6 @@ def _labels_of(inputs: dict[str, Any]) -> Labels:
     if found is None:
         raise ValueError(f"a batch has neither labels nor {SHIFTED}, but {', '.join(sorted(inputs))}")
     return found
-
-
-def _columns(dataset: Any) -> Collection[str]:
-    """What the examples of a dataset have; nothing where that is seen in the first batch alone."""
-    names = getattr(dataset, "column_names", None)
-    if names is None and dataset and not isinstance(dataset, IterableDataset):
-        example = dataset[0]
-        names = example if isinstance(example, dict) else None  # of others Trainer takes nothing
-    return names or ()
 
 
 def _predicting(logits: fastkd.Projection, vocab_size: int | None, tokens: int) -> fastkd.Projection:

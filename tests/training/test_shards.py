@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import accelerate
 import pytest
 import torch
 import torch.distributed as dist
@@ -35,6 +36,25 @@ class Gradients(transformers.TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         trained = [weight for group in optimizer.param_groups for weight in group["params"]]
         self.found.append([weight.grad.clone() for weight in trained if weight.grad is not None])
+
+
+def test_labels_that_examples_bring_shifted_are_read(tmp_path):
+    """Also where Trainer takes from the examples what is no argument of the student."""
+    ids, hard = windows(8), []
+    rows = [
+        {"input_ids": row, "labels": row, "shift_labels": fastkd.next_token_labels(row[None].flip(1))[0]} for row in ids
+    ]
+    for taken in (True, False):
+        options = {"remove_unused_columns": taken, "data_collator": transformers.default_data_collator}
+        found = trainer(tmp_path, model(0), teacher=teacher(), data=rows, max_steps=1, **options)
+        found.train()
+        hard.append(logged(found, "hard"))
+    assert hard[0] == hard[1]
+    for row in rows:
+        del row["shift_labels"]
+    found = trainer(tmp_path, model(0), teacher=teacher(), data=rows, max_steps=1, **options)
+    found.train()
+    assert logged(found, "hard") != hard[0]
 
 
 def apart(examples):
@@ -270,6 +290,11 @@ def test_parts_of_sequences_are_the_whole(in_two, tmp_path):
 def test_what_could_not_be_right_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="-100 where nothing is learnt, got ignore_index=0"):
         trainer(tmp_path, model(0), teacher=teacher(), kd=fastkd.KDLoss(ignore_index=0))
+    sharded = trainer(tmp_path, model(0), teacher=teacher())
+    with monkeypatch.context() as patched:
+        patched.setattr(accelerate.Accelerator, "is_fsdp2", property(lambda self: True))
+        with pytest.raises(ValueError, match="but the teacher is in parts on all processes"):
+            sharded.soft_targets(sharded.model, {"input_ids": windows(2), "teacher": torch.zeros(2, 12, VOCAB)})
     batch = shifted([{"input_ids": ids} for ids in windows(4)])
     heads = trainer(tmp_path, model(0), teacher=teacher(), terms=[fastkd.MultiTokenTerm(1)])
     with pytest.raises(ValueError, match="'multi_token' needs labels further ahead than shift_labels"):
