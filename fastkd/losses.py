@@ -14,11 +14,11 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from fastkd import arguments, at_once, autograd, gradients, placed, served, sources
+from fastkd import agreement, arguments, at_once, autograd, gradients, placed, served, sources
 from fastkd.call import Call, call_for
 from fastkd.divergences import Divergence, resolve
 from fastkd.live import Mask, checked, counted_on_host, moved
-from fastkd.projection.loop import check_budget
+from fastkd.projection.loop import check_budget, for_backward
 from fastkd.projection.sides import autocast_dtype
 from fastkd.rows import RowSpec, Wants
 from fastkd.sources import LogProbabilities, Mixture, Source, SparseTargets, Teacher, VocabShard
@@ -157,6 +157,14 @@ class KDLoss(nn.Module):
         student, teacher = placed.here(student, "student"), placed.here(teacher, "teacher")
         labels, weights = placed.beside(labels, "labels"), placed.beside(weights, "weights")
         num_items = placed.beside(num_items, "num_items")
+        given = student, teacher, labels, weights, num_items, live
+        found: Tensor | KDParts = agreement.together((student, teacher), self._computed, *given)
+        return found
+
+    def _computed(
+        self, student: Any, teacher: Any, labels: Any, weights: Any, num_items: Any, live: int | None
+    ) -> Tensor | KDParts:
+        """`forward` of what this rank has."""
         if isinstance(teacher, LogProbabilities):
             self._check_served("dense", teacher)
             teacher = teacher.as_subclass(Tensor)
@@ -219,7 +227,7 @@ class KDLoss(nn.Module):
             return loss, soft, hard
         if self.reduction == "none":
             if any(wants) and not torch.compiler.is_compiling():
-                call = _for_backward(call, Wants(*wants))
+                call = for_backward(call, Wants(*wants))
             loss, soft, hard, *_ = autograd.kd_loss_per_row(*call)
             return loss, soft, hard
         if self.inplace and wants[0] and call.student_weight is None and not torch.compiler.is_compiling():
@@ -435,13 +443,3 @@ def _weights(soft_weight: float, hard_weight: float, alpha: float | None, alpha_
     if (soft_weight, hard_weight) != (0.5, 0.5):
         raise ValueError("pass either alpha with alpha_on, or soft_weight and hard_weight, not both")
     return (alpha, 1 - alpha) if alpha_on == "soft" else (1 - alpha, alpha)
-
-
-def _for_backward(call: Call, wants: Wants) -> Call:
-    """The call as its backward can compute it again: the budget suffices, and autograd may keep the tensors."""
-    if not call.on_logits:
-        check_budget(call, wants)
-    if not any(tensor is not None and tensor.is_inference() for tensor in call.tensors):
-        return call
-    kept = [x if x is None or not x.is_inference() else x.clone() for x in call.tensors]
-    return Call.of(kept, call.numbers)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from fastkd import arguments, autograd
-from fastkd.ranks import layout_of
+from fastkd.agreement import layout_of
 from fastkd.shards import VocabShard
 from fastkd.sources import Mixture, Projection, Source, tensors
 

@@ -1,4 +1,4 @@
-"""Rows whose columns are on several ranks: who has which, and what ranks tell each other of a row.
+"""Rows whose columns are on several ranks: what ranks tell each other of a row. Who has which is asked in `agreement`.
 
 A rank is a tile. It sweeps its own columns (`rows.Tile`), and what it knows of a row then goes to all ranks, packed, in
 one collective; each merges the same numbers in the same order, so that all have the same bits. Divergences that need
@@ -9,10 +9,9 @@ Merged is in float64: exponentials relative to a rank's maxima are moved to thos
 
 from __future__ import annotations
 
+import datetime
 import math
-import weakref
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,10 +24,11 @@ from fastkd.rows import RowSpec, SparseRows, Stage, Tile
 __all__ = [
     "Layout",
     "Rows",
-    "agreed",
     "all_columns",
     "exchanged_bytes",
-    "layout_of",
+    "gathered",
+    "gathering",
+    "members",
     "normaliser_of_ranks",
     "stages",
     "statistics_of_ranks",
@@ -58,25 +58,36 @@ class Layout(NamedTuple):
 # --- collectives ------------------------------------------------------------------------------------------------
 
 
-def _group(name: str) -> Any:
-    return torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore
+def members(group: str) -> Any:
+    """The process group of this name."""
+    return torch.distributed.distributed_c10d._resolve_process_group(group)  # type: ignore
 
 
-def _gathered(values: Tensor, group: str) -> Tensor:
+def gathered(values: Tensor, group: str) -> Tensor:
     """`[ranks, *values.shape]`, by rank."""
-    members = _group(group)
-    out = values.new_empty((members.size(), *values.shape))
-    if values.numel():
-        dist = torch.distributed
-        all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch renames it
-        all_gather(out.flatten(0, 1), values.contiguous(), group=members)
-    return out
+    return gathering(values, group)()
+
+
+def gathering(values: Tensor, group: str) -> Callable[..., Tensor]:
+    """`gathered`, begun: call what is returned to wait for it, perhaps only so long."""
+    own, out = values.contiguous(), values.new_empty((members(group).size(), *values.shape))
+    if not values.numel():
+        return lambda *_: out
+    dist = torch.distributed
+    all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # newer torch renames it
+    work = all_gather(out.flatten(0, 1), own, group=members(group), async_op=True)
+
+    def arrived(*patience: datetime.timedelta) -> Tensor:
+        work.wait(*patience)
+        return out if own.numel() else own  # `own` has to live until here
+
+    return arrived
 
 
 def sum_of_ranks(values: Tensor, group: str) -> Tensor:
     """Σ over ranks, the same on each; 16-bit values are added in fp32."""
     total = values.to(torch.promote_types(values.dtype, torch.float32), copy=True)
-    torch.distributed.all_reduce(total, group=_group(group))
+    torch.distributed.all_reduce(total, group=members(group))
     return total.to(values.dtype)
 
 
@@ -85,49 +96,11 @@ def all_columns(own: Tensor, layout: Layout, vocab_size: int) -> Tensor:
     counts = layout.counts(vocab_size)
     padded = own.new_zeros(own.shape[0], max(counts))
     padded[:, : own.shape[1]] = own
-    everyone = _gathered(padded, layout.group)
+    everyone = gathered(padded, layout.group)
     out = own.new_empty(own.shape[0], vocab_size)
     for rows, first, count in zip(everyone, layout.firsts, counts, strict=True):
         out[:, first : first + count] = rows[:, :count]
     return out
-
-
-# --- what ranks agree on ----------------------------------------------------------------------------------------
-
-_layouts: weakref.WeakKeyDictionary[Any, dict[tuple[int, ...], Layout]] = weakref.WeakKeyDictionary()
-
-
-def layout_of(
-    group: str, first: int, width: int, vocab_size: int, device: torch.device, *, again: bool = False
-) -> Layout:
-    """Ask all ranks for their columns. ValueError, on all, where they do not make up the vocabulary.
-
-    Once for each cut or, with `again`, whatever is known: a rank that is given another cut is found out by the others.
-    """
-    members = _group(group)
-    known = _layouts.setdefault(members, {})
-    key = (first, width, vocab_size)
-    if again or key not in known:
-        told = _gathered(torch.tensor([key], dtype=torch.int64, device=device), group)[:, 0].tolist()
-        held = sorted((start, start + size) for start, size, _ in told)
-        starts, ends = [start for start, _ in held], [0, *(stop for _, stop in held)]
-        if {total for *_, total in told} != {ends[-1]} or starts != ends[:-1]:
-            each = "; ".join(f"rank {r} has [{at}, {at + size}) of {total}" for r, (at, size, total) in enumerate(told))
-            raise ValueError(f"the ranks' columns do not make up one vocabulary, each on one rank: {each}")
-        known[key] = Layout(group, members.rank(), tuple(t[0] for t in told), tuple(t[1] for t in told))
-    return known[key]
-
-
-def agreed(layout: Layout, device: torch.device, same: dict[str, Any], least: tuple[int, ...]) -> tuple[int, ...]:
-    """Check that `same` is the same on all ranks; the least of each of `least`. The host waits for it."""
-    own = [zlib.crc32(repr(value).encode()) for value in same.values()]
-    told = _gathered(torch.tensor([[*own, *least]], dtype=torch.int64, device=device), layout.group)[:, 0].tolist()
-    for at, (name, value) in enumerate(same.items()):
-        if len({values[at] for values in told}) > 1:
-            raise ValueError(
-                f"the ranks of a sharded loss must have the same {name}; rank {layout.rank} has {value}, others differ"
-            )
-    return tuple(min(values[len(own) + i] for values in told) for i in range(len(least)))
 
 
 # --- rows -------------------------------------------------------------------------------------------------------
@@ -245,7 +218,7 @@ class Rows(NamedTuple):
         packed = torch.stack([field.to(wide) for field in columns], -1)
         if picked is not None:
             packed = torch.cat([packed, picked.picked.to(wide)], -1)
-        everyone = _gathered(packed, self.layout.group).double()
+        everyone = gathered(packed, self.layout.group).double()
         found = dict(zip(fields, everyone.unbind(-1)[: len(columns)], strict=True))
         if stage == "terms":
             merged = {name: values.sum(0) for name, values in found.items()}
@@ -271,7 +244,7 @@ def statistics_of_ranks(own: Sequence[Tensor], labels: Tensor | None, temperatur
     """`Backend.row_statistics` of whole rows, from what it says of this rank's columns."""
     log_sum_exp, entropy, argmax, label_logprob, normaliser = own
     first = layout.firsts[layout.rank]
-    told = _gathered(
+    told = gathered(
         torch.stack([*normaliser.double().unbind(-1), entropy, label_logprob, argmax + first], -1), layout.group
     )
     maxima, log2_totals, entropies, logprobs, columns = told.unbind(-1)
@@ -289,9 +262,9 @@ def statistics_of_ranks(own: Sequence[Tensor], labels: Tensor | None, temperatur
 
 def normaliser_of_ranks(own: Tensor, temperature: float, group: str) -> tuple[Tensor, Tensor]:
     """That of whole rows, `[rows, 2]` as of `Backend.log_softmax`; and what this rank's log-probabilities are short."""
-    maxima, log2_totals = _gathered(own.double(), group).unbind(-1)
+    maxima, log2_totals = gathered(own.double(), group).unbind(-1)
     found, apart = _normalised(maxima, log2_totals, temperature)
-    rank = torch.distributed.get_rank(_group(group))
+    rank = torch.distributed.get_rank(members(group))
     return torch.stack(found, -1).to(own.dtype), apart[rank].to(own.dtype)
 
 

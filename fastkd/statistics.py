@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastkd import arguments, gradients, placed, sources
+from fastkd import agreement, arguments, gradients, placed, sources
+from fastkd.agreement import layout_of
 from fastkd.projection.loop import logit_chunks
-from fastkd.ranks import layout_of, statistics_of_ranks
+from fastkd.ranks import statistics_of_ranks
+from fastkd.rows import row_dtype
 from fastkd.sources import Projection, Source, VocabShard
 
 __all__ = ["RowStatistics", "log_softmax", "row_statistics"]
@@ -40,15 +42,19 @@ def log_softmax(logits: Tensor | VocabShard, temperature: float = 1.0) -> Tensor
     """
     given: Any = logits
     logits = placed.here(logits, "log_softmax")
+    return placed.like(given, agreement.together((logits,), _log_softmax, logits, temperature))
+
+
+def _log_softmax(logits: Any, temperature: float) -> Tensor:
     own, group = (logits.source, logits.group) if isinstance(logits, VocabShard) else (logits, "")
     sources.check_logits(own)
     assert isinstance(own, Tensor)
     arguments.holds_values("logits", own)
     gradients.refuse_forward_mode(own)
     temperature = arguments.temperature("temperature", temperature)
-    placed.check_cut(logits)
+    _check_alike(logits, None, temperature)
     out: Tensor = torch.ops.fastkd.log_softmax(own, temperature, group)[0]
-    return placed.like(given, out)
+    return out
 
 
 def row_statistics(source: Source, labels: Tensor | None = None, temperature: float = 1.0) -> RowStatistics:
@@ -66,11 +72,15 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
         Perplexity is `exp(-label_logprob.nanmean())`. Raises TypeError / ValueError as `log_softmax` does.
     """
     source, labels = placed.here(source, "row_statistics"), placed.beside(labels, "labels")
+    return agreement.together((source,), _row_statistics, source, labels, temperature)  # type: ignore[no-any-return]
+
+
+def _row_statistics(source: Any, labels: Tensor | None, temperature: float) -> RowStatistics:
     sources.check(source, None, labels, None, None)
     gradients.refuse_forward_mode(source)
     temperature = arguments.temperature("temperature", temperature)
     flat = None if labels is None else labels.to(torch.int64).reshape(-1)
-    placed.check_cut(source)
+    _check_alike(source, flat, temperature)
     own = source.source if isinstance(source, VocabShard) else source
     at = None if flat is None or not isinstance(source, VocabShard) else flat - source.first
     if isinstance(own, Projection):
@@ -81,6 +91,21 @@ def row_statistics(source: Source, labels: Tensor | None = None, temperature: fl
         layout = layout_of(source.group, source.first, own.shape[-1], source.vocab_size, own.device)
         rows = statistics_of_ranks(rows, flat, temperature, layout)
     return RowStatistics(*(row.reshape(source.shape[:-1]) for row in rows[:4]))
+
+
+def _check_alike(source: Source, labels: Tensor | None, temperature: float) -> None:
+    """ValueError, on all ranks, where they were given other columns, rows, labels or temperatures."""
+    placed.check_cut(source)
+    if not isinstance(source, VocabShard) or not arguments.is_checked(sources.tensors(source)[0]):
+        return
+    layout = layout_of(source.group, source.first, source.source.shape[-1], source.vocab_size, source.device)
+    same = {
+        "number of rows": source.shape[:-1].numel(),
+        "dtype": row_dtype(source.dtype),
+        "temperature": temperature,
+        "labels (by checksum)": agreement.checksum(labels),
+    }
+    agreement.agreed([layout], source.device, same)
 
 
 def _of_projection(source: Projection, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:

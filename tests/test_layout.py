@@ -32,7 +32,7 @@ LAYERS = [
         "fastkd.reference",
     ),
     ("fastkd.sparse", "fastkd.call", "fastkd.backend"),
-    ("fastkd.ranks",),
+    ("fastkd.ranks", "fastkd.agreement"),
     ("fastkd.gradients", "fastkd.projection"),
     ("fastkd.ops",),
     ("fastkd.autograd",),

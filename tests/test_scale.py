@@ -54,7 +54,7 @@ def losses(rank: int, world: int) -> None:
                         taught = fastkd.VocabShard(taught, at.first, V, group)
                     student = fastkd.VocabShard(source, at.first, V, group)
                     shards.outcome(batch, (leaves, student), taught, {}, **settings)
-                    told = formulas.of_loss(rows, world, Loss(divergence, kind, ENTRIES, labels), cpu, form)
+                    told = formulas.of_loss(rows, world, Loss(divergence, kind, ENTRIES, labels), cpu, checked=True)
                     told += formulas.hidden_gradient(N, H) if form == "projection" else Moved()
                     assert counted(group) == told, f"{divergence}, {form}, {kind}, labels={labels}"
 
@@ -186,7 +186,7 @@ from fastkd.rows import RowSpec, SparseRows
 from tests.memory import peak
 torch.set_num_threads(1)
 WORLD, ROWS, K = 128, 1024, 16
-ranks._gathered = lambda values, group: values.expand(WORLD, *values.shape).contiguous()  # all ranks are this one
+ranks.gathered = lambda values, group: values.expand(WORLD, *values.shape).contiguous()  # all ranks are this one
 layout = ranks.Layout("", 0, (*range(WORLD),), (1,) * WORLD)
 state, labels = cpu.tile_state(ROWS, torch.device("cpu")).zero_(), torch.zeros(ROWS, dtype=torch.int64)
 ids, rest = torch.arange(K).expand(ROWS, K).contiguous(), torch.zeros(ROWS)
@@ -230,7 +230,7 @@ def test_many_ranks_exchange_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch
         shared.exchange("statistics", state, labels, SparseRows(ids, picked, rest, rest, picked))
         return [state, picked]
 
-    monkeypatch.setattr(ranks, "_gathered", everyone)
+    monkeypatch.setattr(ranks, "gathered", everyone)
     whole = exchanged()
     monkeypatch.setattr(ranks, "_EXCHANGED_AT_ONCE", 8 * ranks.exchanged_bytes(world, entries))
     parts = exchanged()

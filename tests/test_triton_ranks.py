@@ -8,8 +8,9 @@ from torch import Tensor
 
 import fastkd
 from fastkd import reference
+from fastkd.agreement import layout_of
 from fastkd.divergences import Divergence
-from fastkd.ranks import Layout, Rows, layout_of
+from fastkd.ranks import Layout, Rows
 from fastkd.rows import SparseRows
 from fastkd.sparse import sparse_rows
 from tests import cases, compare, sparse_targets

@@ -186,7 +186,7 @@ def counted(rank: int) -> None:
     """Collectives and their bytes, of losses that have been asked before, so that the cut is known."""
     batch, at = shards.Batch.of(), shards.cut(rank, 2)
     sent: list[tuple[str, int]] = []
-    gather, add = ranks._gathered, dist.all_reduce
+    gather, add = ranks.gathered, dist.all_reduce
 
     def gathered(values: Tensor, group: str) -> Tensor:
         sent.append(("gather", values.shape[-1] if values.is_floating_point() else 0))
@@ -196,7 +196,7 @@ def counted(rank: int) -> None:
         sent.append(("sum", values.numel()))
         return add(values, *arguments, **named)
 
-    ranks._gathered, dist.all_reduce = gathered, reduced  # type: ignore[assignment]
+    ranks.gathered, dist.all_reduce = gathered, reduced  # type: ignore[assignment]
     for name, most, exchanges in (("forward_kl", 8, 1), ("reverse_kl", 8, 1), ("symmetric_kl", 9, 1), ("jsd", 8, 2)):
         for form in ("logits", "projection"):
             for reduction in ("mean", "none"):

@@ -66,6 +66,87 @@ def test_mistakes_raise_on_every_rank() -> None:
     run(2, mistakes)
 
 
+def mistakes_of_one(rank: int) -> None:
+    """One rank refuses its arguments, or was called in another way: the others do not wait for it."""
+    batch, at = shards.Batch.of(), shards.cut(rank, 2)
+    hidden, weight, bias = batch.student_head
+    one = rank == 1
+    told = "rank 1 of the group raised an error before all ranks agreed"
+
+    def logits(dtype: torch.dtype = torch.float32) -> Tensor:
+        return batch.student[:, at.own].to(dtype, copy=True).requires_grad_()
+
+    def projection(learnt: bool = True) -> fastkd.Projection:
+        return fastkd.Projection(hidden.clone().requires_grad_(learnt), weight[at.own], bias[at.own])
+
+    def shard(source: Any) -> Any:
+        return fastkd.VocabShard(source, at.first, V)
+
+    def loss(source: Any = None, labels: Any = None, teacher: Any = None, **settings: Any) -> Any:
+        kd = fastkd.KDLoss(**settings)
+        given = logits() if source is None else source
+        labels = batch.labels if labels is None else labels
+        return kd(shard(given), batch.teacher if teacher is None else teacher, labels)
+
+    def both(call: Callable[[], Any], own: str, others: str = told) -> None:
+        raised(call, own if one else others)
+        assert torch.isfinite(loss())  # the ranks are together again
+
+    wrong = batch.labels.clone()
+    wrong[3] = V if one else 0
+    both(lambda: loss(labels=wrong), f"labels contains {V}")
+    both(lambda: loss(labels=batch.labels.float() if one else batch.labels), "labels must be")
+    both(lambda: loss(projection(), memory_budget=10 if one else None), "memory_budget=10")
+    kinds = "called alike"
+    taught = shard(batch.teacher[:, at.own].contiguous())
+    both(lambda: loss(teacher=taught if one else batch.teacher), kinds, kinds)
+    forms = "the same forms and dtypes of students"
+    both(lambda: loss(projection() if one else logits()), "must have the same", "must have the same")
+    double = torch.float64 if one else torch.float32
+    both(lambda: loss(logits(double), teacher=batch.teacher.to(double), reduction="sum"), forms, forms)
+    logprobs, ids = batch.teacher.div(2).log_softmax(-1).topk(4 - rank)
+    sparse = fastkd.SparseTargets(ids, logprobs, "ghost", temperature=2.0)
+    both(lambda: loss(teacher=sparse), "the same kinds of teachers", "the same kinds of teachers")
+    learnt = "the same hidden states that require a gradient"
+    both(lambda: loss(projection(learnt=one)), learnt, learnt)
+    both(lambda: loss(reduction="none" if one else "sum"), "the same settings", "the same settings")
+    capped = fastkd.Projection(hidden, weight[at.own], bias[at.own], softcap=30.0 if one else 20.0)
+    both(lambda: loss(capped), "the same settings", "the same settings")
+    # Losses of a whole student beside a teacher that is spread, over more ranks than the student.
+    alone = [dist.new_group([other]) for other in range(2)][rank]
+    rows = batch.student.roll(rank, 0)
+    student = fastkd.VocabShard(rows, 0, V, alone)
+    tokens = batch.labels.roll(rank, 0)
+    both(lambda: fastkd.KDLoss()(student, taught, tokens), "the same labels", "the same labels")
+
+    for call in (fastkd.log_softmax, fastkd.row_statistics):
+        both(lambda call=call: call(shard(logits()), temperature=1.0 + rank), "the same temperature", "the same temp")
+        both(lambda call=call: call(shard(logits()[: 5 - rank])), "the same number of rows", "the same number of rows")
+        both(lambda call=call: call(shard(logits()), temperature=-1.0 if one else 1.0), "temperature must be")
+    both(lambda: fastkd.row_statistics(shard(logits()), wrong), "the same labels", "the same labels")
+    loss().backward()
+
+
+def test_a_mistake_of_one_rank_raises_on_every_rank() -> None:
+    run(2, mistakes_of_one)
+
+
+def other_threads(rank: int) -> None:
+    """No sum whose order depends on the threads is compared."""
+    torch.set_num_threads(1 + rank)
+    draw = torch.Generator().manual_seed(0)
+    rows, width = 200_000, 4
+    student, teacher = (torch.randn(rows, 2 * width, generator=draw) for _ in range(2))
+    labels, weights = torch.randint(2 * width, (rows,), generator=draw), torch.rand(rows, generator=draw)
+    for given in (weights, weights.double(), None):
+        own = fastkd.VocabShard(student[:, rank * width :][:, :width], rank * width, 2 * width)
+        assert torch.isfinite(fastkd.KDLoss()(own, teacher, labels, weights=given))
+
+
+def test_ranks_may_have_different_numbers_of_threads() -> None:
+    run(2, other_threads)
+
+
 def placements(rank: int) -> None:
     batch, mesh = shards.Batch.of(), init_device_mesh("cpu", (2,))
     kd = fastkd.KDLoss()

@@ -14,6 +14,7 @@ import torch
 
 import fastkd
 from fastkd import ranks
+from fastkd.agreement import QUESTION_BYTES
 from fastkd.backend import Backend
 from fastkd.cache.records import Dense, PackedSampled, PackedTopK
 from fastkd.divergences import resolve
@@ -115,16 +116,16 @@ class Loss(NamedTuple):
         return told
 
 
-def of_loss(rows: int, group: int, loss: Loss, backend: Backend, checked: Literal["", "logits", "projection"]) -> Moved:
+def of_loss(rows: int, group: int, loss: Loss, backend: Backend, checked: bool) -> Moved:
     """What ranks of a group exchange of `rows` rows: all rows of logits, those that count of hidden states.
 
-    `checked`: where values are looked at, on CPUs, ranks also compare their cuts, three numbers for each side that is
-    spread, and what they were called with: five numbers, and from hidden states the four of their plan.
+    `checked`: where values are looked at, on CPUs, ranks also compare the cut of each side that is spread, and what
+    they were called with.
     """
     moved = rows * loss.row_bytes(backend)
     if checked:
         sides = 2 if loss.teacher == "dense" else 1
-        moved += 8 * (3 * sides + 5 + (4 if checked == "projection" else 0))
+        moved += QUESTION_BYTES * (sides + 1)
     return Moved(all_gather=group * moved)
 
 

@@ -117,8 +117,9 @@ def head_exchanged(setting: Setting, name: str, n: int, vocab: int) -> tuple[flo
     model, size = setting.models[name], setting.size
     of, head = min(setting.group, n), model.head(vocab)
     tokens = of * setting.tokens
-    spread = formulas.of_loss(tokens, of, Loss(), setting.backend, "") + formulas.hidden_gradient(tokens, model.hidden)
-    whole = formulas.gathered_logits(tokens, vocab, size.computed) + formulas.hidden_gradient(tokens, model.hidden)
+    hidden = formulas.hidden_gradient(tokens, model.hidden)
+    spread = formulas.of_loss(tokens, of, Loss(), setting.backend, checked=False) + hidden
+    whole = formulas.gathered_logits(tokens, vocab, size.computed) + hidden
     groups = formulas.fsdp(0, head // of, size).ring(n // of)
     return (
         formulas.ddp(head, size).ring(n),
@@ -172,7 +173,7 @@ def _rows(setting: Setting) -> Table:
     rows: list[tuple[tuple[Any, ...], tuple[float, ...]]] = []
     hidden = [setting.models[name].hidden for name, _ in setting.pairs]
     for of in (2, 4, 8, 16, 64, 512, 4096):
-        values = [formulas.of_loss(1, of, loss, setting.backend, "").ring(of) for loss in losses.values()]
+        values = [formulas.of_loss(1, of, loss, setting.backend, checked=False).ring(of) for loss in losses.values()]
         values += [formulas.hidden_gradient(1, width).ring(of) for width in hidden]
         values.append(formulas.gathered_logits(1, setting.vocabulary, setting.size.computed).ring(of))
         rows.append(((of,), tuple(values)))

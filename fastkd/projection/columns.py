@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from fastkd import arguments
+from fastkd.agreement import agreed, checksum, layout_of
 from fastkd.backend import select
 from fastkd.call import Call
-from fastkd.ranks import Layout, Rows, agreed, layout_of
+from fastkd.ranks import Layout, Rows
 from fastkd.rows import STATE_BYTES, SparseRows, row_count, row_dtype
 
 __all__ = [
@@ -98,7 +99,7 @@ def over_ranks(
     assert shared is not None
     states = States(call, shared, known=grad is not None)
     if not states.known:
-        same_on_all_ranks(call, columns.layout)
+        same_on_all_ranks(call)
     own = slice(0, columns.width)
     if isinstance(teacher, Tensor):
         teacher = teacher[..., own if call.teacher_cut else columns.slice]
@@ -147,26 +148,28 @@ def _bytes(state: Tensor) -> Tensor:
     return state.view(torch.uint8)
 
 
-def _checksum(values: Tensor | None) -> float | None:
-    """Of values and where they stand."""
-    if values is None:
-        return None
-    places = torch.arange(1, len(values) + 1, dtype=torch.float64, device=values.device)
-    return float((values.double() * places).sum())
-
-
-def same_on_all_ranks(call: Call, layout: Layout, least: tuple[int, ...] = ()) -> tuple[int, ...]:
+def same_on_all_ranks(call: Call, least: tuple[int, ...] = ()) -> tuple[int, ...]:
     """ValueError where ranks were given different tokens or settings; the least of `least`.
 
-    Not looked at on a GPU, unless FASTKD_DEBUG=1. There `least` does not depend on the rank.
+    Of all ranks that share the student or the teacher. Not looked at on a GPU, unless FASTKD_DEBUG=1. There `least`
+    does not depend on the rank.
     """
     if not arguments.is_checked(call.student):
         return least
+    entries = None if call.teacher_ids is None else call.teacher_ids.shape[-1]
+    form = (call.student_weight is None, bool(call.student_cut), row_dtype(call.student.dtype))
     same = {
         "number of tokens": row_count(call.student),
-        "settings of the loss": call.spec,
-        "labels (by checksum)": _checksum(call.labels),
-        "weights, masks and divisors (by checksum)": [_checksum(call.soft_scale), _checksum(call.hard_scale)],
-        "kinds of teachers": (call.teacher is None, call.teacher_kind, len(call.teacher_mixed)),
+        "forms and dtypes of students": form,
+        "kinds of teachers": (_has_teacher(call), call.teacher_kind, entries, len(call.teacher_mixed)),
+        "settings of the loss": (call.spec, call.student_head, call.teacher_head, call.row_state is not None),
+        "hidden states that require a gradient": call.student_weight is not None and call.student.requires_grad,
+        "labels (by checksum)": checksum(call.labels),
+        "weights, masks and divisors (by checksum)": [checksum(call.soft_scale), checksum(call.hard_scale)],
     }
-    return agreed(layout, call.student.device, same, least)
+    layouts = dict.fromkeys(layout for layout in (_layout(call, "student"), teachers_layout(call)) if layout)
+    return agreed([*layouts], call.student.device, same, least)
+
+
+def _has_teacher(call: Call) -> tuple[bool, ...]:
+    return call.teacher is not None, call.teacher_weight is not None, bool(call.teacher_cut)

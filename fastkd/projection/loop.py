@@ -47,7 +47,7 @@ from fastkd.ranks import exchanged_bytes
 from fastkd.rows import NOTHING, SparseRows, Stage, Tile, Wants, row_count, row_dtype
 from fastkd.sources import Projection
 
-__all__ = ["check_budget", "from_hidden_states", "logit_chunks"]
+__all__ = ["check_budget", "for_backward", "from_hidden_states", "logit_chunks"]
 
 
 #: Where fewer than one row in so many could be left out on a GPU, all are computed: to copy the hidden states of those
@@ -73,6 +73,16 @@ def check_budget(call: Call, wants: Wants) -> None:
     """ValueError where `memory_budget` is too small for these gradients: the loop itself would find it out later."""
     columns = columns_of(call)
     _plan(call, _live_rows(call, columns), wants, columns)
+
+
+def for_backward(call: Call, wants: Wants) -> Call:
+    """The call as its backward can compute it again: the budget suffices, and autograd may keep the tensors."""
+    if not call.on_logits:
+        check_budget(call, wants)
+    if not any(tensor is not None and tensor.is_inference() for tensor in call.tensors):
+        return call
+    kept = [x if x is None or not x.is_inference() else x.clone() for x in call.tensors]
+    return Call.of(kept, call.numbers)
 
 
 def _plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> Plan:
@@ -105,9 +115,7 @@ def _shared_plan(call: Call, live: RowIndex, wants: Wants, columns: Columns) -> 
     if spread is None or (known and not is_recut(call)):  # then nothing is exchanged
         return plan
     # Ranks meet at each chunk. What the kernels keep depends on a rank's threads, so they may have planned others.
-    whole, chunk, group, tile = same_on_all_ranks(
-        call, spread, (plan.strategy == "chunks", plan.chunk, plan.group, plan.tile)
-    )
+    whole, chunk, group, tile = same_on_all_ranks(call, (plan.strategy == "chunks", plan.chunk, plan.group, plan.tile))
     return replace(plan, strategy="chunks" if whole else "tiles", chunk=chunk, group=group, tile=tile)
 
 
