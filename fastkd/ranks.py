@@ -1,7 +1,7 @@
 """Rows whose columns are on several ranks: what ranks tell each other of a row. Who has which is asked in `agreement`.
 
-A rank is a tile. It sweeps its own columns (`rows.Tile`), and what it knows of a row then goes to all ranks, packed, in
-one collective; each merges the same numbers in the same order, so that all have the same bits. Divergences that need
+A rank is a tile. It sweeps its own columns (`rows.Tile`), and what it knows of a row then goes to all ranks, packed,
+once; each merges the same numbers in the same order, so that all have the same bits. Divergences that need
 the normalisers first exchange once more, after their terms. Then each writes the gradient of its own columns.
 
 Merged is in float64: exponentials relative to a rank's maxima are moved to those of all ranks, as from tile to tile.

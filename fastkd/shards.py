@@ -19,7 +19,7 @@ class VocabShard:
     """One rank's columns of logits `[..., vocab_size]` that are spread over the ranks of a process group.
 
     Pass one wherever a loss takes logits, on every rank of the group at the same call, with the same tokens, labels and
-    settings. No rank gets another's columns: ranks exchange what each knows of a row, at most nine numbers, and each
+    settings. No rank gets another's columns: ranks exchange what each knows of a row, at most ten numbers, and each
     returns the same loss, bit for bit. (The scheme is that of Megatron-LM's vocabulary-parallel cross-entropy,
     Shoeybi et al. 2019, for every divergence.)
 
