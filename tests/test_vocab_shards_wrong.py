@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 
 import fastkd
-from fastkd import autograd, ops, ranks
+from fastkd import agreement, autograd, ops, ranks
 from tests import shards
 from tests.processes import run
 from tests.test_vocab_shards import equals_one_process
@@ -129,6 +130,19 @@ def mistakes_of_one(rank: int) -> None:
 
 def test_a_mistake_of_one_rank_raises_on_every_rank() -> None:
     run(2, mistakes_of_one)
+
+
+def alone_with_a_mistake(rank: int) -> None:
+    group = dist.new_group()  # which is of no use afterwards
+    if rank == 1:
+        agreement._PATIENCE = datetime.timedelta(seconds=0.5)
+        logits = fastkd.VocabShard(torch.randn(3, 4), 4, 8, group)
+        raised(lambda: fastkd.KDLoss(temperature=-1.0)(logits, torch.randn(3, 8), torch.zeros(3).long()), "temperature")
+        raised(lambda: fastkd.KDLoss()(logits, torch.randn(3, 9), torch.zeros(3).long()), "teacher 9")
+
+
+def test_a_rank_with_a_mistake_does_not_wait_for_those_that_never_come() -> None:
+    run(2, alone_with_a_mistake)
 
 
 def other_threads(rank: int) -> None:
