@@ -142,6 +142,68 @@ def moved_in_parts(rank: int, world: int) -> None:
         fastkd.next_token_labels(labels[:, :0], group=everyone)
 
 
+Call = tuple[str, dict[str, object]]
+
+
+def wrong_alone() -> list[tuple[Call, Call, type[Exception], str, str]]:
+    """(The call of one process, that of the other, what the first raises, with which words, words of the other)."""
+    labels, positions, weights = batch()
+    part = {"labels": labels, "position_ids": positions}
+    items = {"labels": labels, "weights": weights}
+
+    def moved(**changed: object) -> Call:
+        return "next_token_labels", {**part, **changed}
+
+    def counted(**changed: object) -> Call:
+        return "count_items", {**items, **changed}
+
+    wrong = [
+        (moved(labels=labels[:, :0], position_ids=None), ValueError, r"got \(2, 0\)"),
+        (moved(labels=labels[:, :3], position_ids=None, layout="zigzag"), ValueError, "a multiple of 2"),
+        (moved(position_ids=positions[:, 1:]), ValueError, "position_ids must be of the shape"),
+        (moved(position_ids=positions.to("meta")), ValueError, "on cpu, got meta"),
+        (moved(position_ids=positions / 2), TypeError, "position_ids must be integers"),
+        (moved(labels=labels.float()), TypeError, "labels must be integers"),
+        (moved(labels=labels.tolist()), TypeError, "labels must be a torch.Tensor"),
+        (moved(ignore_index=2**70), Exception, "Overflow"),  # of a type that torch chooses
+        (moved(layout="ring"), ValueError, "layout must be"),
+        (("next_token_weights", {"weights": weights * 1j}), TypeError, "weights must be real"),
+        (counted(weights=-weights), ValueError, "finite and >= 0"),
+        (counted(weights=weights[0]), ValueError, "labels' shape"),
+        (counted(labels=weights), TypeError, "labels must be integers"),
+    ]
+    differing = [
+        (moved(position_ids=None), moved(), "whether position_ids, or weights of the items, are given$"),
+        (moved(labels=labels[:1], position_ids=positions[:1]), moved(), "the shape without its last dimension$"),
+        (moved(layout="zigzag"), moved(), "differ in layout$"),
+        (moved(layout="zigzag", ignore_index=-1), moved(), "differ in layout, and in ignore_index$"),
+        (("next_token_weights", {"weights": weights}), moved(position_ids=None, ignore_index=0), "which function"),
+        (counted(weights=None), counted(), "are given$"),
+        (counted(), moved(), "which function they call"),
+    ]
+    found: list[tuple[Call, Call, type[Exception], str, str]] = []
+    for one, error, words in wrong:
+        right = {"count_items": counted(), "next_token_weights": ("next_token_weights", {"weights": weights})}
+        found.append((one, right.get(one[0], moved()), error, words, "the arguments of rank {} of the group are wrong"))
+    return found + [(one, other, ValueError, words, words) for one, other, words in differing]
+
+
+def refused_everywhere(rank: int, world: int) -> None:
+    """What is wrong in one process, or differs, is refused in both, and the next call is right."""
+    for one, other, error, words, others_words in wrong_alone():
+        for mistaken in range(world):
+            name, given = one if rank == mistaken else other
+            expected = (error, words) if rank == mistaken else (ValueError, others_words.format(mistaken))
+            with pytest.raises(expected[0], match=expected[1]):
+                getattr(fastkd, name)(**given, group=dist.group.WORLD)
+            assert fastkd.count_items(torch.ones(rank + 1, 2, dtype=torch.int64), group=dist.group.WORLD) == 6
+    moved_in_parts(rank, world)
+
+
+def test_what_one_process_gets_wrong_all_refuse() -> None:
+    run(2, refused_everywhere, 2)
+
+
 @pytest.mark.parametrize("world", [2, 4])
 def test_parts_are_moved_as_the_whole(world: int) -> None:
     run(world, moved_in_parts, world)

@@ -15,7 +15,7 @@ from fastkd.training.options import InputError
 __all__ = ["check_launch", "quiet", "started", "tells"]
 
 #: Where launchers say how many processes they have started; the first is torchrun's, and accelerate's.
-_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+_WORLD_SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 _MEETING = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _HOW = "torchrun --nproc-per-node N -m fastkd ..., or accelerate launch -m fastkd ..."
 
@@ -23,10 +23,13 @@ _HOW = "torchrun --nproc-per-node N -m fastkd ..., or accelerate launch -m fastk
 def check_launch(command: str, several: bool) -> None:
     """Refuse processes that could not work together, or of which `command` takes one only. Raises InputError."""
     for name in _WORLD_SIZES:
-        size = os.environ.get(name, "1")
-        if not size.isdigit() or int(size) == 1:
+        given = os.environ.get(name) or "1"
+        size = _number(name, 1)
+        if size < 1 or (size == 1 and given.strip() != "1"):
+            raise InputError(f"{name} is {given!r}, which is no number of processes: start them with {_HOW}")
+        if size == 1:
             continue
-        has = f"there are {size} processes ({name}={size})"
+        has = f"there are {size} processes ({name}={given})"
         missing = [needed for needed in _MEETING if not os.environ.get(needed)]
         if missing and name == "WORLD_SIZE":
             raise InputError(
@@ -34,8 +37,11 @@ def check_launch(command: str, several: bool) -> None:
                 f"cannot find each other: start them with {_HOW}. If a job scheduler has set {name} and one process "
                 f"is meant, take it away: env -u {name} fastkd ..."
             )
-        if name != "WORLD_SIZE" and "WORLD_SIZE" not in os.environ:
-            raise InputError(f"{has}, started by a launcher that fastkd does not work with: use {_HOW}")
+        if size > started():  # each would believe that it is alone; a torchrun in each of them has started as many
+            raise InputError(
+                f"{has}, started by a launcher that fastkd does not work with: use {_HOW}. If each is a run of its "
+                f"own, take it away: env -u {name} fastkd ..."
+            )
         if not several:
             raise InputError(
                 f"{has}, but fastkd {command} works in one: start it without torchrun or accelerate. fastkd distill, "
@@ -45,8 +51,7 @@ def check_launch(command: str, several: bool) -> None:
 
 def started() -> int:
     """How many processes there are."""
-    size = os.environ.get("WORLD_SIZE", "1")
-    return int(size) if size.isdigit() else 1
+    return max(_number("WORLD_SIZE", 1), 1)
 
 
 @contextlib.contextmanager
@@ -72,8 +77,15 @@ def tells(error: BaseException) -> bool:
 
 
 def _rank() -> int:
-    rank = os.environ.get("RANK", "0")
-    return int(rank) if rank.isdigit() else 0
+    return _number("RANK", 0)
+
+
+def _number(name: str, default: int) -> int:
+    """A variable of the environment as torch reads it, spaces around it or not."""
+    try:
+        return int(os.environ.get(name, default))
+    except ValueError:
+        return default
 
 
 def _claimed() -> bool:

@@ -28,9 +28,11 @@ from fastkd.terms import Batch, Course, KDTerm, Outputs, RouterTerm, Term, Terms
 from fastkd.terms.term import RESERVED
 from fastkd.training.beside import TrainsBeside
 from fastkd.training.counting import COUNT, SHIFTED, Counting, Labels, labels_of
+from fastkd.training.sharding import is_sharded
 
 __all__ = ["Course", "KDTrainer", "logged_beside"]
 
+_TAUGHT, _POSITIONS = "teacher", "position_ids"  # where a batch has the teacher's predictions, and tokens' positions
 _NO_LOGITS = "no logits are formed; evaluation gives eval_hard and eval_perplexity, for more override prediction_step"
 #: What Trainer takes and a loss without logits cannot: (name, values that ask for nothing, what to do).
 _REFUSED: tuple[tuple[str, tuple[Any, ...], str], ...] = (
@@ -52,12 +54,13 @@ class KDTrainer(TrainsBeside):
 
     Args:
         model, args, ...: as of Trainer. With `args.remove_unused_columns` examples keep what the trainer itself reads:
-            `shift_labels`, and what they bring for the teacher, such as its name.
+            `shift_labels`, `position_ids`, and what they bring for the teacher: its predictions, or its name.
         kd: the loss, `KDLoss()` by default. A copy is used, with `shift=True` and `return_parts=True`.
         teacher: a frozen model in eval mode with the student's vocabulary, on the student's device; or one of
             `fastkd.teachers`, which learn or follow the student. Or None: then batches bring the teacher's predictions
             under `"teacher"`, a `fastkd.SparseTargets` or logits `[batch, tokens, ...]`, as `fastkd.cache.Collator`
-            makes them, or `kd.soft_weight` is 0.
+            makes them, or `kd.soft_weight` is 0. Predictions that a batch brings win over a frozen model, and are
+            refused beside the other teachers.
         eval_collator: makes batches of the evaluation examples, which need no teacher. Default: `data_collator`.
         terms: what the loss has beside `kd`, each a `fastkd.terms.Term`. Their parameters are trained, clipped and kept
             in checkpoints with the student's; their optimizer state too. A student with `output_router_logits` brings a
@@ -67,9 +70,10 @@ class KDTrainer(TrainsBeside):
 
     Batches are dicts of `input_ids`, `attention_mask` and `labels` `[batch, tokens]`. A label is −100 where it must not
     be learnt. The first label of a row counts for nothing: no token predicts it. Nor does one whose `position_ids` do
-    not continue those before it: rows of several documents. `shift_labels`, where a batch has them, are taken in place
-    of `labels`: they are at the positions that predict them, and all count. Whatever collator makes a batch, what
-    counts is counted there, for GPUs to leave the other tokens out; not where the dataset is an IterableDataset.
+    not continue those before it: rows of several documents, also for a student that takes no positions.
+    `shift_labels`, where a batch has them, are taken in place of `labels`: they are at the positions that predict them,
+    and all count. Whatever collator makes a batch, what counts is counted there, for GPUs to leave the other tokens
+    out; not where the dataset is an IterableDataset.
 
     The losses logged are means over all predicted tokens since the last line: `loss`, `hard`, `soft` (T² included),
     `ratio` = hard ÷ soft (not where soft is 0), and the value of each term, unweighted, under its name.
@@ -126,6 +130,7 @@ class KDTrainer(TrainsBeside):
             mode.check_loss(self.kd.divergence)
         all_terms.check(self.model, mode.model)
         self._stand_beside(all_terms, mode)
+        self._takes_positions = _takes(_POSITIONS, self.model)
         # The loss divides by the tokens of the whole step: Trainer counts them and must not divide again.
         self.model_accepts_loss_kwargs = True
         self._live: int | None = None
@@ -140,7 +145,8 @@ class KDTrainer(TrainsBeside):
         super()._set_signature_columns_if_needed()
         columns: Any = self._signature_columns
         mode = getattr(self, "teacher", None)  # TRL asks before there is one
-        columns += [name for name in (SHIFTED, *getattr(mode, "columns", ())) if name not in columns]
+        read = (SHIFTED, _POSITIONS, _TAUGHT, *getattr(mode, "columns", ()))
+        columns += [name for name in read if name not in columns]
 
     def distillation_loss(
         self, model: nn.Module, inputs: dict[str, Any], teacher: Outputs, labels: Tensor, num_items: Any
@@ -150,7 +156,7 @@ class KDTrainer(TrainsBeside):
         `inputs` are the model's. `labels` are those of the batch, −100 where a document begins, or its `shift_labels`.
         `num_items` is the number of tokens of the optimizer step, to divide by.
         """
-        student = outputs_of(model, inputs, self.terms.students_needs)
+        student = outputs_of(model, self._for_models(inputs), self.terms.students_needs)
         counted, live = self._counted
         # An override of this method may mask others.
         unchanged, shifted = counted is not None and labels is counted.labels, counted is not None and counted.shifted
@@ -164,18 +170,29 @@ class KDTrainer(TrainsBeside):
 
     def soft_targets(self, model: nn.Module, inputs: dict[str, Any]) -> Outputs:
         """What the teacher says of one batch; takes what the batch brings for it out of `inputs`."""
-        taken = {name: inputs.pop(name) for name in {"teacher", *self.teacher.columns} if name in inputs}
+        taken = {name: inputs.pop(name) for name in {_TAUGHT, *self.teacher.columns} if name in inputs}
+        told = taken.get(_TAUGHT) is not None
+        if told and not isinstance(self.teacher, Frozen) and _TAUGHT not in self.teacher.columns:
+            raise ValueError(
+                f"a batch brings the teacher's predictions, but {type(self.teacher).__name__} makes its own: take "
+                f"{_TAUGHT!r} out of the batches, or pass teacher=None to learn from them"
+            )
         if not (self.terms.need_teacher or self.teacher.trained):
             return Outputs(None)
-        if taken.get("teacher") is not None and isinstance(self.teacher, Frozen):
-            if self.accelerator.is_fsdp2:  # processes whose batches bring none would wait for this one
+        if told and isinstance(self.teacher, Frozen):
+            if any(map(is_sharded, self.teacher.in_step)):  # processes whose batches bring none would wait for this one
                 raise ValueError(
                     "a batch brings the teacher's predictions, but the teacher is in parts on all processes, which "
                     "run it together: pass teacher=None, or batches without"
                 )
             return Cached().outputs(model, inputs, taken)  # batches win over a live teacher
         with self.accelerator.autocast():
-            return self.teacher.outputs(self.accelerator.unwrap_model(model), inputs, taken, self.terms.teachers_needs)
+            student = self.accelerator.unwrap_model(model)
+            return self.teacher.outputs(student, self._for_models(inputs), taken, self.terms.teachers_needs)
+
+    def _for_models(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Without positions where the student takes none: they are kept for labels and terms then."""
+        return {name: one for name, one in inputs.items() if name != _POSITIONS or self._takes_positions}
 
     def compute_loss(
         self,
@@ -239,14 +256,15 @@ class KDTrainer(TrainsBeside):
         """Sums of the hard loss and counts of tokens per row, `[batch]` each, for Trainer to gather."""
         inputs = dict(self._prepare_inputs(inputs))
         labels = _labels_of(inputs)
-        for name in {"labels", SHIFTED, "teacher", COUNT, *self.teacher.columns}:
+        for name in {"labels", SHIFTED, _TAUGHT, COUNT, *self.teacher.columns}:
             inputs.pop(name, None)
         with torch.no_grad():
-            logits = _predicting(fastkd.project(model, **inputs), self.kd.vocab_size, labels.predicted.shape[1])
+            found = fastkd.project(model, **self._for_models(inputs))
+            logits = _predicting(found, self.kd.vocab_size, labels.predicted.shape[1])
             with self.accelerator.autocast():
-                found = fastkd.row_statistics(logits, labels.predicted).label_logprob
+                logprobs = fastkd.row_statistics(logits, labels.predicted).label_logprob
         counted = labels.predicted != -100
-        return None, -torch.where(counted, found, 0.0).sum(1), counted.sum(1)
+        return None, -torch.where(counted, logprobs, 0.0).sum(1), counted.sum(1)
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the parts of the loss. Raises FloatingPointError where the loss is infinite or NaN."""
@@ -322,7 +340,7 @@ class KDTrainer(TrainsBeside):
             inputs = {**inputs, SHIFTED: fastkd.next_token_labels(labels.labels)}
         cut: Any
         cut, inputs = super()._prepare_context_parallel_inputs(model, inputs)
-        taught = [] if inputs.get("teacher") is None else tensors(inputs["teacher"])
+        taught = [] if inputs.get(_TAUGHT) is None else tensors(inputs[_TAUGHT])
         buffers, dims = [*cut.keywords["buffers"], *taught], [*cut.keywords["buffer_seq_dims"], *[1] * len(taught)]
         return partial(cut.func, buffers=buffers, buffer_seq_dims=dims, no_restore_buffers=set(buffers)), inputs
 
@@ -346,6 +364,13 @@ def _mode(teacher: nn.Module | TeacherMode | None) -> TeacherMode:
     if teacher is None:
         return Cached()
     return teacher if isinstance(teacher, TeacherMode) else Frozen(teacher)
+
+
+def _takes(name: str, model: nn.Module) -> bool:
+    """Whether a model can be given an argument: its forward names it, or takes any."""
+    adapted = getattr(model, "get_base_model", None)  # of PEFT, whose own forward takes any
+    parameters = inspect.signature((adapted() if adapted else model).forward).parameters
+    return name in parameters or any(one.kind is one.VAR_KEYWORD for one in parameters.values())
 
 
 def _labels_of(inputs: dict[str, Any]) -> Labels:

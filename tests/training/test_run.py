@@ -17,6 +17,7 @@ import yaml
 
 from fastkd.cli import main
 from fastkd.training.configuration import dump
+from fastkd.training.launcher import check_launch, started
 from fastkd.training.options import InputError, TrainingOptions
 from tests.training.conftest import changed, run
 from tests.training.killed import in_child
@@ -362,6 +363,16 @@ MET = {"RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "localhost", "MASTER_PORT"
         *((name, {"WORLD_SIZE": "4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set") for name in COMMANDS),
         ("distill", {**MET, "WORLD_SIZE": "4", "MASTER_PORT": ""}, "but MASTER_PORT is not set, so these processes"),
         ("distill", {"OMPI_COMM_WORLD_SIZE": "2"}, "(OMPI_COMM_WORLD_SIZE=2), started by a launcher that"),
+        (
+            "distill",
+            {"OMPI_COMM_WORLD_SIZE": "4", "WORLD_SIZE": "1"},
+            "(OMPI_COMM_WORLD_SIZE=4), started by a launcher",
+        ),
+        ("distill", {"SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "1"}, "env -u SLURM_STEP_NUM_TASKS fastkd"),
+        ("distill", {**MET, "WORLD_SIZE": "2", "SLURM_STEP_NUM_TASKS": "4"}, "(SLURM_STEP_NUM_TASKS=4), started by a"),
+        ("distill", {"WORLD_SIZE": " 4"}, "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set"),
+        ("distill", {"WORLD_SIZE": "0"}, "WORLD_SIZE is '0', which is no number of processes"),
+        ("distill", {"WORLD_SIZE": "four"}, "WORLD_SIZE is 'four', which is no number of processes"),
         ("sweep", {**MET, "WORLD_SIZE": "2"}, "(WORLD_SIZE=2), but fastkd sweep works in one"),
     ],
 )
@@ -379,6 +390,22 @@ def test_processes_that_cannot_work_together_are_refused_before_any_work(
     assert message in told
     assert "torchrun" in told
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("environment", "processes"),
+    [
+        ({"SLURM_NTASKS": "4", "SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}, 1),  # a script's one command
+        ({"SLURM_NTASKS": "4", "WORLD_SIZE": ""}, 1),
+        ({**MET, "WORLD_SIZE": "8", "SLURM_STEP_NUM_TASKS": "4"}, 8),  # a torchrun on each of four nodes
+        ({**MET, "WORLD_SIZE": " 4"}, 4),
+    ],
+)
+def test_processes_that_can_work_are_counted(monkeypatch, environment, processes):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    check_launch("distill", several=True)
+    assert started() == processes
 
 
 def test_a_directory_that_cannot_be_written_is_found_before_any_work(options, tmp_path, monkeypatch):

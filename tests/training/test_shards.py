@@ -14,6 +14,7 @@ import torch.distributed as dist
 import transformers
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor.experimental import context_parallel
 
 import fastkd
@@ -109,6 +110,44 @@ def test_packed_rows_are_their_documents(tmp_path):
         for name, values in lines.items():
             assert other[name] == pytest.approx(values, rel=1e-6)
         assert_same(theirs, gradients)
+
+
+class NoPositions(transformers.BloomForCausalLM):
+    """A student that takes no positions, nor whatever it is given."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, use_cache=None):
+        return super().forward(input_ids=input_ids, attention_mask=attention_mask, use_cache=use_cache)
+
+
+@pytest.mark.parametrize("kind", [transformers.BloomForCausalLM, NoPositions])
+def test_documents_end_for_students_without_positions(tmp_path, kind):
+    """Trainer would take the positions of the examples away. Such a student reads a row as one text either way."""
+    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=16, n_layer=1, n_head=2, initializer_range=0.3)
+    whole = packed([{"input_ids": row} for row in windows(8)])
+    ended = {**whole, "labels": whole["labels"].masked_fill(whole["position_ids"] == 0, -100)}
+    del ended["position_ids"]
+    results = []
+    for batch in (whole, ended):
+        rows = [dict(zip(batch, row, strict=True)) for row in zip(*batch.values(), strict=True)]
+        torch.manual_seed(0)
+        student, above, seen = kind(config), kind(config).eval().requires_grad_(False), Gradients()
+        found = trainer(
+            tmp_path,
+            student,
+            teacher=above,
+            data=rows,
+            eval_dataset=rows,
+            data_collator=transformers.default_data_collator,
+            remove_unused_columns=True,
+            callbacks=[seen],
+            max_steps=2,
+        )
+        found.train()
+        results.append((logged(found, "hard"), found.evaluate()["eval_hard"], seen.found))
+    (hard, judged, gradients), (expected, judged_apart, theirs) = results
+    assert hard == pytest.approx(expected, rel=1e-6)
+    assert judged == pytest.approx(judged_apart, rel=1e-6)
+    assert_same(gradients, theirs)
 
 
 def assert_same(found, expected):
@@ -290,11 +329,15 @@ def test_parts_of_sequences_are_the_whole(in_two, tmp_path):
 def test_what_could_not_be_right_is_refused(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="-100 where nothing is learnt, got ignore_index=0"):
         trainer(tmp_path, model(0), teacher=teacher(), kd=fastkd.KDLoss(ignore_index=0))
-    sharded = trainer(tmp_path, model(0), teacher=teacher())
-    with monkeypatch.context() as patched:
+    above, told = teacher(), torch.zeros(2, 12, VOCAB)
+    sharded = trainer(tmp_path, model(0), teacher=above)
+    with monkeypatch.context() as patched:  # a teacher may stay whole beside a student in parts
         patched.setattr(accelerate.Accelerator, "is_fsdp2", property(lambda self: True))
-        with pytest.raises(ValueError, match="but the teacher is in parts on all processes"):
-            sharded.soft_targets(sharded.model, {"input_ids": windows(2), "teacher": torch.zeros(2, 12, VOCAB)})
+        found = sharded.soft_targets(sharded.model, {"input_ids": windows(2), "teacher": told})
+        assert torch.equal(found.logits, told)
+    above.__class__ = type("Sharded", (FSDPModule, type(above)), {})  # as fully_shard makes it
+    with pytest.raises(ValueError, match="but the teacher is in parts on all processes"):
+        sharded.soft_targets(sharded.model, {"input_ids": windows(2), "teacher": told})
     batch = shifted([{"input_ids": ids} for ids in windows(4)])
     heads = trainer(tmp_path, model(0), teacher=teacher(), terms=[fastkd.MultiTokenTerm(1)])
     with pytest.raises(ValueError, match="'multi_token' needs labels further ahead than shift_labels"):

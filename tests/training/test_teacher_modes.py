@@ -303,3 +303,43 @@ def test_columns_for_the_teacher_are_kept(tmp_path):
     made(plain, data_collator=lambda examples: {**collate(examples), "corpus": [0] * len(examples)}).train()
     made(plain, Cached(), data_collator=WithTeacher()).train()
     made(Corpora(windows()), Frozen(teacher())).train()
+
+
+def test_predictions_that_examples_bring_are_read(tmp_path):
+    """Beside a frozen teacher too, in whose place they come, whether Trainer takes unused columns or not."""
+    generator = torch.Generator().manual_seed(7)
+    told = torch.randn(8, LENGTH, VOCAB, generator=generator)
+    rows = [
+        {**{name: row[name] for name in ("input_ids", "labels")}, "teacher": one}
+        for row, one in zip([Ragged(windows())[index] for index in range(8)], told, strict=True)
+    ]
+    options = {"data": rows, "data_collator": transformers.default_data_collator, "max_steps": 1}
+    soft = []
+    for mode in (Cached(), Frozen(teacher())):
+        for taken in (True, False):
+            found = trainer(tmp_path, gpt2(0, dropout=0.0), teacher=mode, remove_unused_columns=taken, **options)
+            found.train()
+            soft.append(logged(found, "soft"))
+    assert soft == soft[:1] * 4
+    for row in rows:
+        del row["teacher"]
+    found = trainer(tmp_path, gpt2(0, dropout=0.0), teacher=teacher(), **options)
+    found.train()
+    assert logged(found, "soft") != soft[0]
+
+
+@pytest.mark.parametrize("name", sorted(MODES.keys() - {"frozen", "cached"}))
+def test_predictions_that_no_one_would_read_are_refused(name, tmp_path):
+    found = running(tmp_path, name)
+    batch = next(iter(found.get_train_dataloader()))
+    batch.pop("live_tokens", None)
+    with pytest.raises(ValueError, match=rf"but {type(found.teacher).__name__} makes its own: take 'teacher' out"):
+        found.compute_loss(found.model, {**batch, "teacher": torch.zeros(4, LENGTH, VOCAB)})
+    found.compute_loss(found.model, {**batch, "teacher": None})
+
+
+def test_a_column_called_teacher_may_name_it(tmp_path):
+    mode = Routed([teacher(), gpt2(2, 8).eval().requires_grad_(False)], "teacher")
+    found = trainer(tmp_path, gpt2(0), kd=KD, teacher=mode)
+    batch = {**collate([Ragged(windows())[0]]), "teacher": [1]}
+    assert torch.isfinite(found.compute_loss(found.model, batch))
