@@ -24,6 +24,7 @@ from fastkd.ops import IMPLEMENTATIONS, library
 
 __all__ = [
     "differentiates_once",
+    "held_by_rank",
     "kd_loss",
     "kd_loss_",
     "kd_loss_per_row",
@@ -158,7 +159,7 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, compute: Compute, student: Tensor, others: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, soft, hard, factor = compute(student.detach(), *others)
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
-        torch.autograd.graph.increment_version(student)
+        torch.autograd.graph.increment_version([student, *getattr(student.grad_fn, "placed", ())])
         ctx.save_for_backward(student, factor)
         ctx.backend = forced()
         ctx.mark_non_differentiable(soft, hard)
@@ -212,6 +213,34 @@ class _ReadByRanks(torch.autograd.Function):
 def read_by_ranks(values: Tensor, group: str) -> Tensor:
     """The same values; their gradient is the sum of those of all ranks of the group, which all get it."""
     return _ReadByRanks.apply(values, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _HeldByRank(torch.autograd.Function):
+    """What this rank holds of a DTensor. No view for autograd, which forbids to write over one of a DTensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any) -> Tensor:
+        ctx.placed = (logits,)  # its saved versions are void too, where the loss writes over what is returned here
+        ctx.set_materialize_grads(False)
+        own = logits.to_local()
+        if hasattr(own, "wait"):  # what a collective leaves, while it is under way
+            own = own.wait()
+        return own.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
+        if upstream is None:
+            return None
+        (logits,) = ctx.placed
+        where = {"shape": logits.shape, "stride": logits.stride(), "run_check": False}
+        return type(logits).from_local(upstream, logits.device_mesh, logits.placements, **where)
+
+
+def held_by_rank(logits: Any) -> Tensor:
+    """`logits.to_local()` of a DTensor, in memory that a loss may write its gradient to."""
+    if torch.compiler.is_compiling() or not (logits.requires_grad and torch.is_grad_enabled()):
+        return logits.to_local()  # type: ignore[no-any-return]
+    return _HeldByRank.apply(logits)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _below_autograd(compute: Compute, arguments: tuple[Any, ...]) -> Any:

@@ -78,9 +78,8 @@ _WHOLE = "but every rank needs it whole: pass {name}.redistribute(placements=[Re
 
 def _logits(logits: Any, name: str, module: Any) -> Tensor | VocabShard:
     at = _cut_dimension(logits, logits.dim() - 1, f"{name} logits", "Shard(-1), over the vocabulary")
-    if at is None:
-        return logits.to_local()  # type: ignore[no-any-return]
-    return _shard(logits.to_local(), logits, at, logits.dim() - 1)
+    own = autograd.held_by_rank(logits)
+    return own if at is None else _shard(own, logits, at, logits.dim() - 1)
 
 
 def _projection(source: Projection, name: str, module: Any) -> Projection | VocabShard:
