@@ -118,7 +118,7 @@ def _name_of(group: Any) -> str:
 def _check_known(name: str) -> None:
     """ValueError for a name that no process group has."""
     try:
-        torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined]
+        torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
     except (LookupError, RuntimeError, ValueError) as error:
         raise ValueError(
             f"VocabShard group {name!r} is the name of no process group here: pass the group itself, as "
