@@ -24,6 +24,7 @@ from fastkd.ops import IMPLEMENTATIONS, library
 
 __all__ = [
     "differentiates_once",
+    "held_by_rank",
     "kd_loss",
     "kd_loss_",
     "kd_loss_per_row",
@@ -158,7 +159,9 @@ class _InPlace(torch.autograd.Function):
     def forward(ctx: Any, compute: Compute, student: Tensor, others: Any) -> tuple[Tensor, Tensor, Tensor]:
         loss, soft, hard, factor = compute(student.detach(), *others)
         # Whatever autograd saved of these logits is gone: a backward that would read it must raise.
-        torch.autograd.graph.increment_version(student)
+        wholes = getattr(student.grad_fn, "void_with_it", [])  # the DTensor that it is a rank's part of
+        torch.autograd.graph.increment_version([student, *wholes])
+        wholes.clear()
         ctx.save_for_backward(student, factor)
         ctx.backend = forced()
         ctx.mark_non_differentiable(soft, hard)
@@ -212,6 +215,34 @@ class _ReadByRanks(torch.autograd.Function):
 def read_by_ranks(values: Tensor, group: str) -> Tensor:
     """The same values; their gradient is the sum of those of all ranks of the group, which all get it."""
     return _ReadByRanks.apply(values, group)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _HeldByRank(torch.autograd.Function):
+    """What this rank holds of a DTensor. No view for autograd, which lets nobody write over a view of a DTensor."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Any) -> Tensor:
+        ctx.layout = type(logits), logits.device_mesh, logits.placements, logits.shape, logits.stride()
+        ctx.void_with_it = [logits]
+        ctx.set_materialize_grads(False)
+        own = logits.to_local()
+        if hasattr(own, "wait"):  # what a collective leaves, while it is under way
+            own = own.wait()
+        return own.detach()  # type: ignore[no-any-return]
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor | None) -> Any:
+        if upstream is None:
+            return None
+        kind, mesh, placements, shape, stride = ctx.layout
+        return kind.from_local(upstream, mesh, placements, run_check=False, shape=shape, stride=stride)
+
+
+def held_by_rank(logits: Any, written: bool) -> Tensor:
+    """`logits.to_local()` of a DTensor; where that is `written`, memory that `kd_loss_` may write its gradient to."""
+    if not written or torch.compiler.is_compiling() or not (logits.requires_grad and torch.is_grad_enabled()):
+        return logits.to_local()  # type: ignore[no-any-return]
+    return _HeldByRank.apply(logits)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _below_autograd(compute: Compute, arguments: tuple[Any, ...]) -> Any:

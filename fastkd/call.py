@@ -140,8 +140,8 @@ assert Call._fields[: len(_TENSORS) + 1] == (*_TENSORS, "teacher_mixed"), "tenso
 #: What follows `Tensor student` in a schema: the other fields, in their order.
 SCHEMA = ", ".join(f"{kind} {name}" for name, (kind, _) in _FIELDS.items() if name != "student")
 
-#: The tensors that only one of the two terms reads.
-_SOFT = (*(name for name in _TENSORS if name.startswith("teacher")), "teacher_mixed", "soft_scale")
+#: The fields that only one of the two terms reads.
+_SOFT = (*(name for name in _FIELDS if name.startswith("teacher") and name not in RowSpec._fields), "soft_scale")
 _HARD = ("labels", "hard_scale")
 
 

@@ -154,7 +154,7 @@ class KDLoss(nn.Module):
             computed = at_once.loss(self, student, teacher, labels, weights, num_items)
             if computed is not None:
                 return computed
-        student, teacher = placed.here(student, "student"), placed.here(teacher, "teacher")
+        student, teacher = placed.here(student, "student", self.inplace), placed.here(teacher, "teacher")
         labels, weights = placed.beside(labels, "labels"), placed.beside(weights, "weights")
         num_items = placed.beside(num_items, "num_items")
         given = student, teacher, labels, weights, num_items, live

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastkd import arguments
-from fastkd.projected import LogProbabilities, Projection, check_logits
+from fastkd.projected import LogProbabilities, Projection, check_logits, check_not_empty
 
 __all__ = ["Mixture"]
 
@@ -114,9 +114,10 @@ class Mixture:
 
 def _checked(index: int, teacher: Any) -> Tensor | Projection:
     """A teacher, or TypeError."""
-    if isinstance(teacher, Projection):
-        return teacher
     name = f"Mixture teachers[{index}]"
+    if isinstance(teacher, Projection):
+        check_not_empty(teacher, name)
+        return teacher
     if isinstance(teacher, Mixture):
         raise TypeError(f"{name} is a Mixture: pass its teachers, their weights multiplied by its own")
     if not isinstance(teacher, Tensor) and hasattr(teacher, "logprobs"):

@@ -21,6 +21,7 @@ in the two scales, and a row whose scale is 0 is skipped.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -33,7 +34,7 @@ from fastkd.backend import select
 from fastkd.call import SCHEMA, Call
 from fastkd.divergences import of_spec
 from fastkd.kernels.cpu.library import advise_huge_pages
-from fastkd.projection.columns import in_chunks, over_ranks, with_room_for_state
+from fastkd.projection.columns import columns_of, in_chunks, over_ranks, with_room_for_state
 from fastkd.projection.loop import from_hidden_states
 from fastkd.projection.sides import Gradients
 from fastkd.projection.teachers import rows_at_hand
@@ -183,7 +184,7 @@ def _kd_loss_in_place(*arguments: Any) -> tuple[Tensor | None, ...]:
         scales = [scale != 0 for scale in (call.soft_scale, call.hard_scale) if scale is not None]
         live = sum(scales[1:], scales[0]) if scales else torch.zeros_like(soft, dtype=torch.bool)
         call.student.masked_fill_(~live.view(*call.student.shape[:-1], 1), 0)
-        call.student[..., call.vocab_size :] = 0
+        call.student[..., columns_of(call).width :] = 0
     return select(soft).weighted_total(*_weighted(call, soft, hard)), soft, hard, factor
 
 
@@ -271,11 +272,15 @@ def _log_softmax(logits: Tensor, temperature: float, group: str = "") -> tuple[T
     if not group:
         out = _empty_like_rows(logits)
         return out, select(logits).log_softmax(logits, temperature, out)
+    given, logits = logits.shape, _one_column_at_least(logits)
     wide = torch.empty(logits.shape, dtype=row_dtype(logits.dtype), device=logits.device)  # rounded once
     own = select(logits).log_softmax(logits, temperature, wide)
     normaliser, apart = normaliser_of_ranks(own, temperature, group)
-    wide += apart.view(*logits.shape[:-1], 1)
-    return wide.to(logits.dtype), normaliser
+    # Of columns that are all −inf the backend knows no softmax. In a row that has one they have no part of it.
+    none = (own[:, 1] == -math.inf) & normaliser.isfinite().all(-1)
+    apart, none = (x.view(*logits.shape[:-1], 1) for x in (apart, none))
+    wide.add_(apart).masked_fill_(none, -math.inf)
+    return wide[..., : given[-1]].to(logits.dtype), normaliser
 
 
 def _log_softmax_backward(
@@ -284,13 +289,21 @@ def _log_softmax_backward(
     logits = addressable(logits)
     grad, upstream = _empty_like_rows(logits), addressable(upstream)
     total = sum_of_ranks(upstream.sum(-1, dtype=normaliser.dtype).flatten(), group) if group else None
-    select(logits).log_softmax_backward(upstream, logits, normaliser, temperature, grad, total)
+    if logits.shape[-1] > 0:
+        select(logits).log_softmax_backward(upstream, logits, normaliser, temperature, grad, total)
     return grad
 
 
 def _row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) -> tuple[Tensor, ...]:
-    logits = addressable(logits)
+    logits = _one_column_at_least(addressable(logits))
     return select(logits).row_statistics(logits, labels, temperature)
+
+
+def _one_column_at_least(logits: Tensor) -> Tensor:
+    """What a rank has of rows; without columns as one of −inf, which has no part of a softmax."""
+    if logits.shape[-1] > 0:
+        return logits
+    return torch.full((*logits.shape[:-1], 1), -math.inf, dtype=logits.dtype, device=logits.device)
 
 
 def _fake_log_softmax(logits: Tensor, temperature: float, group: str = "") -> tuple[Tensor, Tensor]:

@@ -16,16 +16,16 @@ from fastkd.sources import Mixture, Projection, Source, tensors
 __all__ = ["beside", "check_cut", "here", "like", "student_here"]
 
 
-def here(source: Any, name: str) -> Any:
+def here(source: Any, name: str, written: bool = False) -> Any:
     """A source with plain tensors in place of DTensors: logits `Shard(-1)` and heads `Shard(0)` become a `VocabShard`.
 
-    ValueError for placements that a loss cannot be right with.
+    ValueError for placements that a loss cannot be right with. `written`: the gradient is to replace logits in memory.
     """
     module = sys.modules.get("torch.distributed.tensor")
     if module is None:
         return source
     if isinstance(source, module.DTensor):
-        return _logits(source, name, module)
+        return _logits(source, name, written)
     if isinstance(source, Projection) and isinstance(source.hidden, module.DTensor):
         return _projection(source, name, module)
     if isinstance(source, Mixture) and any(isinstance(x, module.DTensor) for x in tensors(source)):
@@ -76,11 +76,10 @@ def like(given: Any, own: Tensor) -> Tensor:
 _WHOLE = "but every rank needs it whole: pass {name}.redistribute(placements=[Replicate()]), or local tensors"
 
 
-def _logits(logits: Any, name: str, module: Any) -> Tensor | VocabShard:
+def _logits(logits: Any, name: str, written: bool) -> Tensor | VocabShard:
     at = _cut_dimension(logits, logits.dim() - 1, f"{name} logits", "Shard(-1), over the vocabulary")
-    if at is None:
-        return logits.to_local()  # type: ignore[no-any-return]
-    return _shard(logits.to_local(), logits, at, logits.dim() - 1)
+    own = autograd.held_by_rank(logits, written)
+    return own if at is None else _shard(own, logits, at, logits.dim() - 1)
 
 
 def _projection(source: Projection, name: str, module: Any) -> Projection | VocabShard:

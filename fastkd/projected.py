@@ -10,15 +10,25 @@ from torch import Tensor
 
 from fastkd import arguments, gathered
 
-__all__ = ["LogProbabilities", "Projection", "check_logits"]
+__all__ = ["LogProbabilities", "Projection", "check_logits", "check_not_empty"]
 
 
-def check_logits(logits: object, name: str = "logits") -> None:
-    """Raise TypeError or ValueError for anything but a floating tensor `[..., vocab]`."""
+def check_logits(logits: object, name: str = "logits", least: int = 1) -> None:
+    """Raise TypeError or ValueError for anything but a floating tensor `[..., vocab]` of `least` columns or more."""
     arguments.floating(name, logits)
     assert isinstance(logits, Tensor)
-    if logits.dim() == 0 or logits.shape[-1] == 0:
-        raise ValueError(f"{name} must have shape [..., vocab] with vocab > 0, got {tuple(logits.shape)}")
+    if logits.dim() == 0 or logits.shape[-1] < least:
+        positive = " with vocab > 0" if least else ""
+        raise ValueError(f"{name} must have shape [..., vocab]{positive}, got {tuple(logits.shape)}")
+
+
+def check_not_empty(source: Projection, name: str) -> None:
+    """Raise ValueError for a head without rows, which only a `VocabShard` may have."""
+    if source.weight.shape[0] == 0:
+        raise ValueError(
+            f"{name} weight must have shape [vocab, hidden] with vocab > 0, got {tuple(source.weight.shape)}: a head "
+            "without rows is one rank's, in a fastkd.VocabShard"
+        )
 
 
 class LogProbabilities(Tensor):
@@ -38,7 +48,8 @@ class Projection:
 
     Args:
         hidden: hidden states `[..., H]`, fp32 / bf16 / fp16 (float64 on the reference backend).
-        weight: output head `[V, H]`, as in `nn.Linear(H, V).weight`; its dtype may differ from that of `hidden`.
+        weight: output head `[V, H]`, as in `nn.Linear(H, V).weight`; its dtype may differ from that of `hidden`. V may
+            be 0 within a `VocabShard`.
         bias: `[V]` or None.
         softcap: bound of the logits' absolute value (Gemma 2, Gemma Team 2024), or None.
         logit_scale: factor of the logits (Cohere's Command models).
@@ -68,7 +79,7 @@ class Projection:
                 if not gathered.is_in_parts(self.hidden):
                     tensor = gathered.checked_part(f"Projection {name}", tensor)
                 arguments.floating(f"Projection {name}", tensor, placed=True)
-        if self.weight.dim() != 2 or 0 in self.weight.shape:
+        if self.weight.dim() != 2 or self.weight.shape[1] == 0:
             raise ValueError(f"Projection weight must have shape [vocab, hidden], got {tuple(self.weight.shape)}")
         if self.hidden.dim() == 0 or self.hidden.shape[-1] != self.weight.shape[1]:
             raise ValueError(

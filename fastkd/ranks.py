@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastkd.backend import Backend
 from fastkd.divergences import of_spec
-from fastkd.rows import RowSpec, SparseRows, Stage, Tile
+from fastkd.rows import RowSpec, SparseRows, Stage, Tile, row_count
 
 __all__ = [
     "Layout",
@@ -186,7 +186,7 @@ class Rows(NamedTuple):
         grad: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         def whole(own: Tensor) -> Tensor:
-            return all_columns(own.reshape(-1, own.shape[-1]), self.layout, self.spec.vocab_size)
+            return all_columns(own.reshape(row_count(own), own.shape[-1]), self.layout, self.spec.vocab_size)
 
         rows = whole(student)
         out = None if grad is None else torch.empty_like(rows)

@@ -351,7 +351,7 @@ def row_statistics(logits: Tensor, labels: Tensor | None, temperature: float) ->
     no_label = torch.full_like(largest, math.nan)
     picked = no_label if labels is None else _label_log_probabilities(log_q, labels)
     log_total = torch.logsumexp(shifted, -1)
-    normaliser = torch.stack((largest, log_total / math.log(2)), -1)
+    normaliser = _normaliser(largest, log_total)
     return log_total + largest / temperature, entropy, shifted.argmax(-1), picked, normaliser
 
 
@@ -359,7 +359,13 @@ def log_softmax(logits: Tensor, temperature: float, out: Tensor) -> Tensor:
     """See `backend.Backend.log_softmax`."""
     shifted, largest = _shifted(logits, temperature)
     out.copy_(torch.log_softmax(shifted, -1).view(out.shape))
-    return torch.stack((largest, torch.logsumexp(shifted, -1) / math.log(2)), -1)
+    return _normaliser(largest, torch.logsumexp(shifted, -1))
+
+
+def _normaliser(largest: Tensor, log_total: Tensor) -> Tensor:
+    """As of `Backend.log_softmax`, from what `_shifted` says."""
+    largest = torch.where(log_total == -math.inf, -math.inf, largest)
+    return torch.stack((largest, log_total / math.log(2)), -1)
 
 
 def log_softmax_backward(

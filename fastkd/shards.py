@@ -27,8 +27,8 @@ class VocabShard:
         source: logits `[..., width]`, or a `Projection` whose weight `[width, H]` and bias are this rank's rows of the
             head and whose hidden states are whole, the same on every rank.
         first: the token id of this rank's first column; it has the ids in [first, first + width).
-        vocab_size: columns of all ranks together, of which each is on one rank. Widths may differ.
-        group: a `torch.distributed` process group; None: all processes.
+        vocab_size: columns of all ranks together, of which each is on one rank. Widths may differ, and may be 0.
+        group: a `torch.distributed` process group, or its name; None: all processes.
         partial_hidden: a rank's columns give a part of the hidden states' gradient, and the backward adds the parts of
             all ranks up, once. True: it returns this rank's part, for callers who add up themselves (reduce-scatter,
             under sequence parallelism).
@@ -50,7 +50,7 @@ class VocabShard:
     def __post_init__(self) -> None:
         if not isinstance(self.source, Projection):
             arguments.tensor("VocabShard source", self.source, also=" of logits or a fastkd.Projection")
-            check_logits(self.source, "VocabShard logits")
+            check_logits(self.source, "VocabShard logits", least=0)
         arguments.integer("VocabShard first", self.first, least=0)
         arguments.integer("VocabShard vocab_size", self.vocab_size, least=1)
         arguments.switch("VocabShard partial_hidden", self.partial_hidden)
@@ -99,14 +99,28 @@ class VocabShard:
 
 def _name_of(group: Any) -> str:
     """By which operators find a group: it crosses into them as text."""
+    if isinstance(group, str) and torch.compiler.is_compiling():
+        return group  # the operator looks it up
+    dist = torch.distributed
+    if (group is None or isinstance(group, str)) and not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError("VocabShard needs torch.distributed: call torch.distributed.init_process_group first")
     if isinstance(group, str):
+        _check_known(group)
         return group
     if group is None:
-        dist = torch.distributed
-        if not dist.is_available() or not dist.is_initialized():
-            raise RuntimeError("VocabShard needs torch.distributed: call torch.distributed.init_process_group first")
         group = dist.group.WORLD
     name = getattr(group, "group_name", None)
     if not isinstance(name, str):
         raise TypeError(f"VocabShard group must be a torch.distributed process group, got {type(group).__name__}")
     return name
+
+
+def _check_known(name: str) -> None:
+    """ValueError for a name that no process group has."""
+    try:
+        torch.distributed.distributed_c10d._resolve_process_group(name)  # type: ignore[attr-defined,arg-type]
+    except (LookupError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"VocabShard group {name!r} is the name of no process group here: pass the group itself, as "
+            "torch.distributed.new_group() or mesh.get_group() returns it, or None for all processes"
+        ) from error

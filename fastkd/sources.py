@@ -18,7 +18,7 @@ from torch import Tensor
 from fastkd import arguments
 from fastkd.itemized import Itemized, itemized
 from fastkd.mixture import Mixture
-from fastkd.projected import LogProbabilities, Projection, check_logits
+from fastkd.projected import LogProbabilities, Projection, check_logits, check_not_empty
 from fastkd.shards import VocabShard
 
 __all__ = [
@@ -220,6 +220,9 @@ def whole(source: Any) -> Any:
     """The source with all rows of its output heads on this rank: those that are in parts are gathered."""
     if isinstance(source, Projection):
         return source.whole()
+    if isinstance(source, VocabShard):  # all rows of this rank's columns
+        own = whole(source.source)
+        return source if own is source.source else replace(source, source=own)
     if isinstance(source, Mixture):
         teachers = [whole(teacher) for teacher in source.teachers]
         if any(new is not old for new, old in zip(teachers, source.teachers, strict=True)):
@@ -244,8 +247,10 @@ def _members(teacher: object) -> tuple[object, ...]:
 
 
 def _check_source(name: str, source: object) -> None:
-    if isinstance(source, (Projection, VocabShard)) or (isinstance(source, Mixture) and name == "teacher"):
+    if isinstance(source, VocabShard) or (isinstance(source, Mixture) and name == "teacher"):
         return  # checked itself
+    if isinstance(source, Projection):
+        return check_not_empty(source, name)
     if not isinstance(source, Tensor):
         also = ", fastkd.SparseTargets or fastkd.Mixture" if name == "teacher" else ""
         arguments.tensor(name, source, also=f" of logits or a fastkd.Projection{also}")

@@ -47,7 +47,7 @@ def log_softmax(logits: Tensor | VocabShard, temperature: float = 1.0) -> Tensor
 
 def _log_softmax(logits: Any, temperature: float) -> Tensor:
     own, group = (logits.source, logits.group) if isinstance(logits, VocabShard) else (logits, "")
-    sources.check_logits(own)
+    sources.check_logits(own, least=0 if group else 1)
     assert isinstance(own, Tensor)
     arguments.holds_values("logits", own)
     gradients.refuse_forward_mode(own)

@@ -58,6 +58,9 @@ def mistakes(rank: int) -> None:
     wrong = batch.labels.clone()
     wrong[3] = V
     raised(lambda: loss(labels=wrong), f"labels contains {V} (token 3", f"outside [0, {V})")
+    raised(lambda: fastkd.Mixture([fastkd.VocabShard(logits, at.first, V)]), "VocabShard")  # type: ignore[list-item]
+    for name in ("nope", ""):
+        raised(lambda name=name: fastkd.VocabShard(logits, at.first, V, name), f"group '{name}' is the name of no")
     assert logits.grad is None
     loss().backward()  # and after all that it is right
     assert logits.grad is not None
@@ -214,10 +217,10 @@ def test_a_shard_that_does_not_fit_raises_before_any_process_group() -> None:
         fastkd.VocabShard(logits, 0, 9)
     with pytest.raises(TypeError, match="process group, got int"):
         fastkd.VocabShard(logits, 0, 9, 3)
+    with pytest.raises(RuntimeError, match="init_process_group"):
+        fastkd.VocabShard(logits, 0, 9, "group")
     with pytest.raises(TypeError, match=r"VocabShard source must be a torch\.Tensor of logits"):
         fastkd.VocabShard([1], 0, 9, "group")  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="VocabShard"):
-        fastkd.Mixture([fastkd.VocabShard(logits, 0, 9, "group")])  # type: ignore[list-item]
 
 
 # --- bugs that others have had ----------------------------------------------------------------------------------

@@ -206,7 +206,7 @@ class _Loop:
                 beside = self._teacher_of_group(rows)
                 self.shared.exchange(stage, state, given[0] if given[2] is not None else None, beside)
                 self.soft[rows], self.hard[rows] = self.shared.values(beside, given[0], given[1], given[2], state)
-        if self.state is not None and state is not None and isinstance(rows, Tensor):
+        if self.state is not None and state is not None and isinstance(rows, Tensor) and not self.known:
             self.state[rows] = state
             if isinstance(self.teacher, Sparse):
                 self.teacher.keep_picked()
@@ -270,7 +270,7 @@ def logit_chunks(source: Projection, vocab_size: int) -> Iterator[tuple[slice, T
     head = Head(source.detach().whole(), slice(0, vocab_size), autocast, NOTHING)
     chunk = plan_for(
         max(count, 1),
-        vocab_size,
+        max(vocab_size, 1),  # a rank may have none
         head_size(source, autocast),
         (),
         NOTHING,

@@ -19,7 +19,7 @@ from torch import Tensor
 from fastkd.call import Call
 from fastkd.projection.plan import CAST_COLUMNS, HeadSize, padded
 from fastkd.projection.products import gradient_dtype, gradient_operands, operand_dtype, product
-from fastkd.rows import SparseRows, Wants, kept_dtype, row_dtype
+from fastkd.rows import SparseRows, Wants, kept_dtype, row_count, row_dtype
 from fastkd.sources import Projection, Source, VocabShard
 
 __all__ = [
@@ -338,6 +338,6 @@ def _as_matrix(tensor: Tensor) -> Tensor:
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
         tensor = tensor.contiguous()
     try:
-        return tensor.view(-1, tensor.shape[-1])
+        return tensor.view(row_count(tensor), tensor.shape[-1])
     except RuntimeError:
         return tensor
