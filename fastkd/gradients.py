@@ -59,6 +59,8 @@ def _wants_gradient(teacher: Teacher) -> bool:
 
 def check_writable(student: Tensor, teacher: Teacher | None, labels: Tensor | None, weights: Tensor | None) -> None:
     """ValueError where the gradient cannot be written over the student's logits without harm to what is still read."""
+    if type(student.grad_fn).__name__.startswith("_ToTorchTensor"):  # autograd lets nobody write over such a view
+        raise ValueError("inplace=True cannot write over what to_local() gives of a DTensor: pass the DTensor itself")
     if row_layout(student) is None or may_overlap_itself(student):
         raise ValueError(
             f"inplace=True needs logits whose rows do not overlap and lie at regular strides, got shape "

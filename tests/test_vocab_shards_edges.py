@@ -67,6 +67,11 @@ def dtensors_in_place(batch: shards.Batch) -> None:
     loss = kd(leaf.tanh(), batch.teacher, batch.labels)  # whose backward needs the logits that are gone
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+    local = leaf.mul(1).to_local()
+    before, first = local.detach().clone(), shards.cut(dist.get_rank(), dist.get_world_size()).first
+    with pytest.raises(ValueError, match="pass the DTensor itself"):
+        kd(fastkd.VocabShard(local, first, V), batch.teacher, batch.labels)
+    assert torch.equal(local, before)
 
 
 # --- rows of −inf -----------------------------------------------------------------------------------------------
